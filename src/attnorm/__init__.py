@@ -1,0 +1,46 @@
+"""Attentive Normalization: long-range structure at the cost of a normalization.
+
+>>> from attnorm import AttentiveNorm2d
+>>> layer = AttentiveNorm2d(256, num_entities=16)
+
+Names are imported when first used, so that `import attnorm` costs nothing beyond torch, and torch only when needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentiveNorm2d": "attnorm.layers.attentive_norm",
+    "SelfAttention2d": "attnorm.layers.self_attention",
+    "entity_usage": "attnorm.ops.soft_layout",
+    "layout_entropy": "attnorm.ops.soft_layout",
+    "load": "attnorm.checkpoint",
+    "observe_layouts": "attnorm.layers.attentive_norm",
+    "regional_norm": "attnorm.ops.regional_norm",
+    "soft_layout": "attnorm.ops.soft_layout",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from attnorm.checkpoint import load as load
+    from attnorm.layers.attentive_norm import AttentiveNorm2d as AttentiveNorm2d
+    from attnorm.layers.attentive_norm import observe_layouts as observe_layouts
+    from attnorm.layers.self_attention import SelfAttention2d as SelfAttention2d
+    from attnorm.ops.regional_norm import regional_norm as regional_norm
+    from attnorm.ops.soft_layout import entity_usage as entity_usage
+    from attnorm.ops.soft_layout import layout_entropy as layout_entropy
+    from attnorm.ops.soft_layout import soft_layout as soft_layout
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'attnorm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,3 @@
+from attnorm.cli import main
+
+main()

@@ -1,0 +1,246 @@
+"""Run directories and checkpoints: safetensors and JSON, written atomically, no pickle.
+
+    RUN/config.json              the resolved configuration and what the data were
+    RUN/metrics.jsonl            one line per logged step
+    RUN/samples/000064000.png    fixed latents and classes, by images seen
+    RUN/tensorboard/
+    RUN/checkpoints/000064000.safetensors
+
+A checkpoint is one file: every tensor of the training state, and in its header the configuration and the classes, so
+that a checkpoint alone rebuilds its model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from attnorm import config as configuration
+from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
+from attnorm.models.class_conditional import Discriminator, Generator
+
+HEADER_KEY = "attnorm"
+
+
+class CheckpointError(UserError):
+    """A run directory or checkpoint that cannot be used: the message says why and what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path in the same folder and moves the result to `path` in one step.
+
+    Whatever happens, a reader sees the old file or the whole new one.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o644)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of itself."""
+
+    config: Config
+    classes: tuple[str, ...]
+    images_seen: int
+    seconds: float  # of training, all legs together
+    note: str = ""  # what a reader of the results must know of the data
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Writes one checkpoint file atomically."""
+    text = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "config": configuration.to_dict(header.config),
+            "classes": header.classes,
+            "images_seen": header.images_seen,
+            "seconds": header.seconds,
+            "note": header.note,
+        }
+    )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, {HEADER_KEY: text}))
+
+
+def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], Header]:
+    """The tensors whose names start with `prefix` (which is cut off), and the header."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            values = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({error}); take an earlier one, or remove it and resume"
+        ) from error
+    if values is None:
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
+        )
+    if values["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {values['format_version']}; this version reads up to {FORMAT_VERSION}: update attnorm"
+        )
+    header = Header(
+        config=configuration.from_dict(Config, values["config"]),
+        classes=tuple(values["classes"]),
+        images_seen=values["images_seen"],
+        seconds=values["seconds"],
+        note=values.get("note", ""),
+    )
+    return tensors, header
+
+
+class RunDirectory:
+    """Paths and bookkeeping of one run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def exists(self) -> bool:
+        return self.config_file.is_file()
+
+    def create(self, config: Config, data: dict[str, Any]) -> None:
+        """Makes the directory; raises CheckpointError where there is already something else."""
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise CheckpointError(f"{self.path} is already there and is not a run; choose another --out")
+        for folder in ("checkpoints", "samples"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        values = {"format_version": FORMAT_VERSION, "config": configuration.to_dict(config), "data": data}
+        write_json(self.config_file, values)
+
+    def read(self) -> tuple[Config, dict[str, Any]]:
+        """The configuration and the description of the data that the run was made with."""
+        if not self.exists():
+            raise CheckpointError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
+            return configuration.from_dict(Config, values["config"]), values["data"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.config_file} cannot be read ({error!r})") from error
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("[0-9]*.safetensors"))
+
+    def checkpoint_file(self, images_seen: int) -> Path:
+        return self.path / "checkpoints" / f"{images_seen:09d}.safetensors"
+
+    def sample_file(self, images_seen: int) -> Path:
+        return self.path / "samples" / f"{images_seen:09d}.png"
+
+    def keep_last(self, count: int) -> None:
+        for old in self.checkpoints()[:-count]:
+            old.unlink()
+
+
+def find_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda", "cuda:1" or "mps" means here; ConfigError where it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps") from None
+    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+        raise ConfigError(f"the device is {name!r}, but torch finds none on this machine; take auto or cpu")
+    return device
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint that `path` means: a file itself, or a run directory's latest."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a run directory or a checkpoint file")
+    run = RunDirectory(path)
+    if not run.exists():
+        raise CheckpointError(f"{path} is not a run directory: it has no config.json")
+    if not run.checkpoints():
+        raise CheckpointError(f"{path} has no checkpoint yet; train it first, or wait for its first one")
+    return run.checkpoints()[-1]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A generator in evaluation mode, and where it comes from."""
+
+    model: Generator
+    header: Header
+    path: Path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.header.classes
+
+
+def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
+    """Rebuilds the generator of a run directory (its latest checkpoint) or of a checkpoint file.
+
+    Args:
+        ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        CheckpointError: nothing there, or nothing that can be used.
+    """
+    file = find_checkpoint(path)
+    tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
+    model = Generator(header.config.model)
+    _fill(model, tensors, file)
+    return Loaded(model.to(find_device(device)).eval(), header, file)
+
+
+def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminator:
+    """The discriminator that belongs to the same checkpoint, in evaluation mode."""
+    file = find_checkpoint(path)
+    tensors, header = read_checkpoint(file, prefix="discriminator.")
+    model = Discriminator(header.config.model)
+    _fill(model, tensors, file)
+    return model.to(find_device(device)).eval()
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error

@@ -1,0 +1,313 @@
+"""What a run is made of: frozen, validated dataclasses, to and from JSON, changed with `--set a.b=value`.
+
+Standard library only, so that `attnorm --help` starts at once and a configuration can be read anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+FORMAT_VERSION = 1
+
+Context = Literal["an", "self_attention", "none"]
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake that a message can mend: the command line prints it in one line and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be meant: the message names the key, what was got and what was expected."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentiveNormConfig:
+    """The options of one AttentiveNorm2d layer; see the layer for what each one does."""
+
+    num_entities: int = 16
+    # None: 0.1 * sqrt(64 / width), which is the paper's 0.1 at the paper's width. See docs/paper.md, row 7.
+    temperature: float | None = None
+    affine: bool = True
+    value_projection: bool = True
+    reduction: int = 8
+    statistics: Literal["weighted", "masked", "released"] = "weighted"
+    moments: Literal["instance", "batch"] = "instance"
+    orthogonality: Literal["cosine", "raw"] = "cosine"
+    self_sampling: bool = True
+    shared_sampling: bool = False
+    clamp_t: bool = False
+    eps: float = 1e-5
+    impl: Literal["auto", "reference", "fused"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.num_entities >= 1, f"num_entities is {self.num_entities}; expected at least 1")
+        _require(self.reduction >= 1, f"reduction is {self.reduction}; expected at least 1")
+        _require(self.eps > 0, f"eps is {self.eps}; expected a positive number")
+        _require(
+            self.temperature is None or self.temperature > 0,
+            f"temperature is {self.temperature}; expected a positive number, or none for 0.1 * sqrt(64 / width)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassConditionalConfig:
+    """Generator and discriminator of the class-conditional task (paper, section 4)."""
+
+    image_size: int = 128  # pixels: 32, 64, 128 or 256
+    num_classes: int = 0  # 0: taken from the data set
+    width: int = 64  # channels of the widest map's last block; every other width is a multiple of it
+    latent_dim: int = 128
+    context: Context = "an"
+    an_blocks: tuple[int, ...] = (3,)  # up-blocks of G, counted from 1, that hold the context block (an or attention)
+    site: Literal["replace", "insert"] = "replace"  # AN in place of G's second conditional norm, or before it
+    d_last_flat: bool = True  # keep D's last block, which does not downsample
+    g_spectral_norm: bool = True
+    d_spectral_norm: bool = True
+    head: Literal["projection", "auxiliary"] = "projection"  # D: projection of the label, or AC-GAN's classifier
+    an: AttentiveNormConfig = field(default_factory=AttentiveNormConfig)
+
+    def __post_init__(self) -> None:
+        sizes = (32, 64, 128, 256)
+        _require(self.image_size in sizes, f"model.image_size is {self.image_size}; expected one of {sizes}")
+        _require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
+        _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; expected 0 (from the data) or more")
+        _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; expected at least 1")
+        last = int(math.log2(self.image_size)) - 2
+        for block in self.an_blocks:
+            _require(
+                1 <= block <= last,
+                f"model.an_blocks names block {block}; a {self.image_size}-pixel generator has blocks 1 to {last}",
+            )
+
+    @property
+    def temperature(self) -> float:
+        """tau of Eq. 4: as set, or the paper's 0.1 with the logits' spread at the paper's width kept (row 7)."""
+        return self.an.temperature if self.an.temperature is not None else 0.1 * math.sqrt(64 / self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = ""  # "builtin", a folder, a zip, or CIFAR-10's binary files
+    flip: bool = False  # mirror half of the training images
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """Adam with two time scales (paper, section 5.1), and the losses' weights."""
+
+    g_lr: float = 1e-4
+    d_lr: float = 4e-4
+    beta1: float = 0.0
+    beta2: float = 0.999
+    d_steps: int = 1  # discriminator updates per generator update
+    orthogonality_weight: float = 1e-3  # lambda_o of Eq. 1
+    classifier_weight: float = 1.0  # of AC-GAN's cross-entropy
+    ema_decay: float = 0.999  # per generator step, reached gradually from 0
+
+    def __post_init__(self) -> None:
+        for name in ("g_lr", "d_lr"):
+            _require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} is {value}; expected 0 <= {name} < 1")
+        _require(self.d_steps >= 1, f"optim.d_steps is {self.d_steps}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The clock is images: a step adds `batch_size` to it, whatever the number of discriminator steps."""
+
+    seed: int = 0
+    batch_size: int = 64
+    duration_images: int = 6_400_000
+    max_minutes: float = 0.0  # stop cleanly after so many minutes of training; 0: no limit
+    log_every_images: int = 3_200
+    layout_every_images: int = 16_000  # entropy and usage of the layouts
+    grid_every_images: int = 64_000
+    checkpoint_every_images: int = 64_000
+    keep_checkpoints: int = 2
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights stay float32
+    tf32: bool = False  # NVIDIA's shorter mantissa in float32 convolutions and matrix products
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "duration_images", "keep_checkpoints", "log_every_images", "layout_every_images"):
+            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("grid_every_images", "checkpoint_every_images"):
+            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
+        _require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
+        _require(self.seed >= 0, f"run.seed is {self.seed}; expected 0 or more")
+
+
+# What may differ when a run goes on: how long it is, how it reports, where it runs. All else makes another run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    "run." + name
+    for name in (
+        "duration_images",
+        "max_minutes",
+        "log_every_images",
+        "layout_every_images",
+        "grid_every_images",
+        "checkpoint_every_images",
+        "keep_checkpoints",
+        "device",
+    )
+) | {"data.source"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, resolved: what `--dry-run` prints and what the run directory keeps."""
+
+    preset: str = ""
+    task: Literal["class_conditional"] = "class_conditional"
+    model: ClassConditionalConfig = field(default_factory=ClassConditionalConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimiserConfig = field(default_factory=OptimiserConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON types; tuples become lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
+    """The inverse of `to_dict`. An unknown key or a value of the wrong type raises ConfigError."""
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        path = prefix + key
+        if key not in hints:
+            raise ConfigError(_unknown(path, [prefix + name for name in hints]))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, dict), f"{path} is {value!r}; expected a group of settings")
+            arguments[key] = from_dict(typing.cast(type, hint), value, prefix=path + ".")
+        else:
+            arguments[key] = _checked(value, hint, path)
+    return cls(**arguments)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{"model.an.num_entities": 16, ...}: every leaf by its dotted name."""
+
+    def walk(values: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(to_dict(config), ""))
+
+
+def override(config: T, settings: typing.Iterable[str]) -> T:
+    """A copy of `config` with every "a.b=value" of `settings` applied, in order.
+
+    Raises ConfigError for a key that does not exist (naming the nearest one) or a value of the wrong type.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        path = path.strip()
+        _require(bool(equals), f"--set got {setting!r}; expected KEY=VALUE, for example run.batch_size=32")
+        config = _replace_leaf(config, path.split("."), text.strip(), path)
+    return config
+
+
+def _replace_leaf(config: T, names: list[str], text: str, path: str) -> T:
+    head, *rest = names
+    hints = typing.get_type_hints(type(config))
+    prefix = path[: len(path) - len(".".join(names))]
+    is_group = head in hints and dataclasses.is_dataclass(hints[head])
+    if head not in hints or is_group != bool(rest):
+        raise ConfigError(_unknown(path, [prefix + name for name in flatten(config)]))
+    value = _replace_leaf(getattr(config, head), rest, text, path) if rest else _parse(text, hints[head], path)
+    return dataclasses.replace(typing.cast(Any, config), **{head: value})
+
+
+def _unknown(path: str, known: list[str]) -> str:
+    by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    near = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+    return f"there is no setting {path}{hint}"
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    """The text of a command line as a value of type `hint`."""
+    options = _alternatives(hint)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if typing.get_origin(hint) is tuple:
+        items = [item for item in text.strip("()[]").split(",") if item.strip()]
+        return tuple(_parse(item.strip(), typing.get_args(hint)[0], path) for item in items)
+    if bool in options:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        _require(text.lower() in words, f"{path} is {text!r}; expected true or false")
+        return words[text.lower()]
+    for kind in (int, float):
+        if kind in options:
+            try:
+                return kind(text.replace("_", "")) if kind is float or "e" not in text.lower() else _whole(text)
+            except ValueError:
+                raise ConfigError(f"{path} is {text!r}; expected {_describe(hint)}") from None
+    return _checked(text, hint, path)
+
+
+def _whole(text: str) -> int:
+    """1e6 for an integer setting: what people type for large counts."""
+    if not float(text).is_integer():
+        raise ValueError(text)
+    return int(float(text))
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    """`value`, if it is of type `hint`; where these are meant, JSON's lists become tuples and whole numbers floats."""
+    message = f"{path} is {value!r}; expected {_describe(hint)}"
+    if typing.get_origin(hint) is Literal:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1)
+        suggestion = f"; did you mean {near[0]}?" if near else ""
+        _require(value in typing.get_args(hint), message + suggestion)
+        return value
+    if typing.get_origin(hint) is tuple:
+        _require(isinstance(value, (list, tuple)), message)
+        return tuple(_checked(item, typing.get_args(hint)[0], path) for item in value)
+    options = _alternatives(hint)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) in options, message)
+    _require(not isinstance(value, float) or math.isfinite(value), message)
+    return value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}, comma between"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return " or ".join(names.get(option, str(option)) for option in _alternatives(hint))

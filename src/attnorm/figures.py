@@ -1,0 +1,233 @@
+"""The paper's figures from a run: samples (7), layouts (5), region statistics (4), interpolation (8); and curves."""
+
+# N images, K entities, S image size.
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically, write_json
+from attnorm.inference import Sampler
+from attnorm.layers.attentive_norm import Observation
+from attnorm.ops.soft_layout import entity_usage, layout_entropy
+
+ENTITY_COLOURS = colormaps["tab20"]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG atomically; its folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    return path
+
+
+def images_figure(rows: Sequence[Tensor], row_titles: Sequence[str]) -> Figure:
+    """uint8 images, [N, 3, S, S] a row."""
+    return _table([[(_to_array(image), "") for image in row] for row in rows], row_titles=row_titles)
+
+
+def samples_figure(sampler: Sampler, classes: Sequence[int], *, columns: int = 8, seed: int = 0) -> Figure:
+    """Figure 7: a class a row, a seed a column."""
+    seeds = list(range(seed, seed + columns))
+    rows = [sampler.sample(seeds, [label] * columns).images for label in classes]
+    return images_figure(rows, [sampler.classes[label] for label in classes])
+
+
+def layout_figure(images: Tensor, observation: Observation, row_titles: Sequence[str]) -> Figure:
+    """Figure 5: image, the entity that wins each pixel, and the map of every entity (black 0, white its maximum).
+
+    `images` are uint8 [N, 3, S, S]; the observation is of the same N images.
+    """
+    layout = observation.layout
+    cells = []
+    for image, maps in zip(images, layout, strict=True):
+        winners = ENTITY_COLOURS(maps.argmax(0).numpy() % 20)[..., :3]
+        row = [(_to_array(image), "image"), (winners, "argmax")]
+        row += [(_heat(entity), f"{k}") for k, entity in enumerate(maps)]
+        cells.append(row)
+    return _table(cells, row_titles=row_titles, titles_on_first_row_only=True)
+
+
+def region_statistics(observation: Observation) -> list[dict[str, Any]]:
+    """Figure 4's numbers, for each image: mean and standard deviation of the feature map that entered the layer, on the
+    whole map and on the pixels that each entity wins (entities that win none are left out).
+
+    Both are taken per channel over positions, then averaged over channels.
+    """
+    rows = []
+    for features, layout in zip(observation.features.double(), observation.layout, strict=True):
+        flat, winners = features.flatten(1), layout.argmax(0).flatten()
+        regions = {}
+        for entity in winners.unique().tolist():
+            region = flat[:, winners == entity]
+            regions[entity] = {
+                "mean": region.mean().item(),
+                "std": region.std(1, correction=0).mean().item(),
+                "share": region.shape[1] / flat.shape[1],
+            }
+        whole = {"mean": flat.mean().item(), "std": flat.std(1, correction=0).mean().item()}
+        rows.append({"whole": whole, "regions": regions})
+    return rows
+
+
+def statistics_figure(images: Tensor, observation: Observation, *, regions: int = 3) -> Figure:
+    """Figure 4: image with (mean, std) of the whole map, then the largest regions with theirs."""
+    cells = []
+    for image, layout, statistics in zip(images, observation.layout, region_statistics(observation), strict=True):
+        whole = statistics["whole"]
+        row = [(_to_array(image), f"({whole['mean']:.2f}, {whole['std']:.2f})")]
+        largest = sorted(statistics["regions"].items(), key=lambda item: -item[1]["share"])[:regions]
+        for entity, region in largest:
+            row.append((_heat(layout[entity]), f"{entity}: ({region['mean']:.2f}, {region['std']:.2f})"))
+        row += [(np.ones((1, 1, 3)), "")] * (1 + regions - len(row))
+        cells.append(row)
+    return _table(cells, size=1.4)
+
+
+def write_layouts(sampler: Sampler, classes: Sequence[int], seed: int, out: Path) -> list[Path]:
+    """Figures 5 and 4 of one image a class, and their numbers; returns the files written into `out`."""
+    images, layouts = sampler.sample([seed + i for i in range(len(classes))], classes, with_layouts=True)
+    if not layouts:
+        raise CheckpointError(f"{sampler.path} has no AttentiveNorm2d in its generator, so there is no layout to draw")
+    names = [sampler.classes[label] for label in classes]
+    written, numbers = [], {}
+    for index, (site, observation) in enumerate(layouts.items()):
+        suffix = f"-{site}" if index else ""
+        written.append(save_figure(layout_figure(images, observation, names), out / f"layouts{suffix}.png"))
+        written.append(save_figure(statistics_figure(images, observation), out / f"statistics{suffix}.png"))
+        numbers[site] = {
+            "entropy": layout_entropy(observation.layout).item(),
+            "usage": entity_usage(observation.layout).tolist(),
+            "images": [
+                {"class": name, "seed": seed + i, **statistics}
+                for i, (name, statistics) in enumerate(zip(names, region_statistics(observation), strict=True))
+            ],
+        }
+    write_json(out / "layouts.json", numbers)
+    return [*written, out / "layouts.json"]
+
+
+def interpolation_figure(images: Tensor, layout: Tensor | None, entity: int, titles: Sequence[str]) -> Figure:
+    """Figure 8: the images of a walk, and under each the map of one entity, on one scale along the walk."""
+    rows = [[(_to_array(image), title) for image, title in zip(images, titles, strict=True)]]
+    if layout is not None:
+        maps = layout[:, entity]
+        low, high = maps.min().item(), maps.max().item()
+        rows.append([(_heat(map, low, high), "") for map in maps])
+    return _table(rows)
+
+
+def most_telling_entity(layout: Tensor) -> int:
+    """The entity whose map varies most over the pixels of [N, K, H, W]: the one worth showing."""
+    return int(layout.flatten(2).std(2, correction=0).mean(0).argmax())
+
+
+def curves_figure(runs: dict[str, Path]) -> Figure:
+    """Losses, scores, and the layouts' entropy and effective number of entities, against images seen."""
+    figure = Figure(figsize=(11, 6.4))
+    axes = figure.subplots(2, 2)
+    for number, (name, path) in enumerate(runs.items()):
+        color = colormaps["tab10"](number % 10)
+        rows = read_metrics(path)
+        many = len(runs) > 1
+        for axis, keys in (
+            (axes[0, 0], ("generator/loss", "discriminator/loss")),
+            (axes[0, 1], ("discriminator/real_score", "discriminator/fake_score")),
+        ):
+            for key, style in zip(keys, ("-", "--"), strict=True):
+                points = [(row["images_seen"], row[key]) for row in rows if key in row]
+                label = f"{name} {key}" if many else key
+                axis.plot(*_smooth(points), style, color=color if many else None, label=label, linewidth=1)
+        sites = sorted({key.rsplit("/", 1)[0] for row in rows for key in row if key.endswith("/entropy")})
+        for site, style in zip(sites, ("-", "--", ":", "-."), strict=False):
+            label = (f"{name} " if many else "") + site.removeprefix("layout/")
+            points = [(row["images_seen"], row[f"{site}/entropy"]) for row in rows if f"{site}/entropy" in row]
+            axes[1, 0].plot(*zip(*points, strict=True), style, color=color if many else None, label=label)
+            points = [
+                (row["images_seen"], effective_entities(row[f"{site}/usage"])) for row in rows if f"{site}/usage" in row
+            ]
+            axes[1, 1].plot(*zip(*points, strict=True), style, color=color if many else None, label=label)
+    titles = ("losses", "scores", "normalised entropy of the layout", "entities in use (exp of the usage's entropy)")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("images seen")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def effective_entities(usage: Iterable[float]) -> float:
+    """exp of the entropy of the shares of pixels that the entities win: 1 where one wins all, K where all win alike."""
+    return math.exp(-sum(share * math.log(share) for share in usage if share > 0))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that is still being written is left out."""
+    file = RunDirectory(run).metrics_file
+    if not file.is_file():
+        raise CheckpointError(f"{run} has no metrics.jsonl; expected a run directory")
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _table(
+    cells: Sequence[Sequence[tuple[np.ndarray, str]]],
+    *,
+    row_titles: Sequence[str] | None = None,
+    titles_on_first_row_only: bool = False,
+    size: float = 1.0,
+) -> Figure:
+    """Pictures in rows, each with a title above it."""
+    has_titles = any(title for row in cells for _, title in row)
+    height = size * (1.22 if has_titles and not titles_on_first_row_only else 1.04)
+    figure = Figure(figsize=(size * 1.05 * max(map(len, cells)), height * len(cells)))
+    axes = figure.subplots(len(cells), max(map(len, cells)), squeeze=False, gridspec_kw={"wspace": 0.04})
+    for number, (row, row_axes) in enumerate(zip(cells, axes, strict=True)):
+        for axis in row_axes:
+            axis.axis("off")
+        for (picture, title), axis in zip(row, row_axes, strict=False):
+            axis.imshow(picture, interpolation="nearest")
+            if title and not (titles_on_first_row_only and number):
+                axis.set_title(title, fontsize=7, pad=2)
+        if row_titles:
+            row_axes[0].text(
+                -0.08, 0.5, row_titles[number], transform=row_axes[0].transAxes, ha="right", va="center", fontsize=8
+            )
+    return figure
+
+
+def _to_array(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+def _heat(map: Tensor, low: float | None = None, high: float | None = None) -> np.ndarray:
+    low = map.min().item() if low is None else low
+    high = map.max().item() if high is None else high
+    return colormaps["gray"](((map - low) / max(high - low, 1e-12)).clamp(0, 1).numpy())[..., :3]
+
+
+def _smooth(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """A running mean over a fiftieth of the points."""
+    if not points:
+        return np.empty(0), np.empty(0)
+    x, y = np.array(points, dtype=float).T
+    window = max(len(y) // 50, 1)
+    return x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid")

@@ -1,0 +1,98 @@
+"""From a checkpoint to uint8 images and what the layers saw; needs no data set."""
+
+# N images, Z latent dimension, S image size.
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnorm.checkpoint import CheckpointError, load
+from attnorm.data.images import to_uint8
+from attnorm.layers.attentive_norm import Observation, observe_layouts
+
+
+class Samples(NamedTuple):
+    """A batch of generated images."""
+
+    images: Tensor  # uint8 [N, 3, S, S], on the CPU
+    layouts: dict[str, Observation]  # what each AttentiveNorm2d saw, by module name; empty unless asked for
+
+
+class Sampler:
+    """Images of one generator. Image number i is made from seeds[i] and labels[i] alone: whatever else is asked for,
+    the same seed and class give the same picture.
+
+    Args:
+        path: A run directory (its latest checkpoint is taken) or a checkpoint file.
+        ema: Use the average of the weights over training, as all scores do; False for the raw weights.
+        device: "auto" takes a GPU where there is one.
+
+    Raises:
+        CheckpointError: there is nothing to load.
+    """
+
+    def __init__(self, path: Path | str, *, ema: bool = True, device: str = "auto", batch_size: int = 50) -> None:
+        loaded = load(path, ema=ema, device=device)
+        self.model, self.header, self.path, self.classes = loaded.model, loaded.header, loaded.path, loaded.classes
+        self.device, self.batch_size = next(self.model.parameters()).device, batch_size
+
+    def class_index(self, name: str) -> int:
+        """The label of a class, given by its name or number."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        near = difflib.get_close_matches(name, self.classes, n=1)
+        listed = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise CheckpointError(f"{self.path} knows no class {name!r}; {hint}it has: {listed}")
+
+    def latents(self, seeds: Sequence[int]) -> Tensor:
+        """[N, Z] on the CPU: row i is the standard normal of a generator seeded with seeds[i]."""
+        rows = [torch.randn(self.model.latent_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows) if rows else torch.empty(0, self.model.latent_dim)
+
+    def batches(self, seeds: Sequence[int], labels: Sequence[int]) -> Iterator[Tensor]:
+        """uint8 [<= batch_size, 3, S, S] each, so that any number of images fits in memory."""
+        if len(seeds) != len(labels):
+            raise ValueError(f"got {len(seeds)} seeds and {len(labels)} labels; expected as many of each")
+        for start in range(0, len(seeds), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self._generate(seeds[part], torch.tensor(labels[part])).images
+
+    def sample(self, seeds: Sequence[int], labels: Sequence[int], *, with_layouts: bool = False) -> Samples:
+        """All images at once, with what the layers saw on request."""
+        if len(seeds) != len(labels):
+            raise ValueError(f"got {len(seeds)} seeds and {len(labels)} labels; expected as many of each")
+        return self._generate(seeds, torch.tensor(labels, dtype=torch.int64), with_layouts)
+
+    def interpolate(self, seed: int, classes: Sequence[int], steps: int) -> Samples:
+        """A walk through `classes` with one latent (section 5.2, Figure 8): between two of them the statistics of
+        conditional normalization are mixed linearly, in `steps` images that include both ends.
+        """
+        if len(classes) < 2 or steps < 2:
+            raise ValueError(f"got {len(classes)} classes and {steps} steps; expected at least 2 of each")
+        mixtures = []
+        for leg, (start, end) in enumerate(itertools.pairwise(classes)):
+            for share in torch.linspace(0, 1, steps)[1 if leg else 0 :]:  # a class in the middle is shown once
+                mixture = torch.zeros(len(self.classes))
+                mixture[start] += 1 - share
+                mixture[end] += share
+                mixtures.append(mixture)
+        return self._generate([seed] * len(mixtures), torch.stack(mixtures), with_layouts=True)
+
+    @torch.no_grad()
+    def _generate(self, seeds: Sequence[int], condition: Tensor, with_layouts: bool = False) -> Samples:
+        z, condition = self.latents(seeds).to(self.device), condition.to(self.device)
+        if not with_layouts:
+            return Samples(to_uint8(self.model(z, condition)).cpu(), {})
+        with observe_layouts(self.model) as seen:
+            images = to_uint8(self.model(z, condition)).cpu()
+        return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})

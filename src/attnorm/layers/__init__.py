@@ -1,0 +1,1 @@
+"""Attentive Normalization, the self-attention that it is measured against, conditional norm, residual blocks."""

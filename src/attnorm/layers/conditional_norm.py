@@ -1,0 +1,32 @@
+"""Conditional batch normalization: one scale and shift per class (de Vries et al., 2017; Miyato and Koyama, 2018)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """Batch norm without affine, then gamma_y * x + beta_y, from tables that start at 1 and 0.
+
+    The condition is a class label per image, or a mixture of classes: its gamma and beta are then the linear
+    combination, which is how the paper interpolates between categories (section 5.2, Figure 8).
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.gamma = nn.Embedding(num_classes, num_features)
+        self.beta = nn.Embedding(num_classes, num_features)
+        nn.init.ones_(self.gamma.weight)
+        nn.init.zeros_(self.beta.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`x` is [N, C, H, W]; `condition` int64 labels [N], or float mixtures [N, num_classes] (rows sum to 1)."""
+        if condition.is_floating_point():
+            gamma, beta = condition @ self.gamma.weight, condition @ self.beta.weight
+        else:
+            gamma, beta = F.embedding(condition, self.gamma.weight), F.embedding(condition, self.beta.weight)
+        gamma, beta = (table.to(x.dtype)[:, :, None, None] for table in (gamma, beta))
+        return torch.addcmul(beta, gamma, self.norm(x))

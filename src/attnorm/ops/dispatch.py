@@ -1,0 +1,48 @@
+"""Which implementation of an operation can run on given arguments, and why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("attnorm")
+_said: set[str] = set()
+
+
+def resolve(operation: str, impl: str, candidates: Mapping[str, str | None]) -> str:
+    """The name of the implementation to run.
+
+    Args:
+        impl: "auto", or the name of one candidate.
+        candidates: implementations in order of preference; each maps to None if it can run here, or to the reason
+            why it cannot.
+
+    "auto" takes the first that can run and logs, once, what it passed over. An explicit name that cannot run raises
+    ValueError with the reason: nothing falls back in silence.
+    """
+    if impl == "auto":
+        for name, obstacle in candidates.items():
+            if obstacle is None:
+                return name
+            if not torch.compiler.is_compiling():
+                _say_once(f"{operation}: not using the {name} implementation: {obstacle}")
+        raise ValueError(f"{operation}: no implementation can run: {dict(candidates)}")
+    if impl not in candidates:
+        raise ValueError(f"{operation}: impl is {impl!r}; expected 'auto' or one of {', '.join(candidates)}")
+    if candidates[impl] is not None:
+        raise ValueError(f"{operation}: impl={impl!r} cannot run: {candidates[impl]}; use impl='auto'")
+    return impl
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The precision of logits and statistics: float32, or float64 where an argument has it (docs/paper.md, row 11)."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.info(message)

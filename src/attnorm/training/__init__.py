@@ -1,0 +1,1 @@
+"""Losses, what a step of each task does, the training state, and one loop for all."""

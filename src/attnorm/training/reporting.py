@@ -1,0 +1,117 @@
+"""Where training says how it goes: metrics.jsonl, TensorBoard, sample grids, and one progress line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from attnorm.checkpoint import RunDirectory, write_atomically
+from attnorm.data.images import to_uint8
+
+SECONDS_BETWEEN_LINES = 15.0  # without a terminal
+
+
+class Report:
+    """Metrics and pictures of one run. A resumed run first drops what lies after its checkpoint: those steps are
+    made again.
+
+    Args:
+        images_seen: Where the clock stands.
+        duration_images: Where it will stop.
+    """
+
+    def __init__(self, run: RunDirectory, *, images_seen: int, duration_images: int, console: Console) -> None:
+        self.run, self.console, self.duration_images = run, console, duration_images
+        _drop_rows_after(run.metrics_file, images_seen)
+        self.metrics = run.metrics_file.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=images_seen + 1)
+        self.speed = 0.0  # images a second
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._text = ""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images, {task.fields[speed]}, time left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.bar = self.progress.add_task("training", total=duration_images, completed=images_seen, speed="", losses="")
+
+    def __enter__(self) -> Report:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        self.metrics.close()
+        self.board.close()
+
+    def advance(self, images_seen: int, batch_size: int, seconds: float) -> None:
+        """After a step that took `seconds`."""
+        now = batch_size / max(seconds, 1e-9)
+        self.speed = now if self.speed == 0 else 0.95 * self.speed + 0.05 * now
+        self.progress.update(self.bar, completed=images_seen, speed=f"{self.speed:.0f}/s", losses=self._text)
+        if not self.console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            left = (self.duration_images - images_seen) / self.speed
+            self.console.print(
+                f"{images_seen:,} of {self.duration_images:,} images, {self.speed:.0f}/s, "
+                f"{_duration(left)} left  {self._text}",
+                highlight=False,
+            )
+
+    def row(self, images_seen: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; what is a number goes to TensorBoard too."""
+        self.metrics.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            if isinstance(value, float | int):
+                self.board.add_scalar(name, value, images_seen)
+        losses = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
+        if losses:
+            self._text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+    def grid(self, images_seen: int, images: Tensor, columns: int) -> Path:
+        """Writes float images [N, 3, S, S] in [-1, 1] as one picture."""
+        picture = torchvision.utils.make_grid(to_uint8(images).cpu(), nrow=columns, padding=2).numpy()
+        path = self.run.sample_file(images_seen)
+        image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+        write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+        self.board.add_image("samples", picture, images_seen)
+        return path
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _drop_rows_after(path: Path, images_seen: int) -> None:
+    """Also drops a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["images_seen"] <= images_seen:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

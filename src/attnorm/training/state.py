@@ -1,0 +1,89 @@
+"""Everything that training changes, and nothing else: it goes into a checkpoint and comes back bit for bit.
+
+Random numbers are not part of it: every step draws from a generator seeded with (seed, images seen).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialAverage:
+    """An average of a network's weights over training, reached gradually: decay_n = min(decay, n / (n + 9))."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """After step number `step`, counted from 1.
+
+        Running moments are averaged like the weights that they belong to; the singular vectors of spectral norm are
+        copied, since an average of unit vectors is none.
+        """
+        decay = min(self.decay, step / (step + 9))
+        ours, theirs = self.network.state_dict(), network.state_dict()
+        averaged = [
+            name for name, tensor in ours.items() if tensor.is_floating_point() and not _is_singular_vector(name)
+        ]
+        torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
+        for name in ours.keys() - set(averaged):
+            ours[name].copy_(theirs[name])
+
+
+def _is_singular_vector(name: str) -> bool:
+    return name.endswith(("parametrizations.weight.0._u", "parametrizations.weight.0._v"))
+
+
+class TrainingState:
+    """Networks, their optimisers, averages, and the clock.
+
+    Args:
+        networks: By the names under which a checkpoint holds them; optimisers[name] belongs to networks[name].
+        averages: By name; a checkpoint holds their networks beside the trained ones.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        optimisers: Mapping[str, torch.optim.Optimizer],
+        averages: Mapping[str, ExponentialAverage],
+    ) -> None:
+        self.networks, self.optimisers, self.averages = dict(networks), dict(optimisers), dict(averages)
+        self.images_seen = 0
+        self.seconds = 0.0  # of training, over all legs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its name in a checkpoint."""
+        out = {}
+        modules = self.networks | {name: average.network for name, average in self.averages.items()}
+        for name, network in modules.items():
+            out.update({f"{name}.{key}": tensor for key, tensor in network.state_dict().items()})
+        for name, optimiser in self.optimisers.items():
+            for parameter_name, parameter in self.networks[name].named_parameters():
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    out[f"optimiser.{name}.{parameter_name}.{key}"] = torch.as_tensor(value)
+        return out
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`: raises RuntimeError where names or shapes differ."""
+        modules = self.networks | {name: average.network for name, average in self.averages.items()}
+        for name, network in modules.items():
+            network.load_state_dict(_below(tensors, f"{name}."))
+        for name, optimiser in self.optimisers.items():
+            parameter_names = [key for key, _ in self.networks[name].named_parameters()]
+            states: dict[int, dict[str, Tensor]] = {}
+            for index, parameter_name in enumerate(parameter_names):
+                fields = _below(tensors, f"optimiser.{name}.{parameter_name}.")
+                if fields:
+                    states[index] = fields
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

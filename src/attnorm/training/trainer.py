@@ -1,0 +1,268 @@
+"""One training loop over phases. It knows no task; its clock is images; a run that was stopped goes on bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from attnorm import config as configuration
+from attnorm.checkpoint import (
+    CheckpointError,
+    Header,
+    RunDirectory,
+    find_device,
+    read_checkpoint,
+    save_checkpoint,
+)
+from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError
+from attnorm.data.images import ImageSet, shuffled_indices, to_float
+from attnorm.training.phases import Batch, ClassConditionalTask, Phase
+from attnorm.training.reporting import Report
+from attnorm.training.state import TrainingState
+
+UNIFORM_LAYOUT = 0.98  # normalised entropy above which AN is instance normalization in all but name
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says where it stopped and what the last good checkpoint is."""
+
+
+class Task(Protocol):
+    """What the loop needs to know of a task."""
+
+    state: TrainingState
+    batches_per_step: int
+
+    def phases(self, images_seen: int) -> Sequence[Phase]: ...
+    def finish_step(self, step: int) -> None: ...
+    def grid(self, *, rows: int = 10, columns: int = 8) -> Tensor: ...
+    def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    reason: Literal["finished", "out of time", "interrupted"]
+    images_seen: int
+    checkpoint: Path
+
+
+def train(config: Config, images: ImageSet, out: Path, *, console: Console | None = None) -> Outcome:
+    """Trains from the start, or from the last checkpoint where `out` is a run of the same configuration and data.
+
+    Raises:
+        ConfigError, CheckpointError: `out` belongs to another run, or to something else.
+        TrainingError: a loss stopped being a number.
+    """
+    console = console or Console(stderr=True)
+    config = resolve(config, images)
+    run = RunDirectory(out)
+    device = find_device(config.run.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+    torch.manual_seed(config.run.seed)
+    task = ClassConditionalTask(config, device)
+    _open(run, config, images, task.state)
+    return _loop(task, config, images, run, device, console)
+
+
+def resolve(config: Config, images: ImageSet) -> Config:
+    """The configuration with what the data decide filled in."""
+    num_classes = len(images.classes)
+    if config.model.num_classes not in (0, num_classes):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, but {images.source} has {num_classes} classes; "
+            "leave it at 0 to take the data's"
+        )
+    return replace(config, model=replace(config.model, num_classes=num_classes))
+
+
+def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> None:
+    """Creates the run directory, or brings `state` to its last checkpoint."""
+    data = {
+        "source": images.source,
+        "num_images": len(images),
+        "classes": list(images.classes),
+        "fingerprint": images.fingerprint,
+        "note": images.note,
+    }
+    if not run.exists():
+        run.create(config, data)
+        return
+    old_config, old_data = run.read()
+    old, new = configuration.flatten(old_config), configuration.flatten(config)
+    changed = [key for key in new if old.get(key) != new[key] and key not in MAY_CHANGE_ON_RESUME]
+    if changed:
+        differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+    if old_data["fingerprint"] != data["fingerprint"]:
+        raise ConfigError(
+            f"{run.path} was trained on other data ({old_data['num_images']} images of {old_data['source']}, now "
+            f"{data['num_images']} of {data['source']}); give the same data, or another --out"
+        )
+    if run.checkpoints():
+        tensors, header = read_checkpoint(run.checkpoints()[-1])
+        try:
+            state.load_tensors(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{run.checkpoints()[-1]} does not fit its run: {error}") from error
+        state.images_seen, state.seconds = header.images_seen, header.seconds
+
+
+def _loop(
+    task: Task, config: Config, images: ImageSet, run: RunDirectory, device: torch.device, console: Console
+) -> Outcome:
+    state, settings = task.state, config.run
+    uniform_for: dict[str, int] = {}
+    saved_at = state.images_seen if run.checkpoints() else -1
+    first_bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none; read only when something is due
+
+    def save() -> None:
+        nonlocal saved_at
+        header = Header(config, images.classes, state.images_seen, state.seconds, images.note)
+        save_checkpoint(run.checkpoint_file(state.images_seen), state.tensors(), header)
+        run.keep_last(settings.keep_checkpoints)
+        saved_at = state.images_seen
+
+    def look() -> None:
+        seed_step(settings.seed, state.images_seen)
+        statistics = task.layout_statistics(_batch(config, images, state.images_seen, 0, task, device))
+        if statistics:
+            report.row(state.images_seen, statistics)
+        for key, value in statistics.items():
+            if key.endswith("/entropy") and isinstance(value, float):
+                uniform_for[key] = uniform_for.get(key, 0) + 1 if value > UNIFORM_LAYOUT else 0
+                if uniform_for[key] == 3:
+                    report.say(
+                        f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is "
+                        "instance normalization; a larger model.an.temperature sharpens it"
+                    )
+
+    def draw() -> None:
+        grid = task.grid()
+        report.grid(state.images_seen, grid, columns=8)
+
+    def is_due(every: int) -> bool:
+        return state.images_seen // every != (state.images_seen - settings.batch_size) // every
+
+    def require_finite() -> None:
+        if first_bad_step.item():
+            last_good = run.checkpoints()[-1] if run.checkpoints() else "none"
+            raise TrainingError(
+                f"a loss was not finite at step {first_bad_step.item()} (images seen: "
+                f"{first_bad_step.item() * settings.batch_size:,}); last good checkpoint: {last_good}. "
+                "Try a lower learning rate (optim.g_lr, optim.d_lr) or precision float32 in a new run"
+            )
+
+    with (
+        _stop_on_signals() as stop,
+        Report(run, images_seen=state.images_seen, duration_images=settings.duration_images, console=console) as report,
+    ):
+        if state.images_seen == 0:
+            look()
+            draw()
+        out_of_time = False
+        while state.images_seen < settings.duration_images and not stop and not out_of_time:
+            started = time.perf_counter()
+            step = state.images_seen // settings.batch_size + 1
+            seed_step(settings.seed, state.images_seen)
+            logged: dict[str, Tensor] = {}
+            for index, phase in enumerate(task.phases(state.images_seen)):
+                batch = _batch(config, images, state.images_seen, index, task, device)
+                loss, values = run_phase(phase, state, batch, settings.precision)
+                first_bad_step = torch.where((first_bad_step == 0) & ~loss.isfinite(), step, first_bad_step)
+                logged |= values
+            task.finish_step(step)
+            state.images_seen += settings.batch_size
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            report.advance(state.images_seen, settings.batch_size, seconds)
+
+            if is_due(settings.log_every_images):
+                require_finite()
+                numbers = {name: value.item() for name, value in logged.items()}
+                extra = {"step": step, "seconds": state.seconds, "images_per_second": report.speed}
+                report.row(state.images_seen, numbers | extra)
+            if is_due(settings.layout_every_images):
+                look()
+            if is_due(settings.grid_every_images):
+                draw()
+            out_of_time = 0 < settings.max_minutes * 60 <= state.seconds
+            if is_due(settings.checkpoint_every_images):
+                require_finite()
+                save()
+        require_finite()
+        if saved_at != state.images_seen:
+            save()
+        if not stop and not run.sample_file(state.images_seen).exists():
+            draw()
+
+    finished = state.images_seen >= settings.duration_images
+    reason: Literal["finished", "out of time", "interrupted"] = (
+        "finished" if finished else "interrupted" if stop else "out of time"
+    )
+    return Outcome(reason, state.images_seen, run.checkpoints()[-1])
+
+
+def run_phase(
+    phase: Phase, state: TrainingState, batch: Batch, precision: str = "float32"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One optimiser update; returns the loss and the values to log, all detached."""
+    for name, network in state.networks.items():
+        network.requires_grad_(name == phase.network)  # no gradients for weights that this phase does not change
+    optimiser = state.optimisers[phase.network]
+    optimiser.zero_grad(set_to_none=True)
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss, logged = phase.loss(batch)
+    loss.backward()
+    optimiser.step()
+    return loss.detach(), {name: value.detach() for name, value in logged.items()}
+
+
+def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
+    """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
+    state = np.random.SeedSequence((seed, images_seen, rank)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state >> np.uint64(1)))
+
+
+def _batch(config: Config, images: ImageSet, images_seen: int, index: int, task: Task, device: torch.device) -> Batch:
+    """Batch number `index` of the step that begins at `images_seen`, from the endless stream of shuffled epochs."""
+    size = config.run.batch_size
+    start = images_seen * task.batches_per_step + index * size
+    pixels, labels = images.batch(shuffled_indices(len(images), start, size, seed=config.run.seed))
+    real = to_float(pixels.to(device, non_blocking=True))
+    if config.data.flip:
+        mirrored = torch.rand(size, device=device) < 0.5
+        real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
+    if config.run.channels_last:
+        real = real.to(memory_format=torch.channels_last)
+    return Batch(real, labels.to(device, non_blocking=True))
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[list[Any]]:
+    """A list that stops being empty at the first Ctrl-C or SIGTERM; a second one ends the program at once."""
+    received: list[Any] = []
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(number, previous[number])
+        received.append(number)
+
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, handle)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

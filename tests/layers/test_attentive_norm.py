@@ -1,0 +1,934 @@
+"""AttentiveNorm2d against section 3 of the paper, written out in loops, and what else its users rely on."""
+
+# N batch, C channels, K entities (the paper's n).
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnorm import AttentiveNorm2d, entity_usage, layout_entropy, observe_layouts
+from attnorm.ops import dispatch, draw_positions
+
+
+class Tolerance(NamedTuple):
+    rtol: float
+    atol: float
+
+
+TOLERANCES = {
+    # Loops and matrix products add in different orders: some hundred roundings of 1e-16, and gradients of up to 1e2.
+    "float64": Tolerance(rtol=1e-9, atol=1e-11),
+    # The same, of second derivatives of a square, which reach 1e4.
+    "float64, second derivatives": Tolerance(rtol=1e-8, atol=1e-9),
+    # x = 1e3 + N(0,1) is itself rounded to 3e-5, v(x) and logits to a few times that; E[x^2] - mu^2 would err by 0.09.
+    "float32, offset 1e3": Tolerance(rtol=0, atol=1e-3),
+    # The same sums in another order or layout of memory, of numbers of size 10 at most.
+    "float32": Tolerance(rtol=1e-5, atol=1e-5),
+}
+# Of a whole tensor, as |got - expected| / |expected|.
+RELATIVE_ERRORS = {
+    # What is stored (v(x), the output, a gradient) is rounded, 2^-9 at most each, sums are not: four such roundings.
+    torch.bfloat16: 4 * 2**-9,
+    torch.float16: 4 * 2**-12,
+    # v(x) has its input and its weight rounded too, and what reaches the layout through it are sums that cancel.
+    "autocast": 10 * 2**-9,
+    # Gradients through numbers that the offset has rounded by 1e-4.
+    "float32, offset 1e3": 1e-3,
+}
+
+IMPLS = ("reference", "fused")
+
+
+# The literal reference
+
+
+class Literal(NamedTuple):
+    out: Tensor  # [N, C, H, W]
+    layout: Tensor  # [N, K, H, W]
+    mean: Tensor  # [M, K, C]; M = N, or 1 for moments over the batch
+    var: Tensor
+
+
+def literal_attentive_norm(
+    p: Mapping[str, Tensor],
+    x: Tensor,
+    positions: Tensor | None,
+    *,
+    temperature: float,
+    statistics: str = "weighted",
+    moments: str = "instance",
+    clamp_t: bool = False,
+    eps: float = 1e-5,
+    running: tuple[Tensor, Tensor] | None = None,
+) -> Literal:
+    """Eq. 2 to 6, image by image, entity by entity, pixel by pixel; only channels are vectors.
+
+    Args:
+        p: Parameters by their names in the layer's state_dict; what is missing is switched off.
+        positions: Sampled positions of the pooled map, [N, K]; None without self-sampling (t = 0).
+        running: Mean and variance to use, [K, C] each, in place of the region's own.
+    """
+    num_images, _, height, width = x.shape
+    num_entities = len(p["entities.weight"])
+    pixels = [(row, column) for row in range(height) for column in range(width)]
+
+    def translated(name: str, image: int, row: int, column: int) -> Tensor:
+        """The 1x1 convolution `name` at one pixel."""
+        return p[f"{name}.weight"][:, :, 0, 0] @ x[image, :, row, column] + p[f"{name}.bias"]
+
+    layout: dict[tuple[int, int, int, int], Tensor] = {}
+    for image in range(num_images):
+        if positions is not None:
+            pooled = []  # k(X) max-pooled 2x2, ceil mode, row by row
+            for top in range(0, height, 2):
+                for left in range(0, width, 2):
+                    window = [
+                        translated("key", image, row, column)
+                        for row in range(top, min(top + 2, height))
+                        for column in range(left, min(left + 2, width))
+                    ]
+                    pooled.append(torch.stack(window).max(0).values)
+        for row, column in pixels:
+            raw = []
+            for i in range(num_entities):
+                activation = torch.dot(p["entities.weight"][i, :, 0, 0], x[image, :, row, column])  # f(X)
+                if positions is not None:
+                    key = pooled[int(positions[image, i])]
+                    f_ij = torch.dot(key, translated("query", image, row, column))  # Eq. 2
+                    t = p["t"][i]
+                    if clamp_t and not 0 < t.item() < 1:  # a constant from there on
+                        t = torch.tensor(min(max(t.item(), 0.0), 1.0), dtype=t.dtype)
+                    activation = t * f_ij + activation  # Eq. 3
+                raw.append(activation)
+            total = sum(torch.exp(temperature * activation) for activation in raw)
+            for i, activation in enumerate(raw):
+                layout[image, i, row, column] = torch.exp(temperature * activation) / total  # Eq. 4
+
+    v = {
+        (image, row, column): translated("value", image, row, column)
+        if "value.weight" in p
+        else x[image, :, row, column]
+        for image in range(num_images)
+        for row, column in pixels
+    }
+    groups = [[image] for image in range(num_images)] if moments == "instance" else [list(range(num_images))]
+    x_bar = {key: torch.zeros_like(vector) for key, vector in v.items()}
+    means, variances = [], []
+    for group in groups:
+        for i in range(num_entities):
+            points = [
+                (layout[image, i, row, column], v[image, row, column]) for image in group for row, column in pixels
+            ]
+            area = sum(s for s, _ in points)
+            if running is not None:
+                mean, var = running[0][i], running[1][i]
+            elif statistics == "weighted":
+                mean = sum(s * point for s, point in points) / area
+                var = sum(s * (point - mean) ** 2 for s, point in points) / area
+            elif statistics == "masked":
+                mean = sum(s * point for s, point in points) / len(points)
+                var = sum((s * point - mean) ** 2 for s, point in points) / len(points)
+            else:  # released: the mean over positions divided by the area once more, and S squared in the variance
+                mean = sum(s * point for s, point in points) / len(points) / area
+                var = sum((s * point - mean) ** 2 for s, point in points) / area
+            means.append(mean)
+            variances.append(var)
+            sigma = torch.sqrt(var + eps) if statistics == "weighted" else torch.sqrt(var) + eps
+            for image in group:
+                for row, column in pixels:
+                    normalized = (v[image, row, column] - mean) / sigma
+                    if "weight" in p:
+                        normalized = normalized * p["weight"][i] + p["bias"][i]
+                    x_bar[image, row, column] = x_bar[image, row, column] + normalized * layout[image, i, row, column]
+
+    out = torch.stack([p["rho"] * x_bar[key] + x[key[0], :, key[1], key[2]] for key in v])  # Eq. 6, [N*H*W, C]
+    regions = [layout[image, i, r, c] for image in range(num_images) for i in range(num_entities) for r, c in pixels]
+    return Literal(
+        out.reshape(num_images, height, width, -1).permute(0, 3, 1, 2),
+        torch.stack(regions).reshape(num_images, num_entities, height, width),
+        torch.stack(means).reshape(len(groups), num_entities, -1),
+        torch.stack(variances).reshape(len(groups), num_entities, -1),
+    )
+
+
+# Building a layer and comparing it
+
+
+def make_layer(num_features: int = 4, num_entities: int = 3, *, dtype: torch.dtype = torch.float64, **switches: Any):
+    """A layer in which nothing is special: random parameters, unequal t, and rho not 0, or all gradients would be."""
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(num_features, num_entities, **{"temperature": 0.5, "reduction": 2, **switches})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        layer.rho.fill_(0.7)
+        if layer.self_sampling:
+            low, high = (-0.4, 1.3) if layer.clamp_t else (0.2, 0.9)
+            layer.t.copy_(torch.linspace(low, high, num_entities))
+        if layer.moments == "batch":
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return layer.to(dtype)
+
+
+def feature_map(*shape: int, offset: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) + offset).to(dtype)
+
+
+def seeded(seed: int = 2) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run_literal(layer: AttentiveNorm2d, parameters: Mapping[str, Tensor], x: Tensor) -> Literal:
+    """The reference on the positions that `layer` draws from `seeded()`."""
+    positions = None
+    if layer.self_sampling and layer.training:
+        positions = draw_positions(x, layer.num_entities, shared=layer.shared_sampling, generator=seeded())
+    running = None
+    if layer.moments == "batch" and not layer.training:
+        running = (layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype))
+    return literal_attentive_norm(
+        parameters,
+        x,
+        positions,
+        temperature=layer.temperature,
+        statistics=layer.statistics,
+        moments=layer.moments,
+        clamp_t=layer.clamp_t,
+        eps=layer.eps,
+        running=running,
+    )
+
+
+def with_gradients(out: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The output and the gradient of a random projection of it with respect to each input."""
+    projection = torch.randn(out.shape, generator=seeded(5), dtype=torch.float64).to(out.dtype)
+    gradients = torch.autograd.grad(out, list(inputs.values()), projection, materialize_grads=True, allow_unused=True)
+    return {"out": out.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def layer_results(layer: AttentiveNorm2d, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    layer = copy.deepcopy(layer)  # whose running moments may change
+    return with_gradients(layer(x, generator=seeded()), {"x": x, **dict(layer.named_parameters())})
+
+
+def literal_results(layer: AttentiveNorm2d, x: Tensor) -> dict[str, Tensor]:
+    """In float64, from the values that the layer has."""
+    x = x.detach().double().requires_grad_()
+    parameters = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    return with_gradients(run_literal(layer, parameters, x).out, {"x": x, **parameters})
+
+
+def assert_all_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: Tolerance) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name],
+            expected[name].to(got[name].dtype),
+            rtol=tolerance.rtol,
+            atol=tolerance.atol,
+            check_stride=False,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def zero_by_mathematics(layer: AttentiveNorm2d) -> set[str]:
+    """Parameters that no output depends on."""
+    without_sampling = {"key.weight", "key.bias", "query.weight", "query.bias", "t"}
+    zero = set() if layer.training or not layer.self_sampling else without_sampling  # t = 0 in evaluation
+    if layer.num_entities == 1:  # a layout of ones
+        zero |= {"entities.weight", *without_sampling}
+    if layer.statistics == "weighted" and (layer.moments == "instance" or layer.training):
+        zero |= {"value.bias"}  # a shift before a normalization
+    return zero
+
+
+# Every switch
+
+
+class Case(NamedTuple):
+    switches: dict[str, Any]
+    training: bool = True
+
+
+SWITCHES = {
+    "defaults": Case({}),
+    "evaluation": Case({}, training=False),
+    "temperature": Case({"temperature": 1.3}),
+    "affine-off": Case({"affine": False}),
+    "value-off": Case({"value_projection": False}),
+    "affine-and-value-off": Case({"affine": False, "value_projection": False}),
+    "reduction-1": Case({"reduction": 1}),
+    "reduction-beyond-C": Case({"reduction": 64}),
+    "eps": Case({"eps": 0.3}),
+    "one-entity": Case({"num_entities": 1}),
+    "self-sampling-off": Case({"self_sampling": False}),
+    "shared-sampling": Case({"shared_sampling": True}),
+    "clamp-t": Case({"clamp_t": True}),
+    "batch": Case({"moments": "batch"}),
+    "batch-evaluation": Case({"moments": "batch"}, training=False),
+    "batch-value-off": Case({"moments": "batch", "value_projection": False}),
+    "masked": Case({"statistics": "masked"}),
+    "masked-eps": Case({"statistics": "masked", "eps": 0.3}),
+    "masked-evaluation": Case({"statistics": "masked"}, training=False),
+    "masked-batch": Case({"statistics": "masked", "moments": "batch"}),
+    "masked-batch-evaluation": Case({"statistics": "masked", "moments": "batch"}, training=False),
+    "released": Case({"statistics": "released"}),
+    "released-eps": Case({"statistics": "released", "eps": 0.3}),
+    "released-evaluation": Case({"statistics": "released"}, training=False),
+    "released-batch": Case({"statistics": "released", "moments": "batch"}),
+    "released-as-published": Case(
+        {"statistics": "released", "affine": False, "shared_sampling": True, "clamp_t": True}
+    ),
+}
+
+
+def impls_of(case: Case) -> tuple[str, ...]:
+    return IMPLS if case.switches.get("statistics", "weighted") == "weighted" else ("reference", "auto")
+
+
+@pytest.mark.parametrize(
+    ("case", "impl"),
+    [pytest.param(case, impl, id=f"{name}-{impl}") for name, case in SWITCHES.items() for impl in impls_of(case)],
+)
+def test_every_switch_equals_the_equations(case: Case, impl: str) -> None:
+    layer = make_layer(**case.switches, impl=impl).train(case.training)
+    x = feature_map(2, 4, 3, 4, offset=0.5)
+    expected = literal_results(layer, x)
+    for name, value in expected.items():  # or comparing with it would show nothing
+        if name not in zero_by_mathematics(layer):
+            assert value.abs().max() > 1e-4, f"the reference gradient of {name} vanishes"
+    assert_all_close(layer_results(layer, x), expected, TOLERANCES["float64"])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in SWITCHES.items()])
+def test_layout_equals_the_equations(case: Case) -> None:
+    layer = make_layer(**case.switches).train(case.training)
+    x = feature_map(2, 4, 3, 4)
+    expected = run_literal(layer, dict(layer.named_parameters()), x).layout
+    _, layout = layer(x, return_layout=True, generator=seeded())
+    torch.testing.assert_close(layout, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_clamped_t_outside_the_unit_interval_has_no_gradient(impl: str) -> None:
+    layer = make_layer(num_entities=4, clamp_t=True, impl=impl)
+    with torch.no_grad():
+        layer.t.copy_(torch.tensor([-0.5, 0.3, 0.8, 1.5]))
+    gradient = layer_results(layer, feature_map(2, 4, 4, 4))["t"]
+    assert gradient[0] == gradient[3] == 0
+    assert gradient[1:3].abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("statistics", ["weighted", "masked", "released"])
+def test_training_moves_running_moments_a_tenth_of_the_way(statistics: str) -> None:
+    layer = make_layer(moments="batch", statistics=statistics)
+    x = feature_map(2, 4, 3, 3, offset=2.0)
+    literal = run_literal(layer, dict(layer.named_parameters()), x)
+    mean, var = (0.9 * buffer.clone() for buffer in (layer.running_mean, layer.running_var))
+    layer(x, generator=seeded())
+    torch.testing.assert_close(layer.running_mean, mean + 0.1 * literal.mean[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(layer.running_var, var + 0.1 * literal.var[0], rtol=1e-9, atol=1e-11)
+
+
+def test_evaluation_leaves_running_moments_alone() -> None:
+    layer = make_layer(moments="batch").eval()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer(feature_map(2, 4, 3, 3))
+    assert before.keys() == {"running_mean", "running_var"}
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_image_is_normalized_alone_unless_moments_are_over_the_batch() -> None:
+    x = feature_map(2, 4, 3, 3)
+    elsewhere = torch.cat([x[:1], x[1:] * 5])
+    for moments, is_alone in (("instance", True), ("batch", False)):
+        layer = make_layer(moments=moments, self_sampling=False)
+        assert torch.allclose(layer(x)[0], layer(elsewhere)[0], rtol=0, atol=1e-12) == is_alone
+
+
+# Eq. 1
+
+
+@pytest.mark.parametrize("orthogonality", ["cosine", "raw"])
+def test_orthogonality_penalty_equals_equation_1(orthogonality: str) -> None:
+    layer = make_layer(orthogonality=orthogonality)
+    rows = layer.entities.weight.detach().flatten(1).clone().requires_grad_()
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            product = sum(rows[i, c] * rows[j, c] for c in range(4))
+            if orthogonality == "cosine":
+                product = product / torch.sqrt(sum(rows[i, c] ** 2 for c in range(4)))
+                product = product / torch.sqrt(sum(rows[j, c] ** 2 for c in range(4)))
+            expected = expected + (product - int(i == j)) ** 2
+    penalty = layer.orthogonality_penalty()
+    assert penalty.shape == ()
+    torch.testing.assert_close(penalty, expected)
+    (gradient,) = torch.autograd.grad(penalty, layer.entities.weight)
+    (expected_gradient,) = torch.autograd.grad(expected, rows)
+    assert expected_gradient.abs().max() > 1e-2
+    torch.testing.assert_close(gradient.flatten(1), expected_gradient)
+
+
+@pytest.mark.parametrize(("orthogonality", "expected"), [("cosine", 1.0), ("raw", 3.0)])
+def test_orthogonality_penalty_of_two_rows_at_45_degrees(orthogonality: str, expected: float) -> None:
+    layer = AttentiveNorm2d(2, 2, orthogonality=orthogonality)
+    with torch.no_grad():
+        layer.entities.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]])[:, :, None, None])
+    assert layer.orthogonality_penalty().item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("length", "raw"), [(1.0, 0.0), (3.0, 3 * 8.0**2)], ids=["unit", "longer"])
+def test_orthogonality_penalty_of_orthogonal_rows(length: float, raw: float) -> None:
+    rows = length * torch.linalg.qr(feature_map(4, 4)).Q[:3]
+    for orthogonality, expected in (("cosine", 0.0), ("raw", raw)):
+        layer = make_layer(orthogonality=orthogonality)
+        with torch.no_grad():
+            layer.entities.weight.copy_(rows[:, :, None, None])
+        assert layer.orthogonality_penalty().item() == pytest.approx(expected, abs=1e-12)
+
+
+# Shapes, strides and precisions
+
+SHAPES = {
+    "one-pixel": (2, 4, 3, 1, 1),  # variance 0; the pool has a single, incomplete window
+    "one-row": (1, 4, 3, 1, 3),
+    "odd": (1, 4, 3, 5, 7),  # incomplete pooling windows at two borders
+    "more-entities-than-pixels": (2, 3, 7, 2, 2),  # positions are drawn with replacement
+    "one-channel": (2, 1, 3, 3, 3),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
+def test_shape_equals_the_equations(shape: tuple[int, ...], impl: str) -> None:
+    num_images, channels, entities, height, width = shape
+    layer = make_layer(channels, entities, impl=impl)
+    x = feature_map(num_images, channels, height, width)
+    assert_all_close(layer_results(layer, x), literal_results(layer, x), TOLERANCES["float64"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_batch_of_zero_images_gives_zero_images(impl: str, training: bool) -> None:
+    for moments in ("instance", "batch"):
+        layer = make_layer(impl=impl, moments=moments).train(training)
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        x = torch.zeros(0, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+        out, layout = layer(x, return_layout=True)
+        out.sum().backward()
+        assert out.shape == (0, 4, 4, 4)
+        assert layout.shape == (0, 3, 4, 4)
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert not layer.entities.weight.grad.any()
+        for name, buffer in layer.named_buffers():
+            assert torch.equal(buffer, before[name])
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every-other-pixel": lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, ::2, 1::2],
+    "batch-last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda x: x[:1].expand(2, -1, -1, -1),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in STRIDES.items()])
+def test_strides_do_not_change_values(make: Any, impl: str) -> None:
+    layer = make_layer(impl=impl)
+    x = make(feature_map(2, 4, 4, 6))
+    assert not x.is_contiguous()
+    assert_all_close(layer_results(layer, x), layer_results(layer, x.contiguous()), TOLERANCES["float64"])
+
+
+def test_channels_last_module_and_input_change_nothing_but_rounding() -> None:
+    layer = make_layer(8, 4, dtype=torch.float32)
+    x = feature_map(2, 8, 6, 6, dtype=torch.float32)
+    expected = layer_results(layer, x)
+    memory_format = torch.channels_last
+    got = layer_results(layer.to(memory_format=memory_format), x.contiguous(memory_format=memory_format))
+    assert_all_close(got, expected, TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_loses_only_what_it_stores(dtype: torch.dtype, impl: str) -> None:
+    layer = make_layer(dtype=dtype, impl=impl)
+    x = feature_map(2, 4, 4, 5, dtype=dtype)
+    expected, got = literal_results(layer, x), layer_results(layer, x)
+    assert got["out"].dtype == dtype
+    for name, value in got.items():
+        if name not in zero_by_mathematics(layer):
+            assert relative_error(value, expected[name]) < RELATIVE_ERRORS[dtype], name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("moments", ["instance", "batch"])
+def test_large_mean_costs_no_digits(impl: str, moments: str) -> None:
+    layer = make_layer(impl=impl, moments=moments, dtype=torch.float32)
+    with torch.no_grad():  # so that the offset reaches the statistics and does not saturate the layout
+        for convolution in (layer.entities, layer.key, layer.query):
+            convolution.weight -= convolution.weight.mean(1, keepdim=True)
+    x = feature_map(2, 4, 4, 5, offset=1e3, dtype=torch.float32)
+    got, expected = layer_results(layer, x), literal_results(layer, x)
+    torch.testing.assert_close(got["out"].double(), expected["out"], **TOLERANCES["float32, offset 1e3"]._asdict())
+    for name, value in got.items():
+        if name not in zero_by_mathematics(layer):
+            assert relative_error(value, expected[name]) < RELATIVE_ERRORS["float32, offset 1e3"], name
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("moments", ["instance", "batch"])
+def test_first_and_second_derivatives_are_those_of_the_output(impl: str, training: bool, moments: str) -> None:
+    layer = make_layer(2, 2, impl=impl, moments=moments).train(training)
+    used = {n: p for n, p in layer.named_parameters() if n not in zero_by_mathematics(layer)}
+    buffers = dict(layer.named_buffers())
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        state = dict(zip(used, parameters, strict=True)) | {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(layer, state, (x,), {"generator": seeded()})
+
+    inputs = (feature_map(2, 2, 2, 3).requires_grad_(), *(p.detach().requires_grad_() for p in used.values()))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_penalty_equals_the_equations(impl: str) -> None:
+    """WGAN-GP differentiates the norm of a gradient: a kernel that is differentiable once gives silent zeros there."""
+    layer = make_layer(impl=impl)
+    x = feature_map(2, 4, 3, 4)
+
+    def penalty(out: Tensor, x: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+    x_layer, x_literal = (x.clone().requires_grad_() for _ in range(2))
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    value = penalty(layer(x_layer, generator=seeded()), x_layer)
+    expected = penalty(run_literal(layer, parameters, x_literal).out, x_literal)
+    got_all = with_gradients(value, {"x": x_layer, **dict(layer.named_parameters())})
+    expected_all = with_gradients(expected, {"x": x_literal, **parameters})
+    for name, gradient in expected_all.items():
+        if name not in zero_by_mathematics(layer):
+            assert gradient.abs().max() > 1e-4, name
+    assert_all_close(got_all, expected_all, TOLERANCES["float64, second derivatives"])
+
+
+# What the layer is at special values
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_entity_equals_instance_norm(impl: str) -> None:
+    layer = make_layer(4, 1, value_projection=False, impl=impl)
+    x = feature_map(2, 4, 5, 5, offset=3.0)
+    normalized = F.instance_norm(x, weight=layer.weight[0], bias=layer.bias[0], eps=layer.eps)
+    torch.testing.assert_close(layer(x), x + layer.rho * normalized, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_new_layer_is_exactly_the_identity(dtype: torch.dtype, training: bool) -> None:
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(8).to(dtype).train(training)
+    x = feature_map(2, 8, 6, 5, offset=1.0, dtype=dtype)
+    assert torch.equal(layer(x), x)
+
+
+def test_new_layer_has_the_papers_initial_values() -> None:
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(256)
+    assert layer.num_entities == 16 and layer.temperature == 0.1
+    assert torch.equal(layer.t, torch.full((16,), 0.1))
+    assert torch.equal(layer.weight, torch.ones(16, 256))
+    assert torch.equal(layer.bias, torch.zeros(16, 256))
+    assert layer.key.out_channels == layer.query.out_channels == 32
+    # N(0, 1): 4,096 draws, so the mean is within 0.016 and the deviation within 0.011 two times in three.
+    assert abs(layer.entities.weight.mean().item()) < 0.06
+    assert layer.entities.weight.std().item() == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_layout_is_a_distribution_over_entities(impl: str, training: bool) -> None:
+    layer = make_layer(4, 5, dtype=torch.float32, impl=impl, temperature=3.0).train(training)
+    layout = layer.layout(feature_map(3, 4, 5, 5, dtype=torch.float32))
+    assert layout.shape == (3, 5, 5, 5)
+    assert layout.min() >= 0 and layout.max() <= 1
+    assert layout.max() > 0.9 and layout.min() < 0.01  # a distribution, not the uniform one
+    torch.testing.assert_close(layout.sum(1), torch.ones(3, 5, 5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_permuting_pixels_permutes_the_output_in_evaluation(impl: str) -> None:
+    layer = make_layer(impl=impl).eval()
+    x = feature_map(2, 4, 4, 5)
+    order = torch.randperm(20, generator=seeded())
+
+    def permuted(x: Tensor) -> Tensor:
+        return x.flatten(2)[:, :, order].unflatten(2, (4, 5))
+
+    assert not torch.allclose(permuted(x), x)
+    torch.testing.assert_close(layer(permuted(x)), permuted(layer(x)), rtol=1e-10, atol=1e-12)
+
+
+def test_returned_layout_is_the_one_that_was_used() -> None:
+    layer = make_layer(value_projection=False, affine=False)
+    x = feature_map(2, 4, 4, 4)
+    out, layout = layer(x, return_layout=True, generator=seeded())
+    assert not torch.allclose(layout, layer.layout(x, generator=seeded(9)), atol=1e-3)  # training draws it anew
+    s, point = layout[:, :, None], x[:, None]
+    area = s.sum((3, 4), keepdim=True)
+    mean = (s * point).sum((3, 4), keepdim=True) / area
+    var = (s * (point - mean) ** 2).sum((3, 4), keepdim=True) / area
+    torch.testing.assert_close(out, x + layer.rho * ((point - mean) / (var + 1e-5).sqrt() * s).sum(1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_entity_that_wins_nothing_gives_no_nan(impl: str, training: bool) -> None:
+    layer = make_layer(4, 6, dtype=torch.float32, impl=impl).train(training)
+    with torch.no_grad():
+        layer.entities.weight *= 1e3
+        layer.entities.weight[0] = 0  # never the largest of six extreme logits, and far below the largest
+    x = feature_map(2, 4, 4, 4, dtype=torch.float32)
+    layout = layer.layout(x, generator=seeded())
+    assert layout.isfinite().all()
+    assert (layout.sum((2, 3)) == 0).any(), "no region is empty: the logits are not extreme enough for this test"
+    for name, value in layer_results(layer, x).items():
+        assert value.isfinite().all(), name
+
+
+# Randomness
+
+
+def test_evaluation_draws_no_random_number_and_is_deterministic() -> None:
+    layer = make_layer().eval()
+    x = feature_map(2, 4, 4, 4)
+    torch.manual_seed(3)
+    generator = seeded()
+    before, generator_before = torch.get_rng_state(), generator.get_state()
+    first, second, third = layer(x), layer(x, generator=generator), layer(x, generator=seeded(7))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator.get_state(), generator_before)
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_training_draws_from_the_generator_it_is_given() -> None:
+    layer = make_layer()
+    x = feature_map(2, 4, 6, 6)
+    torch.manual_seed(3)
+    before, generator = torch.get_rng_state(), seeded()
+    first = layer(x, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(generator.get_state(), seeded().get_state())
+    assert torch.equal(first, layer(x, generator=seeded()))
+    assert not torch.equal(first, layer(x, generator=generator))
+
+
+def test_training_without_a_generator_draws_from_the_global_one() -> None:
+    layer = make_layer()
+    x = feature_map(2, 4, 6, 6)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = layer(x), layer(x)
+    assert not torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+
+
+def test_training_without_self_sampling_draws_nothing() -> None:
+    layer = make_layer(self_sampling=False)
+    x = feature_map(2, 4, 4, 4)
+    before = torch.get_rng_state()
+    out = layer(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(out, layer.eval()(x))
+
+
+# Autocast, compilation, many processes, memory
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_autocast_leaves_the_layout_in_float32(impl: str, training: bool) -> None:
+    layer = make_layer(8, 4, dtype=torch.float32, impl=impl).train(training)
+    x = feature_map(2, 8, 4, 4, dtype=torch.float32)
+    expected = layer_results(layer, x)
+    expected_layout = layer.layout(x, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, layout = layer(x, return_layout=True, generator=seeded())
+        penalty = layer.orthogonality_penalty()
+        got = layer_results(layer, x)
+    assert layout.dtype == torch.float32
+    assert torch.equal(layout, expected_layout)
+    assert torch.equal(penalty, layer.orthogonality_penalty())
+    assert torch.equal(got["out"], out)
+    for name, value in got.items():  # only v(X) is in bfloat16
+        if name not in zero_by_mathematics(layer):
+            assert relative_error(value, expected[name].double()) < RELATIVE_ERRORS["autocast"], name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiled_layer_equals_the_eager_one(training: bool) -> None:
+    torch.compiler.reset()
+    layer = make_layer(dtype=torch.float32).train(training)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = feature_map(2, 4, 4, 6, dtype=torch.float32)
+
+    def results(function: Any) -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        return with_gradients(function(leaf), {"x": leaf, **dict(layer.named_parameters())})
+
+    assert_all_close(results(compiled), results(layer), TOLERANCES["float32"])
+
+
+WORKER = """
+import json, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from attnorm import AttentiveNorm2d
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=60))
+given = torch.load(f"{folder}/given.pt", weights_only=True)
+layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2).double()
+layer.load_state_dict(given["state"])
+model = DistributedDataParallel(layer)
+half = slice(2 * rank, 2 * rank + 2)
+for step in range(2):  # an unused parameter would make the second forward raise
+    layer.zero_grad()
+    out = model(given["x"][half], generator=torch.Generator().manual_seed(2))
+    (out * given["projection"][half]).mean().backward()
+torch.save({name: p.grad for name, p in layer.named_parameters()}, f"{folder}/gradients{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
+    layer = make_layer(shared_sampling=True, temperature=0.1)  # shared: both processes draw the same positions
+    x, projection = feature_map(4, 4, 4, 4), feature_map(4, 4, 4, 4, offset=0.1)
+    torch.save({"state": layer.state_dict(), "x": x, "projection": projection}, tmp_path / "given.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+
+    (layer(x, generator=seeded()) * projection).mean().backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation, forward or backward, returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def largest_tensor(layer: AttentiveNorm2d, x: Tensor) -> int:
+    x = x.clone().requires_grad_()
+    with LargestTensor() as mode:
+        layer(x).sum().backward()
+    return mode.numel
+
+
+@pytest.mark.parametrize("moments", ["instance", "batch"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_fused_form_never_builds_the_n_fold_tensor(moments: str, training: bool) -> None:
+    x = feature_map(2, 64, 16, 16, dtype=torch.float32)
+    layers = {
+        impl: make_layer(64, 8, dtype=torch.float32, reduction=8, moments=moments, impl=impl).train(training)
+        for impl in (*IMPLS, "auto")
+    }
+    assert largest_tensor(layers["reference"], x) == 8 * x.numel()
+    assert largest_tensor(layers["fused"], x) < 2 * x.numel()
+    assert largest_tensor(layers["auto"], x) < 2 * x.numel()  # so that is the default
+
+
+# Names, messages, errors
+
+ALL_NAMES = {
+    *("entities.weight", "key.weight", "key.bias", "query.weight", "query.bias", "value.weight", "value.bias"),
+    *("t", "weight", "bias", "rho"),
+}
+
+
+@pytest.mark.parametrize(
+    ("switches", "names"),
+    [
+        pytest.param({}, ALL_NAMES, id="defaults"),
+        pytest.param({"affine": False}, ALL_NAMES - {"weight", "bias"}, id="affine-off"),
+        pytest.param({"value_projection": False}, ALL_NAMES - {"value.weight", "value.bias"}, id="value-off"),
+        pytest.param(
+            {"self_sampling": False},
+            ALL_NAMES - {"key.weight", "key.bias", "query.weight", "query.bias", "t"},
+            id="self-sampling-off",
+        ),
+        pytest.param({"moments": "batch"}, ALL_NAMES | {"running_mean", "running_var"}, id="batch"),
+    ],
+)
+def test_state_dict_names(switches: dict[str, Any], names: set[str]) -> None:
+    assert set(AttentiveNorm2d(8, **switches).state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        pytest.param(torch.zeros(2, 5, 4, 4), r"got 5 channels.*expected a floating .*\[N, 4, H, W\]", id="channels"),
+        pytest.param(torch.zeros(4, 4, 4), r"got 3 dimensions.*expected a floating .*\[N, 4, H, W\]", id="3-D"),
+        pytest.param(
+            torch.zeros(2, 4, 4, 4, dtype=torch.int64), r"got a tensor of torch.int64.*floating", id="integer"
+        ),
+        pytest.param([[0.0]], r"got list.*expected a floating feature map", id="list"),
+    ],
+)
+def test_wrong_input_is_told_what_was_expected(x: Any, message: str) -> None:
+    layer = AttentiveNorm2d(4)
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    with pytest.raises(ValueError, match=message):
+        layer.layout(x)
+
+
+@pytest.mark.parametrize("switch", ["statistics", "moments", "orthogonality", "impl"])
+def test_unknown_switch_value_is_told_the_choices(switch: str) -> None:
+    with pytest.raises(ValueError, match=rf"{switch} is 'unknown'; expected one of \w+, \w+"):
+        AttentiveNorm2d(4, **{switch: "unknown"})
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)], ids=["features", "entities"])
+def test_no_features_or_no_entities_is_an_error(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"num_features is \d, num_entities \d; expected at least 1"):
+        AttentiveNorm2d(*sizes)
+
+
+@pytest.mark.parametrize("statistics", ["masked", "released"])
+def test_fused_on_request_raises_where_it_cannot_run(statistics: str) -> None:
+    layer = AttentiveNorm2d(4, statistics=statistics, impl="fused")
+    with pytest.raises(ValueError, match=rf"impl='fused' cannot run: statistics='{statistics}'.*use impl='auto'"):
+        layer(torch.zeros(1, 4, 2, 2))
+
+
+def test_falling_back_to_the_reference_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    layer = make_layer(statistics="masked")
+    x = feature_map(1, 4, 3, 3)
+    with caplog.at_level(logging.INFO, logger="attnorm"):
+        AttentiveNorm2d(4).double()(x)  # falls back on nothing
+        layer(x)
+        layer(x)
+    (record,) = caplog.records
+    assert "not using the fused implementation: statistics='masked'" in record.getMessage()
+
+
+def test_repr_names_the_switches_that_are_set() -> None:
+    assert AttentiveNorm2d(8).extra_repr() == "8, num_entities=16, temperature=0.1"
+    layer = AttentiveNorm2d(
+        8,
+        4,
+        temperature=0.25,
+        affine=False,
+        value_projection=False,
+        statistics="masked",
+        moments="batch",
+        orthogonality="raw",
+        shared_sampling=True,
+        clamp_t=True,
+        impl="reference",
+    )
+    assert layer.extra_repr() == (
+        "8, num_entities=4, temperature=0.25, affine=False, value_projection=False, statistics='masked', "
+        "moments='batch', orthogonality='raw', shared_sampling=True, clamp_t=True, impl='reference'"
+    )
+    assert "self_sampling=False" in repr(AttentiveNorm2d(8, self_sampling=False))
+
+
+# Looking inside
+
+
+def test_observe_layouts_returns_inputs_and_layouts_by_name() -> None:
+    first, second = make_layer(), make_layer(4, 5)
+    model = nn.Sequential(first, nn.ReLU(), nn.ModuleDict({"an": second})["an"]).eval()
+    x = feature_map(2, 4, 3, 3)
+    with observe_layouts(model) as seen:
+        out = model(x)
+    assert list(seen) == ["0", "2"]
+    middle = F.relu(first(x))
+    assert torch.equal(seen["0"].features, x)
+    assert torch.equal(seen["0"].layout, first.layout(x))
+    assert torch.equal(seen["2"].features, middle)
+    assert torch.equal(seen["2"].layout, second.layout(middle))
+    assert not seen["2"].layout.requires_grad and not seen["2"].features.requires_grad
+    assert torch.equal(out, model(x))
+
+
+def test_observe_layouts_keeps_the_last_pass_and_then_stops_looking() -> None:
+    layer = make_layer().eval()
+    x = feature_map(1, 4, 3, 3)
+    with observe_layouts(layer) as seen:
+        layer(x)
+        layer(2 * x)
+    layer(3 * x)
+    assert torch.equal(seen[""].features, 2 * x)
+    with pytest.raises(RuntimeError, match="inside"), observe_layouts(layer):
+        raise RuntimeError("inside")
+    assert not layer._forward_hooks
+
+
+def test_entropy_and_usage_of_a_layer_that_sorts_pixels() -> None:
+    layer = AttentiveNorm2d(2, 2, temperature=1.0).eval()
+    with torch.no_grad():
+        layer.entities.weight.copy_(1e3 * torch.eye(2)[:, :, None, None])
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).T.reshape(1, 2, 2, 2)
+    layout = layer.layout(x)
+    assert layout_entropy(layout).item() == 0
+    assert entity_usage(layout).tolist() == [0.75, 0.25]
+    assert layout_entropy(layer.layout(torch.zeros(1, 2, 2, 2))).item() == pytest.approx(1, abs=1e-6)

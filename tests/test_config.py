@@ -1,0 +1,323 @@
+"""Configurations: to JSON and back, changed with `a.b=value`, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnorm.config import (
+    MAY_CHANGE_ON_RESUME,
+    AttentiveNormConfig,
+    ClassConditionalConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    OptimiserConfig,
+    RunConfig,
+    flatten,
+    from_dict,
+    override,
+    to_dict,
+)
+
+# Any valid configuration
+
+positive = st.floats(min_value=1e-12, max_value=1e6)
+share = st.floats(min_value=0, max_value=1, exclude_max=True)
+count = st.integers(min_value=1, max_value=10**9)
+words = st.text(alphabet="abcXYZ019/._- =,", max_size=12).map(str.strip)
+
+layers = st.builds(
+    AttentiveNormConfig,
+    num_entities=count,
+    temperature=st.none() | positive,
+    affine=st.booleans(),
+    value_projection=st.booleans(),
+    reduction=count,
+    statistics=st.sampled_from(["weighted", "masked", "released"]),
+    moments=st.sampled_from(["instance", "batch"]),
+    orthogonality=st.sampled_from(["cosine", "raw"]),
+    self_sampling=st.booleans(),
+    shared_sampling=st.booleans(),
+    clamp_t=st.booleans(),
+    eps=positive,
+    impl=st.sampled_from(["auto", "reference", "fused"]),
+)
+models = st.builds(
+    ClassConditionalConfig,
+    image_size=st.sampled_from([32, 64, 128, 256]),
+    num_classes=st.integers(0, 1000),
+    width=count,
+    latent_dim=count,
+    context=st.sampled_from(["an", "self_attention", "none"]),
+    an_blocks=st.lists(st.integers(1, 3), max_size=3).map(tuple),
+    site=st.sampled_from(["replace", "insert"]),
+    d_last_flat=st.booleans(),
+    g_spectral_norm=st.booleans(),
+    d_spectral_norm=st.booleans(),
+    head=st.sampled_from(["projection", "auxiliary"]),
+    an=layers,
+)
+optimisers = st.builds(OptimiserConfig, g_lr=positive, d_lr=positive, beta1=share, beta2=share, d_steps=count)
+runs = st.builds(
+    RunConfig,
+    seed=st.integers(0, 2**62),
+    batch_size=count,
+    max_minutes=st.floats(0, 1e6),
+    device=words,
+    precision=st.sampled_from(["float32", "bfloat16"]),
+)
+configs = st.builds(
+    Config,
+    preset=words,
+    model=models,
+    data=st.builds(DataConfig, source=words, flip=st.booleans()),
+    optim=optimisers,
+    run=runs,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_json_round_trip_gives_the_same_configuration(config: Config) -> None:
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_every_leaf_can_be_set_from_text(config: Config) -> None:
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    changed = override(Config(), [f"{name}={text(value)}" for name, value in flatten(config).items()])
+    assert changed == config
+
+
+def test_to_dict_has_json_types_only() -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for item in value.values():
+                check(item)
+        else:
+            assert type(value) in (str, int, float, bool, list, type(None)), value
+
+    check(to_dict(Config()))
+    assert to_dict(Config())["model"]["an_blocks"] == [3]
+
+
+def test_missing_keys_take_their_defaults() -> None:
+    config = from_dict(Config, {"run": {"seed": 4}, "model": {"an": {"affine": False}}})
+    assert config == Config(run=RunConfig(seed=4), model=ClassConditionalConfig(an=AttentiveNormConfig(affine=False)))
+
+
+def test_flatten_names_every_leaf() -> None:
+    leaves = flatten(Config())
+    assert leaves["model.an.num_entities"] == 16
+    assert leaves["run.batch_size"] == 64
+    assert "model.an" not in leaves and "model" not in leaves
+    groups = (AttentiveNormConfig, ClassConditionalConfig, DataConfig, OptimiserConfig, RunConfig, Config)
+    assert len(leaves) == sum(len(dataclasses.fields(group)) for group in groups) - 5
+
+
+def test_what_may_change_on_resume_exists() -> None:
+    assert set(flatten(Config())) >= MAY_CHANGE_ON_RESUME
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().run.seed = 3  # type: ignore[misc]
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "value"),
+    [
+        ("run.batch_size=32", "run.batch_size", 32),
+        ("run.duration_images=1e6", "run.duration_images", 1_000_000),
+        ("run.duration_images=2.5e3", "run.duration_images", 2_500),
+        ("run.duration_images=6_400_000", "run.duration_images", 6_400_000),
+        (" run.seed = 7 ", "run.seed", 7),
+        ("optim.g_lr=2e-4", "optim.g_lr", 2e-4),
+        ("optim.classifier_weight=3", "optim.classifier_weight", 3.0),
+        ("run.tf32=true", "run.tf32", True),
+        ("run.tf32=Yes", "run.tf32", True),
+        ("run.tf32=1", "run.tf32", True),
+        ("model.an.affine=false", "model.an.affine", False),
+        ("model.an.affine=no", "model.an.affine", False),
+        ("model.an.affine=0", "model.an.affine", False),
+        ("model.an_blocks=2,3", "model.an_blocks", [2, 3]),
+        ("model.an_blocks=(1, 2)", "model.an_blocks", [1, 2]),
+        ("model.an_blocks=[4]", "model.an_blocks", [4]),
+        ("model.an_blocks=", "model.an_blocks", []),
+        ("model.context=self_attention", "model.context", "self_attention"),
+        ("model.context=none", "model.context", "none"),
+        ("model.an.temperature=0.25", "model.an.temperature", 0.25),
+        ("model.an.temperature=2", "model.an.temperature", 2.0),
+        ("data.source=a=b.zip", "data.source", "a=b.zip"),
+        ("data.source=none", "data.source", "none"),
+    ],
+)
+def test_text_becomes_the_type_of_the_setting(setting: str, name: str, value: Any) -> None:
+    before, after = flatten(Config()), flatten(override(Config(), [setting]))
+    assert after[name] == value and type(after[name]) is type(value)
+    assert {key for key in after if after[key] != before[key]} <= {name}
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+def test_none_takes_an_optional_setting_back(text: str) -> None:
+    config = override(Config(), ["model.an.temperature=0.5", f"model.an.temperature={text}"])
+    assert config.model.an.temperature is None
+
+
+def test_settings_apply_in_order() -> None:
+    assert override(Config(), ["run.seed=1", "run.batch_size=2", "run.seed=3"]).run == RunConfig(seed=3, batch_size=2)
+    assert override(Config(), []) == Config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "nearest"),
+    [
+        ("run.batchsize=3", "run.batch_size"),
+        ("batch_size=3", "run.batch_size"),
+        ("optim.batch_size=3", "run.batch_size"),
+        ("model.an.num_entitys=3", "model.an.num_entities"),
+        ("num_entities=3", "model.an.num_entities"),
+        ("model.num_entities=3", "model.an.num_entities"),
+        ("optim.glr=3", "optim.g_lr"),
+        ("modle.width=3", "model.width"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(setting: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"there is no setting {setting.split('=')[0]}; did you mean {nearest}\?"):
+        override(Config(), [setting])
+
+
+@pytest.mark.parametrize("setting", ["model=3", "model.an=3", "run={}", "run.seed.x=3", "=3", ".=3", "model.=3"])
+def test_group_is_not_a_setting(setting: str) -> None:
+    with pytest.raises(ConfigError, match="there is no setting"):
+        override(Config(), [setting])
+
+
+def test_setting_without_a_value_shows_how() -> None:
+    with pytest.raises(ConfigError, match=r"--set got 'run.seed'; expected KEY=VALUE, for example"):
+        override(Config(), ["run.seed"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("run.batch_size=big", "run.batch_size is 'big'; expected a whole number"),
+        ("run.batch_size=1.5", "run.batch_size is '1.5'; expected a whole number"),
+        ("run.batch_size=1.5e0", "run.batch_size is '1.5e0'; expected a whole number"),
+        ("run.batch_size=1e999", "run.batch_size is '1e999'; expected a whole number"),
+        ("run.batch_size=none", "run.batch_size is 'none'; expected a whole number"),
+        ("run.batch_size=", "run.batch_size is ''; expected a whole number"),
+        ("optim.g_lr=fast", "optim.g_lr is 'fast'; expected a number"),
+        ("run.tf32=maybe", "run.tf32 is 'maybe'; expected true or false"),
+        ("model.an_blocks=3,x", "model.an_blocks is 'x'; expected a whole number"),
+        ("model.an.temperature=warm", "model.an.temperature is 'warm'; expected a number or none"),
+        ("model.context=attention", "model.context is 'attention'; expected one of an, self_attention, none"),
+        ("model.context=ann", r"expected one of an, self_attention, none; did you mean an\?"),
+        ("run.precision=float16", r"run.precision is 'float16'; expected one of .*; did you mean \w+\?"),
+    ],
+)
+def test_wrong_type_is_told_what_was_expected(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(Config(), [setting])
+
+
+FLOAT_SETTINGS = [name for name, value in flatten(Config()).items() if type(value) is float] + ["model.an.temperature"]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("name", FLOAT_SETTINGS)
+def test_number_that_is_not_finite_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=name.rsplit(".", 1)[-1]):
+        override(Config(), [f"{name}={text}"])
+
+
+# from_dict
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run": {"batchsize": 3}}, r"there is no setting run.batchsize; did you mean run.batch_size\?"),
+        ({"modle": {}}, r"there is no setting modle; did you mean model\?"),
+        ({"run": {"batch_size": "3"}}, "run.batch_size is '3'; expected a whole number"),
+        ({"run": {"batch_size": 3.0}}, "run.batch_size is 3.0; expected a whole number"),
+        ({"run": {"batch_size": True}}, "run.batch_size is True; expected a whole number"),
+        ({"run": {"tf32": 1}}, "run.tf32 is 1; expected true or false"),
+        ({"optim": {"g_lr": "1"}}, "optim.g_lr is '1'; expected a number"),
+        ({"optim": {"g_lr": True}}, "optim.g_lr is True; expected a number"),
+        ({"optim": {"g_lr": None}}, "optim.g_lr is None; expected a number"),
+        ({"optim": {"orthogonality_weight": math.nan}}, "optim.orthogonality_weight is nan; expected a number"),
+        ({"optim": {"g_lr": math.inf}}, "optim.g_lr is inf; expected a number"),
+        ({"model": {"an_blocks": 3}}, "model.an_blocks is 3; expected a list of a whole number"),
+        ({"model": {"an_blocks": ["3"]}}, "model.an_blocks is '3'; expected a whole number"),
+        ({"model": {"context": "attention"}}, "model.context is 'attention'; expected one of"),
+        ({"model": {"context": ["an"]}}, "model.context is .*; expected one of"),
+        ({"model": {"an": 3}}, "model.an is 3; expected a group of settings"),
+        ({"run": None}, "run is None; expected a group of settings"),
+    ],
+)
+def test_wrong_dictionary_is_told_what_was_expected(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Config, values)
+
+
+def test_whole_numbers_of_json_are_numbers() -> None:
+    config = from_dict(Config, {"optim": {"g_lr": 1}, "model": {"an": {"temperature": 2}}})
+    assert type(config.optim.g_lr) is float and config.optim.g_lr == 1
+    assert type(config.model.an.temperature) is float
+
+
+# Validation
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.image_size=48", r"model.image_size is 48; expected one of \(32, 64, 128, 256\)"),
+        ("model.width=0", "model.width is 0; expected at least 1"),
+        ("model.num_classes=-1", "model.num_classes is -1; expected 0"),
+        ("model.latent_dim=0", "model.latent_dim is 0; expected at least 1"),
+        ("model.an_blocks=6", "names block 6; a 128-pixel generator has blocks 1 to 5"),
+        ("model.an_blocks=0", "names block 0; a 128-pixel generator has blocks 1 to 5"),
+        ("model.an.num_entities=0", "num_entities is 0; expected at least 1"),
+        ("model.an.reduction=0", "reduction is 0; expected at least 1"),
+        ("model.an.temperature=0", "temperature is 0.0; expected a positive number"),
+        ("model.an.eps=0", "eps is 0.0; expected a positive number"),
+        ("optim.g_lr=0", "optim.g_lr is 0.0; expected a positive number"),
+        ("optim.d_lr=-1", "optim.d_lr is -1.0; expected a positive number"),
+        ("optim.beta1=1", "optim.beta1 is 1.0; expected 0 <= beta1 < 1"),
+        ("optim.beta2=-0.1", "optim.beta2 is -0.1; expected 0 <= beta2 < 1"),
+        ("optim.ema_decay=1", "optim.ema_decay is 1.0; expected 0 <= ema_decay < 1"),
+        ("optim.d_steps=0", "optim.d_steps is 0; expected at least 1"),
+        ("run.batch_size=0", "run.batch_size is 0; expected at least 1"),
+        ("run.duration_images=0", "run.duration_images is 0; expected at least 1"),
+        ("run.keep_checkpoints=0", "run.keep_checkpoints is 0; expected at least 1"),
+        ("run.grid_every_images=0", "run.grid_every_images is 0; expected at least 1"),
+        ("run.checkpoint_every_images=0", "run.checkpoint_every_images is 0; expected at least 1"),
+        ("run.max_minutes=-1", "run.max_minutes is -1.0; expected 0"),
+        ("run.seed=-1", "run.seed is -1; expected 0 or more"),
+    ],
+)
+def test_setting_that_cannot_be_meant_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(Config(), [setting])
+
+
+def test_temperature_follows_the_width_unless_it_is_set() -> None:
+    """Row 7: the paper's 0.1 at the paper's width; a quarter of the channels halves the spread of the logits."""
+    assert ClassConditionalConfig(width=64).temperature == pytest.approx(0.1)
+    assert ClassConditionalConfig(width=16).temperature == pytest.approx(0.2)
+    assert ClassConditionalConfig(width=16, an=AttentiveNormConfig(temperature=0.1)).temperature == 0.1
