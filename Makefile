@@ -1,0 +1,37 @@
+# Both commands do all their own set-up: a virtual environment in .venv, then the work.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test
+
+help:
+	@echo "make demo   train a small generator on built-in photographs (about five minutes on two cores), write demo/index.html"
+	@echo "make test   lint, types and tests"
+	@echo "Both first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
+
+demo: .venv/.installed
+	@echo "== Training the preset 'demo' for at most five minutes (Ctrl-C stops it; make demo goes on)"
+	@$(BIN)/attnorm train --preset demo --out demo/run
+	@echo "== Drawing what it learnt"
+	@$(BIN)/attnorm page demo/run --out demo --overwrite
+	@echo "Open demo/index.html in a browser."
+
+test: .venv/.installed
+	@echo "== Lint and format"
+	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff format --check src tests
+	@echo "== Types"
+	@$(BIN)/mypy
+	@echo "== Tests"
+	@$(BIN)/python -m pytest
+
+# constraints.txt holds a set of releases that works together; pyproject.toml says what may differ from it.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "attnorm needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "== Installing into .venv (the first time takes a few minutes: torch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ echo "python3-venv is missing: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
