@@ -23,6 +23,8 @@ from attnorm.config import Config, ConfigError, UserError
 from attnorm.presets import PRESETS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from attnorm.data.images import ImageSet
     from attnorm.inference import Sampler
 
@@ -154,7 +156,7 @@ def sample(
     from PIL import Image
 
     from attnorm.checkpoint import write_atomically, write_json
-    from attnorm.figures import samples_figure, save_figure
+    from attnorm.figures import images_figure, save_figure
 
     if num < 1 or seed < 0:
         raise ConfigError(f"--num is {num} and --seed {seed}; expected at least 1 image and a seed from 0 up")
@@ -166,6 +168,7 @@ def sample(
     folders = {label: out / _folder_name(sampler, label) for label in sorted(set(labels))}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
+    firsts: dict[int, list[Tensor]] = {label: [] for label in chosen}
     number = 0
     batches = sampler.batches(seeds, labels)
     for batch in track(
@@ -175,9 +178,12 @@ def sample(
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             file = folders[labels[number]] / f"{seeds[number]:06d}.png"
             write_atomically(file, functools.partial(image.save, format="PNG"))
+            if len(firsts[labels[number]]) < 8:
+                firsts[labels[number]].append(pixels)
             number += 1
-    columns = min(8, -(-num // len(chosen)))
-    save_figure(samples_figure(sampler, chosen[:20], columns=columns, seed=seed), out / "grid.png")
+    shown = [label for label in chosen if firsts[label]][:20]
+    grid = images_figure([firsts[label] for label in shown], [sampler.classes[label] for label in shown])
+    save_figure(grid, out / "grid.png")
     record = {
         "checkpoint": str(sampler.path),
         "images_seen": sampler.header.images_seen,
@@ -285,6 +291,27 @@ def page(
     sampler = _sampler(run, device=device)
     _require_free(out, overwrite)
     print(write_page(run, sampler, out))
+
+
+@app.command
+def curves(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[Path, tyro.conf.arg(metavar="PNG")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Plot losses, scores, and the layouts' entropy and entities in use of one or several runs against images seen.
+
+    Args:
+        runs: Run directories; each is named by its folder.
+        out: The picture to write.
+        overwrite: Replace a picture that is there.
+    """
+    from attnorm.figures import curves_figure, save_figure
+
+    if not runs:
+        raise ConfigError("no run was named; expected one or several run directories")
+    _require_free(out, overwrite)
+    print(save_figure(curves_figure({run.resolve().name: run for run in runs}), out))
 
 
 @app.command

@@ -231,18 +231,16 @@ def override(config: T, settings: typing.Iterable[str]) -> T:
         path, equals, text = setting.partition("=")
         path = path.strip()
         _require(bool(equals), f"--set got {setting!r}; expected KEY=VALUE, for example run.batch_size=32")
+        if path not in flatten(config):
+            raise ConfigError(_unknown(path, list(flatten(config))))
         config = _replace_leaf(config, path.split("."), text.strip(), path)
     return config
 
 
 def _replace_leaf(config: T, names: list[str], text: str, path: str) -> T:
     head, *rest = names
-    hints = typing.get_type_hints(type(config))
-    prefix = path[: len(path) - len(".".join(names))]
-    is_group = head in hints and dataclasses.is_dataclass(hints[head])
-    if head not in hints or is_group != bool(rest):
-        raise ConfigError(_unknown(path, [prefix + name for name in flatten(config)]))
-    value = _replace_leaf(getattr(config, head), rest, text, path) if rest else _parse(text, hints[head], path)
+    hint = typing.get_type_hints(type(config))[head]
+    value = _replace_leaf(getattr(config, head), rest, text, path) if rest else _parse(text, hint, path)
     return dataclasses.replace(typing.cast(Any, config), **{head: value})
 
 
@@ -268,9 +266,10 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     for kind in (int, float):
         if kind in options:
             try:
-                return kind(text.replace("_", "")) if kind is float or "e" not in text.lower() else _whole(text)
-            except ValueError:
+                value = _whole(text) if kind is int and "e" in text.lower() else kind(text.replace("_", ""))
+            except (ValueError, OverflowError):
                 raise ConfigError(f"{path} is {text!r}; expected {_describe(hint)}") from None
+            return _checked(value, hint, path)
     return _checked(text, hint, path)
 
 

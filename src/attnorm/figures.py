@@ -32,8 +32,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def images_figure(rows: Sequence[Tensor], row_titles: Sequence[str]) -> Figure:
-    """uint8 images, [N, 3, S, S] a row."""
+def images_figure(rows: Sequence[Iterable[Tensor]], row_titles: Sequence[str]) -> Figure:
+    """uint8 images [3, S, S] in rows, each with its title."""
     return _table([[(_to_array(image), "") for image in row] for row in rows], row_titles=row_titles)
 
 

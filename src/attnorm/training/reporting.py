@@ -11,11 +11,12 @@ import numpy as np
 import torchvision
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from attnorm.checkpoint import RunDirectory, write_atomically
+from attnorm.config import RunConfig
 from attnorm.data.images import to_uint8
 
 SECONDS_BETWEEN_LINES = 15.0  # without a terminal
@@ -26,29 +27,21 @@ class Report:
     made again.
 
     Args:
-        images_seen: Where the clock stands.
-        duration_images: Where it will stop.
+        resumed_at: Images seen at the checkpoint that training goes on from; None at a start.
     """
 
-    def __init__(self, run: RunDirectory, *, images_seen: int, duration_images: int, console: Console) -> None:
-        self.run, self.console, self.duration_images = run, console, duration_images
-        _drop_rows_after(run.metrics_file, images_seen)
+    def __init__(self, run: RunDirectory, settings: RunConfig, *, resumed_at: int | None, console: Console) -> None:
+        self.run, self.settings, self.console = run, settings, console
+        _drop_rows_after(run.metrics_file, -1 if resumed_at is None else resumed_at)
         self.metrics = run.metrics_file.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=images_seen + 1)
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=None if resumed_at is None else resumed_at)
         self.speed = 0.0  # images a second
         self._last_line = -SECONDS_BETWEEN_LINES
-        self._text = ""
+        self._losses = ""
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[speed]}, time left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console,
-            disable=not console.is_terminal,
+            BarColumn(), TextColumn("{task.description}"), console=console, disable=not console.is_terminal
         )
-        self.bar = self.progress.add_task("training", total=duration_images, completed=images_seen, speed="", losses="")
+        self.bar = self.progress.add_task("training", total=settings.duration_images, completed=resumed_at or 0)
 
     def __enter__(self) -> Report:
         self.progress.start()
@@ -59,19 +52,21 @@ class Report:
         self.metrics.close()
         self.board.close()
 
-    def advance(self, images_seen: int, batch_size: int, seconds: float) -> None:
-        """After a step that took `seconds`."""
-        now = batch_size / max(seconds, 1e-9)
+    def advance(self, images_seen: int, seconds: float, total_seconds: float) -> None:
+        """After a step that took `seconds`, `total_seconds` into training: the progress line."""
+        now = self.settings.batch_size / max(seconds, 1e-9)
         self.speed = now if self.speed == 0 else 0.95 * self.speed + 0.05 * now
-        self.progress.update(self.bar, completed=images_seen, speed=f"{self.speed:.0f}/s", losses=self._text)
+        left = (self.settings.duration_images - images_seen) / self.speed
+        if self.settings.max_minutes:
+            left = min(left, max(self.settings.max_minutes * 60 - total_seconds, 0))
+        text = (
+            f"{images_seen:,} of {self.settings.duration_images:,} images, {self.speed:.0f}/s, "
+            f"{_duration(left)} left  {self._losses}"
+        )
+        self.progress.update(self.bar, completed=images_seen, description=text)
         if not self.console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            left = (self.duration_images - images_seen) / self.speed
-            self.console.print(
-                f"{images_seen:,} of {self.duration_images:,} images, {self.speed:.0f}/s, "
-                f"{_duration(left)} left  {self._text}",
-                highlight=False,
-            )
+            self.console.print(text, highlight=False)
 
     def row(self, images_seen: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; what is a number goes to TensorBoard too."""
@@ -82,7 +77,7 @@ class Report:
                 self.board.add_scalar(name, value, images_seen)
         losses = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
         if losses:
-            self._text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            self._losses = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
     def grid(self, images_seen: int, images: Tensor, columns: int) -> Path:
         """Writes float images [N, 3, S, S] in [-1, 1] as one picture."""

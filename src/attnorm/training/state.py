@@ -76,13 +76,19 @@ class TrainingState:
         for name, network in modules.items():
             network.load_state_dict(_below(tensors, f"{name}."))
         for name, optimiser in self.optimisers.items():
-            parameter_names = [key for key, _ in self.networks[name].named_parameters()]
             states: dict[int, dict[str, Tensor]] = {}
-            for index, parameter_name in enumerate(parameter_names):
+            started = any(key.startswith(f"optimiser.{name}.") for key in tensors)  # before its first step it has none
+            for index, (parameter_name, parameter) in enumerate(self.networks[name].named_parameters()):
                 fields = _below(tensors, f"optimiser.{name}.{parameter_name}.")
-                if fields:
-                    states[index] = fields
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+                if started and fields.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                    raise RuntimeError(f"optimiser.{name}.{parameter_name} has {sorted(fields)}; expected Adam's state")
+                # Fused Adam pairs numbers by their place in memory: a moment must lie as its parameter does, or
+                # channels_last would go on with the moments of other weights.
+                states[index] = {
+                    key: value if key == "step" else torch.empty_like(parameter).copy_(value)
+                    for key, value in fields.items()
+                }
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": states if started else {}})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

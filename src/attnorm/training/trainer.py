@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,9 @@ def _loop(
     def is_due(every: int) -> bool:
         return state.images_seen // every != (state.images_seen - settings.batch_size) // every
 
+    def is_out_of_time() -> bool:
+        return 0 < settings.max_minutes * 60 <= state.seconds
+
     def require_finite() -> None:
         if first_bad_step.item():
             last_good = run.checkpoints()[-1] if run.checkpoints() else "none"
@@ -166,13 +170,12 @@ def _loop(
 
     with (
         _stop_on_signals() as stop,
-        Report(run, images_seen=state.images_seen, duration_images=settings.duration_images, console=console) as report,
+        Report(run, settings, resumed_at=state.images_seen if saved_at >= 0 else None, console=console) as report,
     ):
         if state.images_seen == 0:
             look()
             draw()
-        out_of_time = False
-        while state.images_seen < settings.duration_images and not stop and not out_of_time:
+        while state.images_seen < settings.duration_images and not stop and not is_out_of_time():
             started = time.perf_counter()
             step = state.images_seen // settings.batch_size + 1
             seed_step(settings.seed, state.images_seen)
@@ -186,7 +189,7 @@ def _loop(
             state.images_seen += settings.batch_size
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            report.advance(state.images_seen, settings.batch_size, seconds)
+            report.advance(state.images_seen, seconds, state.seconds)
 
             if is_due(settings.log_every_images):
                 require_finite()
@@ -197,7 +200,6 @@ def _loop(
                 look()
             if is_due(settings.grid_every_images):
                 draw()
-            out_of_time = 0 < settings.max_minutes * 60 <= state.seconds
             if is_due(settings.checkpoint_every_images):
                 require_finite()
                 save()
@@ -253,6 +255,9 @@ def _batch(config: Config, images: ImageSet, images_seen: int, index: int, task:
 def _stop_on_signals() -> Iterator[list[Any]]:
     """A list that stops being empty at the first Ctrl-C or SIGTERM; a second one ends the program at once."""
     received: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield received
+        return
 
     def handle(number: int, _: object) -> None:
         signal.signal(number, previous[number])

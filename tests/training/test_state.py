@@ -1,0 +1,155 @@
+"""The average of the weights, and the training state's way into a checkpoint and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from attnorm.config import Config, override
+from attnorm.training.phases import Batch, ClassConditionalTask
+from attnorm.training.state import ExponentialAverage
+from attnorm.training.trainer import run_phase
+
+TINY = (
+    "model.image_size=32",
+    "model.num_classes=3",
+    "model.width=2",
+    "model.latent_dim=4",
+    "model.an.num_entities=3",
+    "model.an.moments=batch",
+    "run.batch_size=2",
+)
+
+
+def tiny_task(*settings: str, seed: int = 0) -> ClassConditionalTask:
+    torch.manual_seed(seed)
+    return ClassConditionalTask(override(Config(), [*TINY, *settings]), torch.device("cpu"))
+
+
+def step(task: ClassConditionalTask, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    batch = Batch(torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1, torch.tensor([0, 2]))
+    for phase in task.phases(0):
+        run_phase(phase, task.state, batch)
+    task.finish_step(number)
+
+
+def test_average_follows_the_recursion_with_its_ramp() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 2.0)
+    average = ExponentialAverage(network, decay=0.5)
+    expected = 2.0
+    for number in range(1, 21):
+        nn.init.constant_(network.weight, float(number))
+        decay = min(0.5, number / (number + 9))  # 0.1, 2/11, ..., 0.5 from step 9 on
+        expected = decay * expected + (1 - decay) * number
+        average.update(network, number)
+        assert average.network.weight.item() == pytest.approx(expected, rel=1e-6), number
+    # Once the ramp is over, a constant input is approached by half its distance a step.
+    before = average.network.weight.item()
+    average.update(network, 21)
+    assert average.network.weight.item() - 20 == pytest.approx((before - 20) / 2, rel=1e-5)
+
+
+def test_running_moments_are_averaged_and_counters_copied() -> None:
+    network = nn.BatchNorm2d(2)
+    average = ExponentialAverage(network, decay=0.9)
+    with torch.no_grad():
+        network.running_mean.fill_(10.0)
+        network.running_var.fill_(3.0)
+        network.num_batches_tracked.fill_(7)
+    average.update(network, 1)  # decay 0.1
+    assert average.network.running_mean.tolist() == pytest.approx([9.0, 9.0])
+    assert average.network.running_var.tolist() == pytest.approx([2.8, 2.8])
+    assert average.network.num_batches_tracked.item() == 7
+
+
+def test_singular_vectors_are_copied_and_not_averaged() -> None:
+    network = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2, bias=False))
+    average = ExponentialAverage(network, decay=0.9)
+    with torch.no_grad():
+        network.parametrizations.weight.original.fill_(1.0)
+    network(torch.ones(1, 3))  # one power iteration
+    before = average.network.parametrizations.weight[0]._u.clone()
+    average.update(network, 5)
+    ours, theirs = average.network.parametrizations.weight[0], network.parametrizations.weight[0]
+    assert torch.equal(ours._u, theirs._u) and torch.equal(ours._v, theirs._v)
+    assert not torch.equal(before, ours._u)
+
+
+def test_average_is_apart_from_the_network_and_never_trains() -> None:
+    task = tiny_task()
+    assert not task.average.network.training
+    assert not any(parameter.requires_grad for parameter in task.average.network.parameters())
+    before = {name: tensor.clone() for name, tensor in task.average.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in task.generator.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.average.network.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [(), ("run.channels_last=true",)], ids=["contiguous", "channels_last"])
+def test_state_comes_back_bit_for_bit_and_goes_on_alike(settings: tuple[str, ...]) -> None:
+    original, restored = tiny_task(*settings), tiny_task(*settings, seed=99)
+    for number in (1, 2):
+        torch.manual_seed(number)
+        step(original, number)
+    # As a checkpoint keeps them: contiguous copies.
+    stored = {name: tensor.detach().clone().contiguous() for name, tensor in original.state.tensors().items()}
+    assert differing(stored, restored.state.tensors())
+    restored.state.load_tensors(stored)
+    assert not differing(stored, restored.state.tensors())
+    for task in (original, restored):
+        torch.manual_seed(3)
+        step(task, 3)
+    assert not differing(original.state.tensors(), restored.state.tensors())
+
+
+def test_state_holds_networks_averages_moments_and_steps() -> None:
+    task = tiny_task()
+    step(task, 1)
+    step(task, 2)
+    tensors = task.state.tensors()
+    for name, network in (("generator", task.generator), ("discriminator", task.discriminator)):
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensors[f"{name}.{key}"], tensor)
+        for key, parameter in network.named_parameters():
+            moments = task.state.optimisers[name].state[parameter]
+            for part in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(tensors[f"optimiser.{name}.{key}.{part}"], moments[part])
+            assert tensors[f"optimiser.{name}.{key}.step"].item() == 2
+    ema = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+    assert not differing(ema, task.average.network.state_dict())
+    assert differing(ema, task.generator.state_dict())
+
+
+def test_a_missing_tensor_is_refused() -> None:
+    task = tiny_task()
+    step(task, 1)
+    tensors = task.state.tensors()
+    for name in ("generator.to_rgb.bias", "ema.to_rgb.bias", "discriminator.linear.bias"):
+        with pytest.raises(RuntimeError, match=name.partition(".")[2]):
+            tiny_task().state.load_tensors({key: tensor for key, tensor in tensors.items() if key != name})
+
+
+def test_a_missing_moment_is_refused() -> None:
+    task = tiny_task()
+    step(task, 1)
+    name = "optimiser.generator.to_rgb.bias.exp_avg_sq"
+    with pytest.raises(RuntimeError, match=r"to_rgb\.bias"):
+        tiny_task().state.load_tensors({key: value for key, value in task.state.tensors().items() if key != name})
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names under which the two do not hold the same values of the same type."""
+    return sorted(
+        name
+        for name in first.keys() | second.keys()
+        if name not in first
+        or name not in second
+        or first[name].dtype != second[name].dtype
+        or not torch.equal(first[name], second[name])
+    )
