@@ -140,7 +140,8 @@ class RunConfig:
     checkpoint_every_images: int = 64_000
     keep_checkpoints: int = 2
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights stay float32
+    # bfloat16: autocast, weights stay float32; auto: that, where the processor multiplies it natively.
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     tf32: bool = False  # NVIDIA's shorter mantissa in float32 convolutions and matrix products
     channels_last: bool = False
 

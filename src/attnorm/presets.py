@@ -59,6 +59,8 @@ def demo() -> Config:
             batch_size=32,
             duration_images=4_000 * 32,
             max_minutes=4.5,
+            precision="auto",
+            channels_last=True,
             log_every_images=640,
             layout_every_images=3_200,
             grid_every_images=6_400,

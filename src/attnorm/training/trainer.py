@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -74,7 +74,21 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     torch.manual_seed(config.run.seed)
     task = ClassConditionalTask(config, device)
     _open(run, config, images, task.state)
+    config = replace(config, run=replace(config.run, precision=find_precision(config.run.precision, device)))
+    at = f", from {task.state.images_seen:,} images on" if task.state.images_seen else ""
+    console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
     return _loop(task, config, images, run, device, console)
+
+
+def find_precision(name: str, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What "auto" means on a device: bfloat16 where it has units for that (it is slow where not), else float32."""
+    if name in ("float32", "bfloat16"):
+        return cast(Literal["float32", "bfloat16"], name)
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    processor = Path("/proc/cpuinfo")
+    has_units = device.type == "cpu" and processor.exists() and "amx_bf16" in processor.read_text(encoding="utf-8")
+    return "bfloat16" if has_units else "float32"
 
 
 def resolve(config: Config, images: ImageSet) -> Config:
@@ -121,7 +135,12 @@ def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingSt
 
 
 def _loop(
-    task: Task, config: Config, images: ImageSet, run: RunDirectory, device: torch.device, console: Console
+    task: Task,
+    config: Config,
+    images: ImageSet,
+    run: RunDirectory,
+    device: torch.device,
+    console: Console,
 ) -> Outcome:
     state, settings = task.state, config.run
     uniform_for: dict[str, int] = {}

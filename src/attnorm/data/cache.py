@@ -1,0 +1,217 @@
+"""Decoding a whole source once: its pixels are kept in a cache folder, as STEM.npy, and all else as STEM.json."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from attnorm.data.sources import KINDS, Contents, find_source
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when decoding changes, so that no older cache is taken for a new one
+
+Progress = Callable[[int, int], None]
+_Labelling = tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]  # labels, classes, skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What `ImageSet` holds of a source, under the same names."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...]
+    fingerprint: str
+
+
+def load_decoded(
+    source: str, image_size: int, cache_dir: Path | None, max_memory_bytes: int, progress: Progress | None
+) -> Decoded:
+    """Read the images of `source` from the cache, or decode them; arguments as for `load_images`."""
+    path = Path(source).expanduser()
+    found = find_source(path)
+    folder = cache_dir or _default_cache_dir()
+    key = json.dumps([_FORMAT, str(path.resolve()), image_size, found.stamp])
+    stem = folder / f"images{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    if decoded := _read(stem, source, max_memory_bytes):
+        return decoded
+
+    with found.open() as contents:
+        decode = functools.partial(_decode_all, contents, source, image_size, progress)
+        try:
+            _write(stem, image_size, decode)
+            if decoded := _read(stem, source, max_memory_bytes):
+                return decoded
+        except OSError as error:
+            _log.warning("decoded images cannot be kept in %s (%s): decoding into memory", folder, error)
+
+        needed = len(contents.files) * 3 * image_size**2
+        if needed > max_memory_bytes:
+            raise ValueError(
+                f"{source} needs {needed} bytes, more than the {max_memory_bytes} allowed in memory, and the cache "
+                "folder cannot be written; name one that can, with ATTNORM_CACHE, or choose a smaller image size"
+            )
+        buffer = bytearray()
+        labels, classes, skipped = decode(buffer.extend)
+        images = np.frombuffer(buffer, np.uint8).reshape(-1, 3, image_size, image_size)
+        return Decoded(images, labels, classes, skipped, fingerprint(images, labels, classes))
+
+
+def fingerprint(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
+    """SHA-256 (hex) of images (uint8 [N, 3, S, S], which may be memory-mapped), labels (int [N]) and class names."""
+    digest = hashlib.sha256(json.dumps([images.shape, list(classes)]).encode())
+    digest.update(labels.astype("<i8").tobytes())
+    for start in range(0, len(images), 256):
+        digest.update(images[start : start + 256].tobytes())
+    return digest.hexdigest()
+
+
+def _probe(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
+    sample = np.unique(np.linspace(0, len(images) - 1, 256).astype(np.int64))
+    return fingerprint(images[sample], labels, classes)
+
+
+def _default_cache_dir() -> Path:
+    if folder := os.environ.get("ATTNORM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnorm"
+
+
+def _decode_all(
+    contents: Contents, source: str, image_size: int, progress: Progress | None, write: Callable[[bytes], object]
+) -> _Labelling:
+    """Decode every file in order on a few threads, passing each one's pixels to `write`."""
+
+    def pixels_or_reason(index: int) -> bytes | str:
+        try:
+            return _square(contents.load(index), image_size).tobytes()
+        except UnidentifiedImageError:
+            return "not an image that can be read"
+        except Exception as error:  # a damaged file makes decoders fail in any way at all
+            return (isinstance(error, OSError) and error.strerror) or f"{error}" or type(error).__name__
+
+    kept: list[str] = []
+    skipped = [*contents.skipped]
+    total = len(contents.files)
+    workers = min(8, os.cpu_count() or 1)
+    block = 64 * workers  # a whole map at once would let the threads run ahead and fill the memory
+    # Filters are the process's, so they are set once, here, and not by the threads.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for start in range(0, total, block):
+            results = pool.map(pixels_or_reason, range(start, min(start + block, total)))
+            for index, result in enumerate(results, start):
+                class_name, name = contents.files[index]
+                if isinstance(result, str):
+                    skipped.append(f"{name}: {result}")
+                else:
+                    write(result)
+                    kept.append(class_name)
+                if progress:
+                    progress(index + 1, total)
+
+    if not kept:
+        reasons = f" Skipped {len(skipped)}, first: {'; '.join(skipped[:3])}." if skipped else ""
+        raise ValueError(f"no readable image in {source}.{reasons} Expected {KINDS}.")
+    classes = sorted(set(kept))
+    missing = sorted(contents.expected_classes.difference(classes))
+    skipped += [f"{name}: no readable image, so it is not a class" for name in missing]
+    index_of = {name: index for index, name in enumerate(classes)}
+    return np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped)
+
+
+def _square(image: Image.Image, image_size: int) -> np.ndarray:
+    """Centre crop and resize an RGB image: uint8 [3, S, S]."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    image = image.crop((left, top, left + side, top + side))
+    # Pillow does not resample what has the size already.
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+
+def _write(stem: Path, image_size: int, decode: Callable[[Callable[[bytes], object]], _Labelling]) -> None:
+    """Decode into the cache. Any number of processes may do so at once: each replaces whole files by equal ones."""
+
+    def write_header(num_images: int) -> int:
+        file.seek(0)
+        shape = (num_images, 3, image_size, image_size)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        return file.tell()
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    _remove_debris(stem.parent)
+    with _replacing(stem.with_suffix(".npy")) as file:
+        start = write_header(0)
+        labels, classes, skipped = decode(file.write)
+        # How many can be read is known only now. NumPy pads its header so that the first axis may change in place.
+        end = write_header(len(labels))
+        assert end == start
+        file.flush()
+        images = np.lib.format.open_memmap(file.name, mode="r")
+        record = {
+            "fingerprint": fingerprint(images, labels, classes),
+            "probe": _probe(images, labels, classes),
+            "classes": classes,
+            "skipped": skipped,
+            "labels": labels.tolist(),
+        }
+    with _replacing(stem.with_suffix(".json")) as file:
+        file.write(json.dumps(record).encode())
+
+
+def _read(stem: Path, source: str, max_memory_bytes: int) -> Decoded | None:
+    """What `_write` left, or None where there is nothing or where it is damaged."""
+    if not os.path.exists(stem.with_suffix(".json")):
+        return None
+    try:
+        record = json.loads(stem.with_suffix(".json").read_bytes())
+        classes, labels = tuple(record["classes"]), np.array(record["labels"], np.int64)
+        images: np.ndarray = np.lib.format.open_memmap(stem.with_suffix(".npy"), mode="r")
+        if images.nbytes <= max_memory_bytes:
+            images = np.array(images)
+            intact = fingerprint(images, labels, classes) == record["fingerprint"]
+        else:
+            # Reading all of it would take minutes at every start.
+            intact = _probe(images, labels, classes) == record["probe"]
+        if not intact:
+            raise ValueError("its content has changed")
+        return Decoded(images, labels, classes, tuple(record["skipped"]), record["fingerprint"])
+    except Exception as error:  # whatever the damage, the remedy is the same
+        _log.warning("decoding %s again: its cache %s is damaged (%s)", source, stem.with_suffix(".npy"), error)
+        return None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def _remove_debris(folder: Path) -> None:
+    """Delete what killed processes left of `_replacing`: a living one has written to its file within the day."""
+    for file in folder.glob(f"images*-{'[0-9a-f]' * 32}-*.tmp"):  # the folder may hold other people's files, too
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if time.time() - file.stat().st_mtime > 24 * 60 * 60:
+                file.unlink()
