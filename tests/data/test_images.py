@@ -2,6 +2,7 @@ import io
 import os
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from attnorm.data import cache, sources
 from attnorm.data import images as module
 from attnorm.data.images import ImageSet, load_images, shuffled_indices, to_float, to_uint8
 
@@ -61,7 +63,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("decoded although the cache is good")
 
-    monkeypatch.setattr(module, "_decode_all", fail)
+    monkeypatch.setattr(cache, "_decode_all", fail)
 
 
 # Sources
@@ -258,7 +260,7 @@ def test_decompression_bombs_are_skipped(tmp_path, monkeypatch, side):
 def test_too_large_files_are_skipped(tmp_path, monkeypatch):
     root = two_classes(tmp_path / "set")
     save(root / "cat" / "vast.png", pixels(0, 32, 32))
-    monkeypatch.setattr(module, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "_MAX_FILE_BYTES", 1000)
     data = load_images(root, SIZE)
     assert len(data) == 3 and "more than the 1000" in data.skipped[0]
     assert equal(load_images(zip_of(root, tmp_path / "s.zip"), SIZE), data)
@@ -484,13 +486,13 @@ def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path, monkeypat
 def test_two_writers_at_once_do_not_break_one_another(tmp_path, monkeypatch):
     root = two_classes(tmp_path / "set")
     together = threading.Barrier(2, timeout=20)
-    decode_all = module._decode_all
+    decode_all = cache._decode_all
 
     def decode_together(*arguments):
         together.wait()  # neither has seen the other's cache
         return decode_all(*arguments)
 
-    monkeypatch.setattr(module, "_decode_all", decode_together)
+    monkeypatch.setattr(cache, "_decode_all", decode_together)
     results: list[ImageSet] = []
     threads = [threading.Thread(target=lambda: results.append(load_images(root, SIZE))) for _ in range(2)]
     for thread in threads:
@@ -501,6 +503,29 @@ def test_two_writers_at_once_do_not_break_one_another(tmp_path, monkeypatch):
     assert len(results) == 2
     assert equal(*results) and equal(load_images(root, SIZE), results[0])
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path, monkeypatch):
+    root = two_classes(tmp_path / "set")
+    folder = tmp_path / "cache"
+
+    def die(*_: object) -> None:
+        (file,) = folder.iterdir()
+        os.link(file, folder / f"{file.stem}old.tmp")  # being killed leaves the file; an exception does not
+        os.link(file, folder / f"{file.stem}young.tmp")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_decode_all", die)
+        load_images(root, SIZE)
+    old, young = sorted(folder.iterdir())
+    foreign = folder / "mine.tmp"
+    for file, hours in ((old, 25), (young, 23), (foreign, 25)):
+        file.unlink(missing_ok=True)  # the two are one file by now, of one age
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - hours * 3600,) * 2)
+    load_images(root, SIZE)
+    assert set(folder.glob("*.tmp")) == {young, foreign}
 
 
 @pytest.mark.parametrize(
@@ -518,7 +543,7 @@ def test_cache_place_follows_the_environment(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert module._default_cache_dir() == Path(expected)
+    assert cache._default_cache_dir() == Path(expected)
 
 
 # Conversion
