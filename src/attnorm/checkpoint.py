@@ -139,7 +139,7 @@ class RunDirectory:
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
         """Makes the directory; raises CheckpointError where there is already something else."""
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        if self.path.is_file() or (self.path.is_dir() and any(not _is_remnant(entry) for entry in self.path.iterdir())):
             raise CheckpointError(f"{self.path} is already there and is not a run; choose another --out")
         for folder in ("checkpoints", "samples"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -167,8 +167,16 @@ class RunDirectory:
         return self.path / "samples" / f"{images_seen:09d}.png"
 
     def keep_last(self, count: int) -> None:
-        for old in self.checkpoints()[:-count]:
-            old.unlink()
+        """Removes older checkpoints, and what a kill left of unfinished ones."""
+        for old in [*self.checkpoints()[:-count], *(self.path / "checkpoints").glob(".*.tmp")]:
+            old.unlink(missing_ok=True)
+
+
+def _is_remnant(entry: Path) -> bool:
+    """Whether a kill while a run directory was made may have left this: nothing in it is anyone's work."""
+    if entry.name in ("checkpoints", "samples"):
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
 
 
 def find_device(name: str) -> torch.device:

@@ -149,8 +149,13 @@ def _loop(
 
     def save() -> None:
         nonlocal saved_at
+        tensors = state.tensors()
+        # A loss may be finite and its gradient not: no later step would mend the weights.
+        bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if bad is not None:
+            raise failure(f"{bad} is not finite after", state.images_seen // settings.batch_size)
         header = Header(config, images.classes, state.images_seen, state.seconds, images.note)
-        save_checkpoint(run.checkpoint_file(state.images_seen), state.tensors(), header)
+        save_checkpoint(run.checkpoint_file(state.images_seen), tensors, header)
         run.keep_last(settings.keep_checkpoints)
         saved_at = state.images_seen
 
@@ -178,14 +183,16 @@ def _loop(
     def is_out_of_time() -> bool:
         return 0 < settings.max_minutes * 60 <= state.seconds
 
+    def failure(what: str, step: int) -> TrainingError:
+        last_good = run.checkpoints()[-1] if run.checkpoints() else "none"
+        return TrainingError(
+            f"{what} step {step} (images seen: {step * settings.batch_size:,}); last good checkpoint: {last_good}. "
+            "Try a lower learning rate (optim.g_lr, optim.d_lr) or precision float32 in a new run"
+        )
+
     def require_finite() -> None:
         if first_bad_step.item():
-            last_good = run.checkpoints()[-1] if run.checkpoints() else "none"
-            raise TrainingError(
-                f"a loss was not finite at step {first_bad_step.item()} (images seen: "
-                f"{first_bad_step.item() * settings.batch_size:,}); last good checkpoint: {last_good}. "
-                "Try a lower learning rate (optim.g_lr, optim.d_lr) or precision float32 in a new run"
-            )
+            raise failure("a loss was not finite at", int(first_bad_step.item()))
 
     with (
         _stop_on_signals() as stop,
