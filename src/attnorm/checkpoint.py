@@ -106,17 +106,23 @@ def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
         raise CheckpointError(
             f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
         )
-    if values["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {values['format_version']}; this version reads up to {FORMAT_VERSION}: update attnorm"
+    try:
+        version = values["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: update attnorm"
+            )
+        header = Header(
+            config=configuration.from_dict(Config, values["config"]),
+            classes=tuple(values["classes"]),
+            images_seen=values["images_seen"],
+            seconds=values["seconds"],
+            note=values.get("note", ""),
         )
-    header = Header(
-        config=configuration.from_dict(Config, values["config"]),
-        classes=tuple(values["classes"]),
-        images_seen=values["images_seen"],
-        seconds=values["seconds"],
-        note=values.get("note", ""),
-    )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged header ({error!r}); take an earlier one, or remove it and resume"
+        ) from error
     return tensors, header
 
 
@@ -153,12 +159,13 @@ class RunDirectory:
         try:
             values = json.loads(self.config_file.read_text(encoding="utf-8"))
             return configuration.from_dict(Config, values["config"]), values["data"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.config_file} cannot be read ({error!r})") from error
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("[0-9]*.safetensors"))
+        files = (self.path / "checkpoints").glob("[0-9]*.safetensors")
+        return sorted(files, key=lambda file: (len(file.name), file.name))  # beyond nine digits the names grow
 
     def checkpoint_file(self, images_seen: int) -> Path:
         return self.path / "checkpoints" / f"{images_seen:09d}.safetensors"

@@ -1,0 +1,10 @@
+"""One thread for all tests: their maps are too small for two, and what is compared to the last bit must be summed in one
+order, in subprocesses too.
+"""
+
+import os
+
+import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)

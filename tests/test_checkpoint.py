@@ -1,0 +1,313 @@
+"""Checkpoints and run directories: what is written comes back, what cannot be used is refused in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from attnorm.checkpoint import (
+    CheckpointError,
+    Header,
+    RunDirectory,
+    find_checkpoint,
+    find_device,
+    load,
+    load_discriminator,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
+from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
+from attnorm.training.phases import ClassConditionalTask
+
+CONFIG = override(
+    Config(),
+    [
+        "model.image_size=32",
+        "model.num_classes=3",
+        "model.width=2",
+        "model.latent_dim=4",
+        "model.an.num_entities=3",
+        "model.an.temperature=0.25",
+        "data.source=photographs",
+    ],
+)
+HEADER = Header(CONFIG, ("cat", "dög", "a/b"), 64_000, 12.5, "few images")
+
+
+def task_with_random_weights() -> ClassConditionalTask:
+    """The weights, their average and the discriminator all differ."""
+    torch.manual_seed(0)
+    task = ClassConditionalTask(CONFIG, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in (*task.generator.parameters(), *task.discriminator.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return task
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ClassConditionalTask]:
+    """A run directory with one checkpoint, and the task that it holds."""
+    run = RunDirectory(tmp_path_factory.mktemp("saved") / "run")
+    task = task_with_random_weights()
+    run.create(CONFIG, {"fingerprint": "abc"})
+    save_checkpoint(run.checkpoint_file(64_000), task.state.tensors(), HEADER)
+    return run.path, task
+
+
+def store(path: Path, **changes: Any) -> Path:
+    """A checkpoint of one tensor whose header is changed."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "config": to_dict(CONFIG),
+        "classes": ["a"],
+        "images_seen": 1,
+        "seconds": 0.5,
+        **changes,
+    }
+    safetensors.torch.save_file({"ema.x": torch.zeros(1)}, path, {"attnorm": json.dumps(values)})
+    return path
+
+
+# Files
+
+
+def test_tensors_and_header_come_back_as_they_were(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T,
+        "a.count": torch.tensor(7),
+        "b.half": torch.tensor([1.5, float("inf")], dtype=torch.bfloat16),
+        "b.map": torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last),
+    }
+    save_checkpoint(tmp_path / "x.safetensors", tensors, HEADER)
+    read, header = read_checkpoint(tmp_path / "x.safetensors")
+    assert header == HEADER
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_prefix_selects_and_is_cut_off(tmp_path: Path) -> None:
+    tensors = {"ema.a": torch.ones(1), "ema.ema.b": torch.ones(2), "generator.a": torch.zeros(1)}
+    save_checkpoint(tmp_path / "x.safetensors", tensors, HEADER)
+    read, _ = read_checkpoint(tmp_path / "x.safetensors", prefix="ema.")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {"a": [1.0], "ema.b": [1.0, 1.0]}
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"not a checkpoint at all", b"\x80\x04\x95pickled"):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read as a checkpoint.*earlier one"):
+            read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, {"a": torch.zeros(100)}, HEADER)
+    whole = path.read_bytes()
+    for length in (4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+
+
+def test_a_safetensors_file_of_others_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
+        with pytest.raises(CheckpointError, match="not a checkpoint of attnorm"):
+            read_checkpoint(path)
+
+
+def test_a_header_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for text in ("{}", "[1]", "{", '{"format_version": 1}'):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"attnorm": text})
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            read_checkpoint(path)
+
+
+def test_a_newer_format_asks_for_a_newer_version(tmp_path: Path) -> None:
+    path = store(tmp_path / "x.safetensors", format_version=FORMAT_VERSION + 1, config={"unheard": "of"})
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT_VERSION + 1}.*update attnorm"):
+        read_checkpoint(path)
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> None:
+    config = to_dict(CONFIG)
+    config["model"]["colour"] = "blue"
+    path = store(tmp_path / "x.safetensors", config=config)
+    with pytest.raises(UserError, match=r"model\.colour"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_without_newer_settings_is_read(tmp_path: Path) -> None:
+    """What an older version did not know takes its default."""
+    config = to_dict(CONFIG)
+    del config["model"]["site"], config["run"]
+    _, header = read_checkpoint(store(tmp_path / "x.safetensors", config=config))
+    assert header.config == CONFIG and header.note == ""
+
+
+# Atomic writing
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half a fi", encoding="utf-8")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 2}
+
+
+def test_the_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    seen = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("whole", encoding="utf-8")
+        seen.append((path.exists(), temporary.parent == path.parent, temporary.name.startswith(".")))
+
+    write_atomically(path, write)
+    assert seen == [(False, True, True)]
+    assert path.read_text(encoding="utf-8") == "whole"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+# Run directories
+
+
+def test_a_run_directory_keeps_its_configuration_and_data(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "deep/run")
+    assert not run.exists()
+    run.create(CONFIG, {"fingerprint": "abc", "classes": ["a"]})
+    assert run.exists()
+    assert run.read() == (CONFIG, {"fingerprint": "abc", "classes": ["a"]})
+
+
+def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    folder = run.path / "checkpoints"
+    for number in (999_999_999, 64, 1_280_000_000_000):
+        run.checkpoint_file(number).touch()
+    for name in (".000000128.safetensors.abc.tmp", "notes.txt", "best.safetensors", "000000128.safetensors.tmp"):
+        (folder / name).touch()
+    assert [int(path.stem) for path in run.checkpoints()] == [64, 999_999_999, 1_280_000_000_000]
+    run.keep_last(2)
+    assert [int(path.stem) for path in run.checkpoints()] == [999_999_999, 1_280_000_000_000]
+    assert {"notes.txt", "best.safetensors"} <= set(os.listdir(folder))
+
+
+def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "folder/checkpoints").mkdir(parents=True)
+    (tmp_path / "folder/checkpoints/mine.txt").touch()
+    for name in ("file", "folder"):
+        with pytest.raises(CheckpointError, match="already there and is not a run; choose another --out"):
+            RunDirectory(tmp_path / name).create(CONFIG, {})
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    (tmp_path / "empty").mkdir()
+    RunDirectory(tmp_path / "empty").create(CONFIG, {})
+
+
+def test_a_damaged_config_file_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    for text in ("{", "{}", '{"config": {}}', "[]"):
+        run.config_file.write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+            run.read()
+
+
+def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; expected a run directory or a checkpoint"):
+        find_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder is not a run directory: it has no config\.json"):
+        find_checkpoint(tmp_path / "folder")
+    RunDirectory(tmp_path / "run").create(CONFIG, {})
+    with pytest.raises(CheckpointError, match="run has no checkpoint yet; train it first"):
+        find_checkpoint(tmp_path / "run")
+
+
+def test_a_run_means_its_latest_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    for number in (5, 40, 8):
+        store(run.checkpoint_file(number), images_seen=number)
+    assert find_checkpoint(run.path) == run.checkpoint_file(40)
+    assert find_checkpoint(str(run.checkpoint_file(8))) == run.checkpoint_file(8)
+
+
+# Loading
+
+
+def test_load_gives_the_average_in_evaluation_mode(saved: tuple[Path, ClassConditionalTask]) -> None:
+    path, task = saved
+    loaded = load(path)
+    assert not any(module.training for module in loaded.model.modules())
+    assert loaded.classes == ("cat", "dög", "a/b") and loaded.header == HEADER
+    z, labels = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(z, labels), task.average.network(z, labels))
+
+
+def test_load_gives_the_raw_weights_when_asked(saved: tuple[Path, ClassConditionalTask]) -> None:
+    path, task = saved
+    raw = load(path, ema=False).model
+    z, labels = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2])
+    task.generator.eval()
+    with torch.no_grad():
+        assert torch.equal(raw(z, labels), task.generator(z, labels))
+        assert (raw(z, labels) - load(path).model(z, labels)).abs().max() > 1e-3
+
+
+def test_the_discriminator_loads_too(saved: tuple[Path, ClassConditionalTask]) -> None:
+    path, task = saved
+    loaded = load_discriminator(path)
+    assert not loaded.training
+    images, labels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 1])
+    task.discriminator.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images, labels).score, task.discriminator(images, labels).score)
+
+
+def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -> None:
+    task = task_with_random_weights()
+    path = tmp_path / "x.safetensors"
+    wider = replace(CONFIG, model=replace(CONFIG.model, width=4))
+    save_checkpoint(path, task.state.tensors(), replace(HEADER, config=wider))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors does not fit the model that its header describes"):
+        load(path)
+    partial = {name: tensor for name, tensor in task.state.tensors().items() if name != "ema.to_rgb.bias"}
+    save_checkpoint(path, partial, HEADER)
+    with pytest.raises(CheckpointError, match=r"to_rgb\.bias"):
+        load(path)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match=r"'tpu-ish'; expected auto, cpu, cuda, cuda:1 or mps"):
+        find_device("tpu-ish")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch finds none on this machine; take auto or cpu"):
+            find_device("cuda")

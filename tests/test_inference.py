@@ -1,0 +1,171 @@
+"""Images from a checkpoint: each a function of its seed and class alone, and walks between classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
+from attnorm.config import Config, override
+from attnorm.data.images import to_uint8
+from attnorm.inference import Sampler
+from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
+from attnorm.training.phases import ClassConditionalTask
+
+CLASSES = ("cat", "dog", "7", "goldfish")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator in which the class, the latent and the layer all show."""
+    settings = ["image_size=32", "num_classes=4", "width=2", "latent_dim=5", "an.num_entities=3", "an.temperature=1"]
+    config = override(Config(), [f"model.{setting}" for setting in settings])
+    torch.manual_seed(0)
+    task = ClassConditionalTask(config, torch.device("cpu"))
+    for network in (task.generator, task.average.network):
+        with torch.no_grad():
+            for module in network.modules():
+                if isinstance(module, ConditionalBatchNorm2d):
+                    module.gamma.weight.normal_(1, 0.5)
+                    module.beta.weight.normal_(0, 0.5)
+            network.blocks[2].an.rho.fill_(0.7)
+            network.to_rgb.bias.uniform_(-0.3, 0.3)
+    path = tmp_path_factory.mktemp("inference") / "x.safetensors"
+    save_checkpoint(path, task.state.tensors(), Header(config, CLASSES, 640, 1.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampler(file: Path) -> Sampler:
+    return Sampler(file, device="cpu", batch_size=4)
+
+
+def grey_levels_apart(first: Tensor, second: Tensor) -> int:
+    assert first.dtype == second.dtype == torch.uint8 and first.shape == second.shape
+    return int((first.int() - second.int()).abs().max())
+
+
+def test_an_image_depends_on_its_seed_and_class_alone(sampler: Sampler) -> None:
+    """Neighbours and batch size may change the order of sums, so up to one grey level."""
+    seeds, labels = [5, 0, 123, 2**40, 7, 5], [0, 1, 2, 3, 0, 2]
+    together = sampler.sample(seeds, labels).images
+    for index, (seed, label) in enumerate(zip(seeds, labels, strict=True)):
+        alone = sampler.sample([seed], [label]).images[0]
+        assert grey_levels_apart(together[index], alone) <= 1
+    backwards = sampler.sample(seeds[::-1], labels[::-1]).images.flip(0)
+    assert grey_levels_apart(together, backwards) <= 1
+
+
+def test_seed_and_class_both_show(sampler: Sampler) -> None:
+    images = sampler.sample([0, 0, 1], [0, 1, 0]).images
+    assert images.shape == (3, 3, 32, 32)
+    assert grey_levels_apart(images[0], images[1]) > 10
+    assert grey_levels_apart(images[0], images[2]) > 10
+
+
+def test_images_are_those_of_the_averaged_model(sampler: Sampler) -> None:
+    latent = torch.randn(5, generator=torch.Generator().manual_seed(11))
+    assert torch.equal(sampler.latents([3, 11])[1], latent)
+    with torch.no_grad():
+        expected = to_uint8(sampler.model(latent[None], torch.tensor([2])))
+    assert torch.equal(sampler.sample([11], [2]).images, expected)
+
+
+def test_sampling_is_deterministic_and_draws_nothing(sampler: Sampler) -> None:
+    assert not any(module.training for module in sampler.model.modules())
+    torch.manual_seed(0)
+    first = sampler.sample([1, 2], [0, 3], with_layouts=True)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    second = sampler.sample([1, 2], [0, 3], with_layouts=True)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.layouts["blocks.2.an"].layout, second.layouts["blocks.2.an"].layout)
+
+
+def test_raw_weights_are_used_when_asked(file: Path, sampler: Sampler) -> None:
+    raw = Sampler(file, ema=False, device="cpu")
+    assert grey_levels_apart(raw.sample([0], [0]).images, sampler.sample([0], [0]).images) > 1
+
+
+def test_batches_yield_all_images_in_order(sampler: Sampler) -> None:
+    seeds, labels = list(range(10)), [i % 4 for i in range(10)]
+    batches = list(sampler.batches(seeds, labels))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert grey_levels_apart(torch.cat(batches), sampler.sample(seeds, labels).images) <= 1
+    assert list(sampler.batches([], [])) == []
+
+
+def test_as_many_labels_as_seeds_are_needed(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="2 seeds and 1 labels"):
+        sampler.sample([1, 2], [0])
+    with pytest.raises(ValueError, match="1 seeds and 3 labels"):
+        list(sampler.batches([1], [0, 1, 2]))
+
+
+def test_layouts_come_on_request_only(sampler: Sampler) -> None:
+    plain, seen = sampler.sample([0, 1], [0, 1]), sampler.sample([0, 1], [0, 1], with_layouts=True)
+    assert plain.layouts == {}
+    assert list(seen.layouts) == ["blocks.2.an"]
+    assert torch.equal(plain.images, seen.images)
+    observation = seen.layouts["blocks.2.an"]
+    assert observation.layout.shape == (2, 3, 32, 32) and observation.features.shape == (2, 8, 32, 32)
+    torch.testing.assert_close(observation.layout.sum(1), torch.ones(2, 32, 32))
+    assert observation.layout.std() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(sampler.model.blocks[2].an.layout(observation.features), observation.layout)
+
+
+def test_a_class_is_found_by_name_then_by_number(sampler: Sampler) -> None:
+    assert [sampler.class_index(name) for name in ("cat", "goldfish", "1", "0")] == [0, 3, 1, 0]
+    assert sampler.class_index("7") == 2  # a name goes before a number
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("gold fish", "did you mean goldfish"), ("4", "it has: cat, dog, 7, goldfish"), ("-1", "it has"), ("", "it has")],
+)
+def test_an_unknown_class_is_refused_with_those_that_are_there(sampler: Sampler, name: str, hint: str) -> None:
+    with pytest.raises(CheckpointError, match=hint):
+        sampler.class_index(name)
+
+
+def test_a_walk_begins_and_ends_at_the_pure_classes(sampler: Sampler) -> None:
+    walk = sampler.interpolate(3, [0, 2], 5).images
+    assert len(walk) == 5
+    assert grey_levels_apart(walk[:1], sampler.sample([3], [0]).images) <= 1
+    assert grey_levels_apart(walk[-1:], sampler.sample([3], [2]).images) <= 1
+    assert grey_levels_apart(walk[:1], walk[-1:]) > 10
+
+
+def test_the_middle_of_a_walk_is_the_model_with_averaged_tables(file: Path, sampler: Sampler) -> None:
+    middle = sampler.interpolate(3, [1, 3], 3).images[1:2]
+    averaged = Sampler(file, device="cpu")
+    with torch.no_grad():
+        for module in averaged.model.modules():
+            if isinstance(module, ConditionalBatchNorm2d):
+                for table in (module.gamma.weight, module.beta.weight):
+                    table[1] = (table[1] + table[3]) / 2
+    assert grey_levels_apart(middle, averaged.sample([3], [1]).images) <= 1
+    assert grey_levels_apart(middle, sampler.sample([3], [1]).images) > 5
+
+
+def test_a_chain_shows_each_class_once(sampler: Sampler) -> None:
+    chain = sampler.interpolate(3, [0, 1, 0], 3)
+    assert len(chain.images) == 5 == len(chain.layouts["blocks.2.an"].layout)
+    assert grey_levels_apart(chain.images[2:3], sampler.sample([3], [1]).images) <= 1
+    assert grey_levels_apart(chain.images[:2].flip(0), chain.images[3:]) <= 1  # there and back
+
+
+def test_a_walk_within_one_class_stands_still(sampler: Sampler) -> None:
+    walk = sampler.interpolate(3, [1, 1], 3).images
+    assert grey_levels_apart(walk, walk[:1].expand_as(walk)) <= 1
+
+
+def test_a_walk_needs_two_classes_and_two_steps(sampler: Sampler) -> None:
+    for classes, steps in (([0], 5), ([0, 1], 1)):
+        with pytest.raises(ValueError, match="expected at least 2 of each"):
+            sampler.interpolate(0, classes, steps)

@@ -1,0 +1,359 @@
+"""What one step of the class-conditional task does: which gradients flow, in which presets, and to whom."""
+
+# N batch, S image size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnorm import AttentiveNorm2d, SelfAttention2d
+from attnorm.config import Config, override
+from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.presets import PRESETS
+from attnorm.training.losses import orthogonality_loss
+from attnorm.training.phases import Batch, ClassConditionalTask, Phase
+from attnorm.training.trainer import run_phase
+
+CPU = torch.device("cpu")
+SMALL_PRESETS = [name for name in PRESETS if not name.startswith("paper-")]
+PAPER_PRESETS = [name for name in PRESETS if name.startswith("paper-")]
+TINY = ("model.width=2", "model.latent_dim=4", "model.an.num_entities=3", "model.num_classes=3", "run.batch_size=3")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """In which what is zero by mathematics is zero to 1e-9, and nothing else is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def wake(network: nn.Module) -> None:
+    """Away from the start, where rho and gate are 0, all t are equal, and the entities' affine rows are equal: then the
+    layout matters only where the moments of the regions differ, and gradients of t, key and query are tiny.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, AttentiveNorm2d):
+                module.rho.fill_(0.5)
+                module.weight.add_(torch.randn(module.weight.shape, generator=generator))
+                module.bias.add_(torch.randn(module.bias.shape, generator=generator))
+                if module.self_sampling:
+                    module.t.copy_(torch.linspace(0.5, 2.0, module.num_entities))
+            elif isinstance(module, SelfAttention2d):
+                module.gate.fill_(0.5)
+
+
+@torch.no_grad()
+def unbalance(task: ClassConditionalTask, batch: Batch, seed: int) -> None:
+    """The bias of the discriminator's output gets no gradient while as many real images as fake ones are within the
+    hinge's margin: sets it so that all real ones are within, or all but one where all fake ones are.
+    """
+    torch.manual_seed(seed)
+    fake = task.generator(torch.randn(len(batch.labels), task.config.model.latent_dim), batch.labels)
+    limits = (1 - task.discriminator(batch.images, batch.labels).score).sort().values
+    fake_score = task.discriminator(fake, batch.labels).score
+    offset = limits[0] - 0.1
+    if (fake_score + offset > -1).all():
+        offset = limits[:2].mean()
+    task.discriminator.linear.bias.add_(offset)
+
+
+def zero_by_mathematics(network: nn.Module) -> set[str]:
+    """Parameters that shift a whole channel of something that is normalized afterwards.
+
+    Generator: the first bias of a block before its second norm; and the last biases of a block, that of the shortcut
+    included: the next block's first norm takes such a shift out, its shortcut hands it on as another, and so on to the
+    last norm. Self-attention on the way makes something else of it. Attentive norm moves along with its input (Eq. 6),
+    so that the bias before it counts; but the shift of value(X) is taken out with each region's mean.
+    """
+    names = {
+        f"{name}.value.bias"
+        for name, module in network.named_modules()
+        if isinstance(module, AttentiveNorm2d) and module.statistics == "weighted"
+    }
+    if isinstance(network, Generator):
+        last_attention = max((i for i, block in enumerate(network.blocks) if block.after is not None), default=-1)
+        for index, block in enumerate(network.blocks):
+            if block.norm2 is not None and block.an is None:
+                names.add(f"blocks.{index}.conv1.bias")
+            if index > last_attention:
+                names |= {f"blocks.{index}.conv2.bias", f"blocks.{index}.shortcut.bias"}
+    return names
+
+
+def random_batch(size: int, image_size: int, seed: int = 0) -> Batch:
+    """Images of 64 coloured patches, so that regions differ, as those of photographs do and those of noise do not."""
+    small = torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Batch(F.interpolate(torch.tanh(2 * small), size=image_size), torch.arange(size) % 3)
+
+
+def check_gradients(network: nn.Module) -> None:
+    largest = {name: p.grad.abs().max().item() for name, p in network.named_parameters() if p.grad is not None}
+    assert largest.keys() == {name for name, _ in network.named_parameters()}
+    scale = max(largest.values())
+    assert 0 < scale < float("inf")
+    zero = zero_by_mathematics(network)
+    assert zero <= largest.keys()
+    dead = {name: value / scale for name, value in largest.items() if name not in zero and value <= 1e-5 * scale}
+    alive = {name: value / scale for name, value in largest.items() if name in zero and value > 1e-9 * scale}
+    assert not dead, "no gradient where there must be one"
+    assert not alive, "a gradient where mathematics has none"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("preset", SMALL_PRESETS)
+def test_every_parameter_gets_a_gradient_but_those_that_cannot(preset: str) -> None:
+    config = override(PRESETS[preset][1], ["model.num_classes=3"])
+    if preset not in ("demo", "smoke"):
+        config = override(config, ["model.width=4", "model.latent_dim=8"])
+    torch.manual_seed(0)
+    task = ClassConditionalTask(config, CPU)
+    wake(task.generator)
+    wake(task.discriminator)
+    batch = random_batch(3, config.model.image_size)
+    for phase in task.phases(0):
+        unbalance(task, batch, seed=1)
+        torch.manual_seed(1)
+        run_phase(phase, task.state, batch)
+        check_gradients(task.state.networks[phase.network])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.site=insert",
+        "model.an.statistics=masked",
+        "model.an.shared_sampling=true",
+        "model.an.orthogonality=raw",
+        "model.an_blocks=1,2",
+        "model.head=auxiliary",
+        "model.an.impl=reference",
+    ],
+)
+def test_every_switch_lets_gradients_through(setting: str) -> None:
+    torch.manual_seed(0)
+    task = ClassConditionalTask(override(Config(), ["model.image_size=32", *TINY, "model.width=4", setting]), CPU)
+    wake(task.generator)
+    wake(task.discriminator)
+    batch = random_batch(3, 32)
+    for phase in task.phases(0):
+        unbalance(task, batch, seed=1)
+        torch.manual_seed(1)
+        run_phase(phase, task.state, batch)
+        check_gradients(task.state.networks[phase.network])
+
+
+@pytest.mark.usefixtures("float64")
+def test_key_bias_has_no_gradient_while_all_t_are_equal() -> None:
+    """Why the test above makes t unequal: an equal shift of all logits of a pixel leaves the softmax as it is."""
+    torch.manual_seed(0)
+    config = override(Config(), ["model.image_size=32", *TINY, "model.width=4", "optim.orthogonality_weight=0"])
+    task = ClassConditionalTask(config, CPU)
+    wake(task.generator)
+    an = task.generator.blocks[2].an
+    for values, is_zero in ((torch.full((3,), 0.3), True), (torch.tensor([0.2, 0.3, 0.4]), False)):
+        with torch.no_grad():
+            an.t.copy_(values)
+        torch.manual_seed(1)
+        run_phase(task.phases(0)[-1], task.state, random_batch(3, 32))
+        scale = max(p.grad.abs().max().item() for p in task.generator.parameters())
+        assert (an.key.bias.grad.abs().max().item() < 1e-12 * scale) == is_zero
+        assert an.query.bias.grad.abs().max().item() > 1e-9 * scale
+
+
+def test_presets_of_the_paper_have_its_recipe() -> None:
+    assert len(PAPER_PRESETS) == 10
+    for name in PAPER_PRESETS:
+        config = PRESETS[name][1]
+        assert config.model.image_size == 128 and config.model.width == 64, name
+        assert config.run.batch_size == 256 and config.run.duration_images == 880_000 * 256, name
+        assert (config.optim.g_lr, config.optim.d_lr) == (1e-4, 4e-4), name
+        assert (config.optim.beta1, config.optim.beta2) == (0.0, 0.999), name
+        assert config.optim.ema_decay == 0.9999 and config.optim.d_steps == 1, name
+        assert config.model.temperature == pytest.approx(0.1), name
+
+
+@pytest.mark.parametrize("name", PAPER_PRESETS)
+def test_context_sites_of_the_paper_are_where_it_says(name: str) -> None:
+    """Built without memory: 256 channels at 32x32 in the generator's third block, 64 in the discriminator's first."""
+    with torch.device("meta"):
+        # Spectral norm adds no parameter, and its power iterations take their time even without memory.
+        settings = ["model.num_classes=1000", "model.g_spectral_norm=false", "model.d_spectral_norm=false"]
+        config = override(PRESETS[name][1], settings).model
+        generator, discriminator = Generator(config), Discriminator(config)
+    sites = {
+        f"{letter}.{path}": (type(module), module.num_features)
+        for letter, network in (("G", generator), ("D", discriminator))
+        for path, module in network.named_modules()
+        if isinstance(module, AttentiveNorm2d | SelfAttention2d)
+    }
+    if config.context == "an":
+        assert sites == {"G.blocks.2.an": (AttentiveNorm2d, 256), "D.blocks.0.an": (AttentiveNorm2d, 64)}
+        assert generator.blocks[2].an.num_entities == {"an-n8": 8, "an-n32": 32}.get(name[18:], 16)
+    elif config.context == "self_attention":
+        assert sites == {"G.blocks.2.after": (SelfAttention2d, 256), "D.blocks.1.after": (SelfAttention2d, 128)}
+    else:
+        assert not sites
+
+
+def snapshot(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def changed(network: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def tiny_task(*settings: str) -> ClassConditionalTask:
+    torch.manual_seed(0)
+    return ClassConditionalTask(override(Config(), ["model.image_size=32", *TINY, *settings]), CPU)
+
+
+@pytest.mark.parametrize("head", ["projection", "auxiliary"])
+def test_a_phase_changes_its_own_network_alone(head: str) -> None:
+    task = tiny_task(f"model.head={head}")
+    networks = task.state.networks
+    for phase in task.phases(0):
+        other = next(name for name in networks if name != phase.network)
+        for network in networks.values():
+            network.zero_grad(set_to_none=True)
+        before = {name: snapshot(network) for name, network in networks.items()}
+        run_phase(phase, task.state, random_batch(3, 32))
+        assert changed(networks[phase.network], before[phase.network])
+        assert not changed(networks[other], before[other])
+        assert all(parameter.grad is None for parameter in networks[other].parameters())
+        assert all(parameter.grad is not None for parameter in networks[phase.network].parameters())
+
+
+def test_an_update_of_the_discriminator_is_one_power_iteration() -> None:
+    """Real and fake go through it in one pass: the singular vectors move once."""
+    task = tiny_task()
+    norm = task.discriminator.blocks[1].conv1.parametrizations.weight[0]
+    with torch.no_grad():  # away from the fixed point, where an iteration moves nothing
+        norm._v.copy_(F.normalize(torch.randn(norm._v.shape, generator=torch.Generator().manual_seed(3)), dim=0))
+    weight = task.discriminator.blocks[1].conv1.parametrizations.weight.original.detach().flatten(1).clone()
+    once_u = F.normalize(weight @ norm._v, dim=0)
+    once_v = F.normalize(weight.T @ once_u, dim=0)
+    twice_u = F.normalize(weight @ once_v, dim=0)
+    run_phase(task.phases(0)[0], task.state, random_batch(3, 32))
+    torch.testing.assert_close(norm._u, once_u)
+    torch.testing.assert_close(norm._v, once_v)
+    assert (norm._u - twice_u).abs().max() > 1e-3
+
+
+def test_the_discriminator_loss_is_the_hinge_of_separate_passes() -> None:
+    """One concatenated pass gives each half the scores that it has alone, with its own labels."""
+    task = tiny_task("model.context=none", "model.g_spectral_norm=false")
+    task.discriminator.eval()  # its singular vectors rest
+    batch = random_batch(3, 32)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        loss, logged = task.phases(0)[0].loss(batch)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        fake = task.generator(torch.randn(3, 4), batch.labels)
+        real_score = task.discriminator(batch.images, batch.labels).score
+        fake_score = task.discriminator(fake, batch.labels).score
+    expected = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logged["discriminator/real_score"], real_score.mean())
+    torch.testing.assert_close(logged["discriminator/fake_score"], fake_score.mean())
+
+
+def test_the_auxiliary_classifier_learns_from_real_images_and_teaches_the_generator() -> None:
+    task = tiny_task("model.head=auxiliary", "model.context=none", "optim.classifier_weight=2")
+    task.discriminator.eval()
+    batch = random_batch(3, 32)
+    with torch.no_grad():
+        logits = task.discriminator(batch.images, batch.labels).class_logits
+        loss, logged = task.phases(0)[0].loss(batch)
+        expected = F.cross_entropy(logits, batch.labels)
+        torch.testing.assert_close(logged["discriminator/classifier"], expected)
+        torch.testing.assert_close(loss, logged["discriminator/loss"] + 2 * expected)
+        g_loss, g_logged = task.phases(0)[1].loss(batch)
+        torch.testing.assert_close(g_loss, g_logged["generator/loss"] + 2 * g_logged["generator/classifier"])
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_orthogonality_enters_each_loss_with_its_weight(network: str) -> None:
+    def loss(weight: float) -> tuple[float, float]:
+        task = tiny_task(f"optim.orthogonality_weight={weight}")
+        torch.manual_seed(7)
+        phase: Phase = next(phase for phase in task.phases(0) if phase.network == network)
+        return phase.loss(random_batch(3, 32))[0].item(), orthogonality_loss(task.state.networks[network]).item()
+
+    without, penalty = loss(0.0)
+    assert penalty > 0.1
+    assert loss(0.5)[0] == pytest.approx(without + 0.5 * penalty, rel=1e-5)
+
+
+def test_a_step_has_its_discriminator_updates_and_one_of_the_generator() -> None:
+    task = tiny_task("optim.d_steps=3")
+    assert [phase.network for phase in task.phases(0)] == ["discriminator"] * 3 + ["generator"]
+    assert task.batches_per_step == 4
+
+
+def test_gradients_are_float32_under_bfloat16() -> None:
+    task = tiny_task("run.precision=bfloat16", "run.channels_last=true")
+    batch = random_batch(3, 32)
+    batch = Batch(batch.images.to(memory_format=torch.channels_last), batch.labels)
+    for phase in task.phases(0):
+        loss, _ = run_phase(phase, task.state, batch, "bfloat16")
+        assert loss.isfinite() and loss.dtype == torch.float32
+        for name, parameter in task.state.networks[phase.network].named_parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
+    weight = task.generator.blocks[0].conv1.parametrizations.weight.original
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bfloat16_rounds_and_float32_does_not() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        task = tiny_task()
+        torch.manual_seed(1)
+        losses[precision] = run_phase(task.phases(0)[0], task.state, random_batch(3, 32), precision)[0].item()
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_the_grid_shows_a_class_a_row_and_a_latent_a_column() -> None:
+    task = tiny_task()
+    with torch.no_grad():  # tables that differ between classes, as training makes them
+        for name, parameter in task.average.network.named_parameters():
+            if "gamma" in name or "beta" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    grid = task.grid(rows=10, columns=4)  # there are three classes only
+    assert grid.shape == (12, 3, 32, 32)
+    assert torch.equal(grid, task.grid(rows=10, columns=4))
+    latents = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = task.average.network(latents[2:3], torch.tensor([1]))[0]
+    torch.testing.assert_close(grid[1 * 4 + 2], expected, atol=1e-5, rtol=1e-5)
+    assert (grid[6] - grid[2]).abs().max() > 1e-3 and (grid[6] - grid[5]).abs().max() > 1e-3
+
+
+def test_layout_statistics_describe_every_site_and_leave_the_state_alone() -> None:
+    task = tiny_task()
+    wake(task.discriminator)
+    before = {name: tensor.clone() for name, tensor in task.state.tensors().items()}
+    statistics = task.layout_statistics(random_batch(3, 32))
+    assert task.discriminator.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state.tensors().items())
+    for site in ("layout/generator.blocks.2.an", "layout/discriminator.blocks.0.an"):
+        assert 0 < statistics[f"{site}/entropy"] <= 1
+        assert sum(statistics[f"{site}/usage"]) == pytest.approx(1)
+        assert len(statistics[f"{site}/usage"]) == len(statistics[f"{site}/t"]) == 3
+    assert statistics["layout/discriminator.blocks.0.an/rho"] == 0.5
+    assert statistics["layout/discriminator.blocks.0.an/t"] == pytest.approx([0.5, 1.25, 2.0])
+    torch.manual_seed(99)  # nothing is drawn
+    assert task.layout_statistics(random_batch(3, 32)) == statistics

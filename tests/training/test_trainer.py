@@ -1,0 +1,586 @@
+"""The training loop: resumed bit for bit, killed at any moment, stopped, refused; and what it reports."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from attnorm.checkpoint import CheckpointError, RunDirectory, read_checkpoint
+from attnorm.config import Config, ConfigError, override
+from attnorm.data.images import ImageSet, fingerprint, to_float
+from attnorm.training import phases, trainer
+from attnorm.training.trainer import TrainingError, train
+
+TINY = (
+    "model.image_size=32",
+    "model.width=2",
+    "model.latent_dim=4",
+    "model.an.num_entities=4",
+    "run.device=cpu",
+    "run.precision=float32",
+    "run.batch_size=4",
+    "run.duration_images=32",
+    "run.log_every_images=4",
+    "run.layout_every_images=8",
+    "run.grid_every_images=16",
+    "run.checkpoint_every_images=16",
+    "run.keep_checkpoints=9",
+)
+
+
+def tiny(*settings: str) -> Config:
+    return override(Config(), [*TINY, *settings])
+
+
+def random_images(num: int = 24, seed: int = 0) -> ImageSet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (num, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(num, dtype=np.int64) % 3
+    classes = ("a", "b", "c")
+    return ImageSet(pixels, labels, classes, "by hand", fingerprint(pixels, labels, classes), note="nothing but noise")
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(config: Config, out: Path, images: ImageSet | None = None, console: Console | None = None) -> trainer.Outcome:
+    return train(config, images or random_images(), out, console=console or silent())
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what no two runs share: times."""
+    lines = RunDirectory(out).metrics_file.read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "images_per_second")}
+        for line in lines
+    ]
+
+
+def assert_equal_checkpoints(first: Path, second: Path) -> None:
+    ours, our_header = read_checkpoint(first)
+    theirs, their_header = read_checkpoint(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert our_header.images_seen == their_header.images_seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps without a stop."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    outcome = run(tiny(), out)
+    assert (outcome.reason, outcome.images_seen) == ("finished", 32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, stopped after 4 steps and resumed with a longer duration."""
+    out = tmp_path_factory.mktemp("continued") / "run"
+    assert run(tiny("run.duration_images=16"), out).images_seen == 16
+    assert run(tiny(), out).images_seen == 32
+    return out
+
+
+# Resuming
+
+
+def test_resume_is_bit_exact(whole: Path, continued: Path) -> None:
+    name = "checkpoints/000000032.safetensors"
+    tensors, _ = read_checkpoint(whole / name)
+    for prefix in ("generator.", "discriminator.", "ema.", "optimiser.generator.", "optimiser.discriminator."):
+        assert any(key.startswith(prefix) for key in tensors), prefix
+    assert_equal_checkpoints(whole / name, continued / name)
+    assert_equal_checkpoints(
+        whole / "checkpoints/000000016.safetensors", continued / "checkpoints/000000016.safetensors"
+    )
+
+
+def test_resumed_run_reports_what_the_whole_one_does(whole: Path, continued: Path) -> None:
+    assert rows_of(whole) == rows_of(continued)
+    pictures = sorted(path.name for path in (whole / "samples").iterdir())
+    assert pictures == ["000000000.png", "000000016.png", "000000032.png"]
+    for name in pictures:
+        assert (whole / "samples" / name).read_bytes() == (continued / "samples" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("run.channels_last=true", "model.an.moments=batch", "data.flip=true"),
+        ("run.precision=bfloat16", "optim.d_steps=2"),
+        ("model.context=self_attention", "model.head=auxiliary"),
+    ],
+    ids=["channels_last-batch_moments-flip", "bfloat16-d_steps2", "self_attention-auxiliary"],
+)
+def test_resume_is_bit_exact_whatever_the_settings(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    settings = (*settings, "run.layout_every_images=1000", "run.grid_every_images=1000")
+    run(tiny(*settings, "run.duration_images=16"), tmp_path / "whole")
+    run(tiny(*settings, "run.duration_images=8"), tmp_path / "parts")
+    run(tiny(*settings, "run.duration_images=16"), tmp_path / "parts")
+    name = "checkpoints/000000016.safetensors"
+    assert_equal_checkpoints(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    assert all(math.isfinite(row["generator/loss"]) for row in rows_of(tmp_path / "parts") if "step" in row)
+
+
+def test_a_seed_is_a_run_and_another_seed_another(whole: Path, tmp_path: Path) -> None:
+    short = ("run.duration_images=4", "run.checkpoint_every_images=4")
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        run(tiny(*short, f"run.seed={seed}"), tmp_path / name)
+    file = "checkpoints/000000004.safetensors"
+    assert_equal_checkpoints(tmp_path / "first" / file, tmp_path / "again" / file)
+    assert rows_of(tmp_path / "first") == rows_of(tmp_path / "again") == rows_of(whole)[:2]
+    with pytest.raises(AssertionError):
+        assert_equal_checkpoints(tmp_path / "first" / file, tmp_path / "other" / file)
+    assert rows_of(tmp_path / "first")[1]["generator/loss"] != rows_of(tmp_path / "other")[1]["generator/loss"]
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_and_torn_lines_dropped(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny("run.duration_images=16"), out)
+    metrics = RunDirectory(out).metrics_file
+    with metrics.open("a", encoding="utf-8") as file:  # steps after the checkpoint, and a kill within a line
+        file.write('{"images_seen": 20, "generator/loss": 123.0}\n{"images_seen": 24, "generator/lo')
+    run(tiny(), out)
+    assert rows_of(out) == rows_of(whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny("run.duration_images=8"), out)
+    for checkpoint in RunDirectory(out).checkpoints():  # as if the kill had come sooner
+        checkpoint.unlink()
+    run(tiny(), out)
+    assert rows_of(out) == rows_of(whole)
+    name = "checkpoints/000000032.safetensors"
+    assert_equal_checkpoints(out / name, whole / name)
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").iterdir()}
+    rows = rows_of(whole)
+    outcome = run(tiny(), whole)
+    assert (outcome.reason, outcome.images_seen) == ("finished", 32)
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").iterdir()} == before
+    assert rows_of(whole) == rows
+
+
+def test_changed_settings_are_refused_by_name(whole: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.g_lr was 0\.0001, now 0\.5.*another --out"):
+        run(tiny("optim.g_lr=0.5"), whole)
+    with pytest.raises(ConfigError, match=r"model\.width was 2, now 4, run\.seed was 0, now 7"):
+        run(tiny("model.width=4", "run.seed=7"), whole)
+
+
+def test_other_data_are_refused(whole: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trained on other data.*give the same data"):
+        run(tiny(), whole, random_images(seed=1))
+
+
+def test_a_wrong_number_of_classes_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_classes is 5, but by hand has 3 classes"):
+        run(tiny("model.num_classes=5"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not a run"):
+        run(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, whole: Path) -> None:
+    run(tiny("model.width=4", "run.duration_images=4"), tmp_path / "run")
+    (tmp_path / "run/checkpoints/000000008.safetensors").write_bytes(
+        (whole / "checkpoints/000000016.safetensors").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match=r"000000008\.safetensors does not fit"):
+        run(tiny("model.width=4"), tmp_path / "run")
+
+
+# Stopping
+
+
+def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:
+    settings = ("run.duration_images=16", "run.checkpoint_every_images=4", "run.keep_checkpoints=2")
+    run(tiny(*settings, "run.layout_every_images=1000", "run.grid_every_images=1000"), tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["000000012.safetensors", "000000016.safetensors"]
+
+
+def test_max_minutes_stops_cleanly_and_can_be_raised(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quick = ("run.layout_every_images=1000", "run.grid_every_images=1000", "run.duration_images=8")
+    outcome = run(tiny(*quick, "run.max_minutes=1e-9"), out)
+    assert (outcome.reason, outcome.images_seen) == ("out of time", 4)
+    assert read_checkpoint(outcome.checkpoint)[1].images_seen == 4
+    # Time is counted over all legs: the same limit again has nothing left.
+    assert run(tiny(*quick, "run.max_minutes=1e-9"), out).images_seen == 4
+    outcome = run(tiny(*quick, "run.max_minutes=60"), out)
+    assert (outcome.reason, outcome.images_seen) == ("finished", 8)
+
+
+@pytest.mark.parametrize("loss", ["hinge_generator_loss", "hinge_discriminator_loss"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    original, calls = getattr(phases, loss), []
+
+    def broken(*scores: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return original(*scores) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(phases, loss, broken)
+    out = tmp_path / "run"
+    last_good = str(out / "checkpoints/000000008.safetensors")
+    with pytest.raises(TrainingError, match="not finite at step 3 ") as caught:
+        run(tiny("run.checkpoint_every_images=8", "run.log_every_images=16"), out)
+    assert last_good in str(caught.value) and "g_lr" in str(caught.value)
+    assert [str(path) for path in RunDirectory(out).checkpoints()] == [last_good]
+    assert_finite(out)
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the last step before a save may be finite and its gradient not."""
+    original, calls = phases.hinge_generator_loss, []
+
+    def broken(scores: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        nothing = (scores - scores.detach()).abs().sqrt().sum()  # 0, whose gradient is not a number
+        return original(scores) + (nothing if len(calls) == 4 else 0)
+
+    monkeypatch.setattr(phases, "hinge_generator_loss", broken)
+    with pytest.raises(TrainingError, match=r"000000008\.safetensors"):
+        run(tiny("run.checkpoint_every_images=8"), tmp_path / "run")
+    assert [path.name for path in RunDirectory(tmp_path / "run").checkpoints()] == ["000000008.safetensors"]
+    assert_finite(tmp_path / "run")
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "hinge_generator_loss", lambda scores: scores.mean() * math.inf)
+    with pytest.raises(TrainingError, match=r"at step 1 .*last good checkpoint: none"):
+        run(tiny(), tmp_path / "run")
+    assert RunDirectory(tmp_path / "run").checkpoints() == []
+
+
+def assert_finite(out: Path) -> None:
+    for path in RunDirectory(out).checkpoints():
+        tensors, _ = read_checkpoint(path)
+        assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
+
+
+PREPARATION = f"""
+import io, os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+import torch
+from rich.console import Console
+from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, save_checkpoint
+from attnorm.config import Config, override
+from attnorm.data.images import ImageSet, fingerprint
+from attnorm.training import trainer
+
+torch.set_num_threads(1)
+pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
+labels, classes = np.arange(24, dtype=np.int64) % 3, ("a", "b", "c")
+images = ImageSet(pixels, labels, classes, "by hand", fingerprint(pixels, labels, classes), note="nothing but noise")
+config = override(Config(), {TINY!r})
+"""
+
+
+def python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", PREPARATION + textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+KILLING = """
+random.seed(0)
+run = RunDirectory(sys.argv[1])
+run.create(config, {"fingerprint": ""})
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        number = len(run.checkpoints()) and int(run.checkpoints()[-1].stem)
+        while True:
+            number += 1
+            content = torch.full((2**20,), float(number))
+            save_checkpoint(run.checkpoint_file(number), {"ballast": content}, Header(config, (), number, 0.0))
+            run.keep_last(3)
+    time.sleep(random.uniform(0.01, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(*(path.name for path in (run.path / "checkpoints").iterdir()), flush=True)
+    for path in run.checkpoints():
+        tensors, header = read_checkpoint(path)
+        assert path.stem == f"{header.images_seen:09d}"
+        assert tensors["ballast"].shape == (2**20,) and (tensors["ballast"] == header.images_seen).all()
+
+original = trainer.save_checkpoint
+
+def save_slowly(path, tensors, header):
+    original(path, tensors | {"ballast": torch.ones(2**21)}, header)
+
+trainer.save_checkpoint = save_slowly
+kills = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        outcome = trainer.train(
+            override(config, ["run.checkpoint_every_images=4"]),
+            images,
+            Path(sys.argv[2]),
+            console=Console(file=io.StringIO()),
+        )
+        os._exit(0 if outcome.reason == "finished" else 1)
+    if kills < 4:
+        time.sleep(random.uniform(0.05, 1.2))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit(os.WEXITSTATUS(status))
+    kills += 1
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Path]:
+    """Twelve processes that do nothing but save 4 MiB each, killed at random moments: the folder that they saved in,
+    and a line of its files for each kill. Then a run with saves as slow as those of a large model, killed four times
+    and resumed until it is done.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    process = python(KILLING, folder / "saves", folder / "run")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder / "saves", output.splitlines(), folder / "run"
+
+
+def test_a_kill_while_saving_leaves_only_whole_checkpoints(killed: tuple[Path, list[str], Path]) -> None:
+    saves, left, _ = killed
+    assert len(left) == 12
+    assert any(".tmp" in line for line in left), "no kill fell into a save: this test has shown nothing"
+    kept = RunDirectory(saves).checkpoints()  # those of the last kill too were read in the script
+    assert 3 <= len(kept) <= 4 and int(kept[-1].stem) > 12
+    assert not any(".tmp" in path.name for path in kept)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(killed: tuple[Path, list[str], Path], whole: Path) -> None:
+    _, _, run_path = killed
+    ours, header = read_checkpoint(run_path / "checkpoints/000000032.safetensors")
+    theirs, _ = read_checkpoint(whole / "checkpoints/000000032.safetensors")
+    ours.pop("ballast")
+    assert ours.keys() == theirs.keys() and header.images_seen == 32
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert rows_of(run_path) == rows_of(whole)
+
+
+def test_a_kill_while_the_run_directory_is_made_does_not_block_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / ".config.json.abc.tmp").write_text("{", encoding="utf-8")
+    assert run(tiny("run.duration_images=4"), out).images_seen == 4
+
+
+def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny("run.duration_images=4"), out)
+    left = out / "checkpoints/.000000008.safetensors.abc.tmp"
+    left.write_bytes(b"half a checkpoint")
+    assert [path.name for path in RunDirectory(out).checkpoints()] == ["000000004.safetensors"]
+    assert run(tiny("run.duration_images=8"), out).images_seen == 8
+    assert not left.exists()
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed(tmp_path: Path) -> None:
+    script = """
+    from attnorm import cli
+    cli._load_images = lambda config: images
+    long = override(config, ["run.duration_images=4000000", "run.checkpoint_every_images=4000000"])
+    cli._train(override(long, ["run.layout_every_images=4000000"]), Path(sys.argv[1]))
+    """
+    out = tmp_path / "run"
+    process = python(script, out)
+    deadline = time.monotonic() + 120
+    metrics = RunDirectory(out).metrics_file
+    while not (metrics.exists() and '"step"' in metrics.read_text(encoding="utf-8")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[1])
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted at" in output and "The same command goes on from here" in errors
+    assert "Traceback" not in errors
+    (checkpoint,) = RunDirectory(out).checkpoints()
+    seen = int(checkpoint.stem)
+    assert seen >= 4 and str(checkpoint) in output.replace("\n", "")
+    outcome = run(tiny(f"run.duration_images={seen + 4}"), out)
+    assert (outcome.reason, outcome.images_seen) == ("finished", seen + 4)
+    assert [row["images_seen"] for row in rows_of(out) if "step" in row] == list(range(4, seen + 5, 4))
+
+
+def test_sigterm_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = phases.ClassConditionalTask.finish_step
+
+    def terminated_at_the_second(self: phases.ClassConditionalTask, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(phases.ClassConditionalTask, "finish_step", terminated_at_the_second)
+    outcome = run(tiny(), tmp_path / "run")
+    assert (outcome.reason, outcome.images_seen) == ("interrupted", 8)
+    assert read_checkpoint(outcome.checkpoint)[1].images_seen == 8
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# What is reported
+
+
+def test_rows_hold_losses_scores_and_what_the_layouts_do(whole: Path) -> None:
+    rows = rows_of(whole)
+    steps = [row for row in rows if "step" in row]
+    assert [(row["images_seen"], row["step"]) for row in steps] == [(4 * i, i) for i in range(1, 9)]
+    for row in steps:
+        for network in ("generator", "discriminator"):
+            assert math.isfinite(row[f"{network}/loss"]) and row[f"{network}/orthogonality"] > 0
+        assert math.isfinite(row["discriminator/real_score"]) and math.isfinite(row["discriminator/fake_score"])
+    looks = [row for row in rows if "step" not in row]
+    assert [row["images_seen"] for row in looks] == [0, 8, 16, 24, 32]
+    for row in looks:
+        for site in ("layout/generator.blocks.2.an", "layout/discriminator.blocks.0.an"):
+            assert 0 < row[f"{site}/entropy"] <= 1
+            assert len(row[f"{site}/usage"]) == 4 and sum(row[f"{site}/usage"]) == pytest.approx(1)
+    assert looks[0]["layout/generator.blocks.2.an/rho"] == 0 != looks[-1]["layout/generator.blocks.2.an/rho"]
+    times = [json.loads(line) for line in (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [row["seconds"] for row in times if "step" in row]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert any((whole / "tensorboard").glob("events*"))
+
+
+def test_the_run_directory_says_what_was_trained_on_what(whole: Path) -> None:
+    config, data = RunDirectory(whole).read()
+    assert config == tiny("model.num_classes=3")
+    assert data["classes"] == ["a", "b", "c"] and data["num_images"] == 24 and data["source"] == "by hand"
+    _, header = read_checkpoint(whole / "checkpoints/000000032.safetensors")
+    assert header.classes == ("a", "b", "c") and header.note == "nothing but noise"
+    assert header.config == config and header.images_seen == 32 and header.seconds > 0
+
+
+def test_a_grid_has_a_class_a_row_and_eight_columns(whole: Path) -> None:
+    with Image.open(whole / "samples/000000016.png") as picture:
+        assert picture.size == (8 * 34 + 2, 3 * 34 + 2)  # pictures of 32, and 2 pixels between and around
+        pixels = np.asarray(picture)
+    assert pixels[:2].max() == 0 and pixels[2:34, 2:34].std() > 0
+    assert not np.array_equal(pixels[2:34, 2:34], pixels[2:34, 36:68])
+
+
+def test_a_uniform_layout_is_warned_of_once(tmp_path: Path) -> None:
+    settings = ("run.layout_every_images=4", "run.duration_images=16", "run.grid_every_images=1000")
+    console = Console(file=io.StringIO(), width=200)
+    run(tiny(*settings, "model.an.temperature=1e-6"), tmp_path / "uniform", console=console)
+    text = console.file.getvalue()
+    for site in ("generator.blocks.2.an", "discriminator.blocks.0.an"):
+        assert text.count(f"warning: layout/{site}/entropy") == 1
+    assert "model.an.temperature" in text
+    console = Console(file=io.StringIO(), width=200)
+    run(tiny(*settings, "model.an.temperature=100"), tmp_path / "sharp", console=console)
+    assert "warning" not in console.file.getvalue()
+
+
+def test_a_line_of_progress_names_speed_and_time_left(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    run(tiny("run.duration_images=8"), tmp_path / "run", console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("4 of 8 images, ")]
+    assert re.search(r"\d+/s, 0:\d\d:\d\d left", line)
+
+
+# Batches
+
+
+class TwoBatches:
+    """The one thing that `_batch` asks of a task."""
+
+    batches_per_step = 2
+
+
+def test_flip_mirrors_about_half_of_the_images() -> None:
+    images = random_images(64)
+    mirrored = {}
+    for flip in (False, True):
+        trainer.seed_step(0, 0)
+        config = tiny("run.batch_size=64", f"data.flip={flip}")
+        batch = trainer._batch(config, images, 0, 0, TwoBatches(), torch.device("cpu"))
+        originals = to_float(torch.from_numpy(images.images))
+        same = [any(torch.equal(image, original) for original in originals) for image in batch.images]
+        turned = [any(torch.equal(image.flip(2), original) for original in originals) for image in batch.images]
+        assert all(a != b for a, b in zip(same, turned, strict=True))
+        mirrored[flip] = sum(turned)
+    assert mirrored[False] == 0 and 16 < mirrored[True] < 48
+
+
+def test_batches_of_a_step_follow_one_another_through_the_epochs() -> None:
+    """Two steps of three discriminator updates and one of the generator see each of 32 images once."""
+
+    class Four:
+        batches_per_step = 4
+
+    images, seen = random_images(32), []
+    for images_seen in (0, 4):
+        for index in range(4):
+            batch = trainer._batch(tiny(), images, images_seen, index, Four(), torch.device("cpu"))
+            pixels = ((batch.images + 1) * 127.5).round().to(torch.uint8).numpy()
+            for image, label in zip(pixels, batch.labels.tolist(), strict=True):
+                (number,) = np.flatnonzero((images.images == image).all((1, 2, 3)))
+                assert images.labels[number] == label
+                seen.append(int(number))
+    assert sorted(seen) == list(range(32)) and seen != sorted(seen)
+
+
+def test_every_discriminator_update_gets_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, torch.Tensor]] = []
+    for name in ("_discriminator_loss", "_generator_loss"):
+        original = getattr(phases.ClassConditionalTask, name)
+
+        def spy(self: Any, batch: phases.Batch, name: str = name, original: Any = original) -> Any:
+            seen.append((name, batch.images))
+            return original(self, batch)
+
+        monkeypatch.setattr(phases.ClassConditionalTask, name, spy)
+    run(tiny("optim.d_steps=3", "run.duration_images=4"), tmp_path / "run")
+    assert [name for name, _ in seen] == ["_discriminator_loss"] * 3 + ["_generator_loss"]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(seen[i][1], seen[j][1]), (i, j)
+    tensors, _ = read_checkpoint(tmp_path / "run/checkpoints/000000004.safetensors")
+    assert tensors["optimiser.discriminator.linear.bias.step"].item() == 3
+    assert tensors["optimiser.generator.to_rgb.bias.step"].item() == 1
+
+
+def test_random_numbers_are_a_function_of_seed_and_images_seen() -> None:
+    drawn = set()
+    for seed, images_seen, rank in ((0, 0, 0), (0, 4, 0), (1, 0, 0), (0, 0, 1), (4, 0, 0)):
+        trainer.seed_step(seed, images_seen, rank)
+        first = torch.rand(1).item()
+        trainer.seed_step(seed, images_seen, rank)
+        assert torch.rand(1).item() == first
+        drawn.add(first)
+    assert len(drawn) == 5
