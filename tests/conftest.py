@@ -1,5 +1,5 @@
-"""One thread for all tests: their maps are too small for two, and what is compared to the last bit must be summed in one
-order, in subprocesses too.
+"""One thread for all tests: their maps are too small for two, and results that are compared to the last bit must be
+summed in one order, in subprocesses too.
 """
 
 import os
