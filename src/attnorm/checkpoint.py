@@ -194,7 +194,11 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and cuda and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"the device is {name!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
         raise ConfigError(f"the device is {name!r}, but torch finds none on this machine; take auto or cpu")
     return device

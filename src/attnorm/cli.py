@@ -5,8 +5,8 @@ torch is imported inside the verbs only, so that help and mistakes are answered 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from attnorm.inference import Sampler
 
 app = tyro.extras.SubcommandApp()
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 EPILOGUE = """Attentive Normalization for class-conditional image generation (Wang et al., CVPR 2020).
 
@@ -81,6 +81,8 @@ def train(
 
 
 def _train(config: Config, out: Path) -> None:
+    import torch
+
     from attnorm.training.trainer import TrainingError
     from attnorm.training.trainer import train as run_training
 
@@ -90,7 +92,16 @@ def _train(config: Config, out: Path) -> None:
     except TrainingError as error:
         console.print(f"attnorm: {error}", style="red")
         raise SystemExit(1) from None
+    except torch.OutOfMemoryError:
+        console.print(
+            "attnorm: the device is out of memory; a new run with a smaller run.batch_size or run.precision=bfloat16 "
+            "needs less. What was saved is whole",
+            style="red",
+        )
+        raise SystemExit(1) from None
     except OSError as error:
+        if not (out / "config.json").is_file():
+            raise
         console.print(
             f"attnorm: training stopped: {error}; the last checkpoint is whole, resume when mended", style="red"
         )
@@ -159,8 +170,9 @@ def sample(
     from attnorm.checkpoint import write_atomically, write_json
     from attnorm.figures import images_figure, save_figure
 
-    if num < 1 or seed < 0:
-        raise ConfigError(f"--num is {num} and --seed {seed}; expected at least 1 image and a seed from 0 up")
+    if num < 1:
+        raise ConfigError(f"--num is {num}; expected at least 1 image")
+    _require_seed(seed, num)
     sampler = _sampler(run, ema=not raw_weights, device=device)
     chosen = _classes(sampler, classes)
     _require_free(out, overwrite)
@@ -228,10 +240,11 @@ def interpolate(
 
     if steps < 2:
         raise ConfigError(f"--steps is {steps}; expected at least 2")
+    _require_seed(seed)
     sampler = _sampler(run, device=device)
     middle = [name for name in via.split(",") if name]
     walk = [sampler.class_index(name) for name in (start, *middle, end)]
-    _require_free(out, overwrite)
+    _require_free(out, overwrite, is_picture=True)
     images, layouts = sampler.interpolate(seed, walk, steps)
     layout = next(iter(layouts.values())).layout if layouts else None
     if layout is not None and entity is not None and not 0 <= entity < layout.shape[1]:
@@ -265,6 +278,7 @@ def layout(
     """
     from attnorm.figures import write_layouts
 
+    _require_seed(seed)
     sampler = _sampler(run, device=device)
     chosen = _classes(sampler, classes)[:10] if not classes else _classes(sampler, classes)
     _require_free(out, overwrite)
@@ -311,8 +325,10 @@ def curves(
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")
-    _require_free(out, overwrite)
-    print(save_figure(curves_figure({run.resolve().name: run for run in runs}), out))
+    _require_free(out, overwrite, is_picture=True)
+    names = [run.resolve().name for run in runs]
+    named = {str(run) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
+    print(save_figure(curves_figure(named), out))
 
 
 @app.command
@@ -325,9 +341,7 @@ def presets() -> None:
     table = Table("preset", "what it is", "pixels", "classes", "context sites", "G", "D", box=None, pad_edge=False)
     for name, (description, config) in PRESETS.items():
         num_classes = 1000 if name.startswith("paper-imagenet") else 10
-        # Spectral norm adds no parameter, and setting it up would take minutes for the large ones.
-        model = dataclasses.replace(config.model, g_spectral_norm=False, d_spectral_norm=False)
-        sites, g_parameters, d_parameters = describe(model, num_classes)
+        sites, g_parameters, d_parameters = describe(config.model, num_classes)
         table.add_row(
             name,
             description,
@@ -349,7 +363,10 @@ def _sampler(run: Path, *, ema: bool = True, device: str = "auto") -> Sampler:
 def _classes(sampler: Sampler, names: str) -> list[int]:
     if not names:
         return list(range(len(sampler.classes)))
-    return list(dict.fromkeys(sampler.class_index(name.strip()) for name in names.split(",") if name.strip()))
+    chosen = list(dict.fromkeys(sampler.class_index(name.strip()) for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise ConfigError(f"--classes is {names!r}; expected names or numbers with commas between, or none for all")
+    return chosen
 
 
 def _folder_name(sampler: Sampler, label: int) -> str:
@@ -358,7 +375,14 @@ def _folder_name(sampler: Sampler, label: int) -> str:
     return name if name not in ("", ".", "..") and "/" not in name and "\\" not in name else f"class-{label}"
 
 
-def _require_free(out: Path, overwrite: bool) -> None:
+def _require_seed(seed: int, count: int = 1) -> None:
+    if not 0 <= seed <= 2**63 - count:
+        raise ConfigError(f"--seed is {seed}; expected a whole number from 0 up to 2^63")
+
+
+def _require_free(out: Path, overwrite: bool, *, is_picture: bool = False) -> None:
+    if is_picture and out.is_dir():
+        raise ConfigError(f"{out} is a folder; expected a picture's name, for example {out / 'picture.png'}")
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not overwrite:
         raise ConfigError(f"{out} is already there; choose another --out, or say --overwrite")
@@ -377,8 +401,8 @@ def _repeat_set(arguments: Sequence[str]) -> list[str]:
     """`--set a=1 b=2` as `--set a=1 --set b=2`: both are meant to work, and none of them to be dropped."""
     out: list[str] = []
     in_set = False
-    for argument in arguments:
-        if argument == "--set":
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="-"):
+        if argument == "--set" and not following.startswith("-"):
             in_set = True
             continue
         in_set = in_set and not argument.startswith("-")
@@ -394,11 +418,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         app.cli(prog="attnorm", description=EPILOGUE, args=_repeat_set(arguments))
-    except (UserError, FileExistsError, PermissionError) as error:
-        console.print(f"attnorm: {error}", style="red", markup=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except BrokenPipeError:  # `attnorm presets | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except (UserError, OSError) as error:
+        console.print(f"attnorm: {error}", style="red")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -150,7 +151,7 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
                 label = f"{name} {key}" if many else key
                 axis.plot(*_smooth(points), style, color=color if many else None, label=label, linewidth=1)
         sites = sorted({key.rsplit("/", 1)[0] for row in rows for key in row if key.endswith("/entropy")})
-        for site, style in zip(sites, ("-", "--", ":", "-."), strict=False):
+        for site, style in zip(sites, itertools.cycle(("-", "--", ":", "-.")), strict=False):
             label = (f"{name} " if many else "") + site.removeprefix("layout/")
             points = [(row["images_seen"], row[f"{site}/entropy"]) for row in rows if f"{site}/entropy" in row]
             axes[1, 0].plot(*zip(*points, strict=True), style, color=color if many else None, label=label)

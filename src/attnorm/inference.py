@@ -26,8 +26,8 @@ class Samples(NamedTuple):
 
 
 class Sampler:
-    """Images of one generator. Image number i is made from seeds[i] and labels[i] alone: whatever else is asked for,
-    the same seed and class give the same picture.
+    """Images of one generator. Image number i is made from seeds[i] and labels[i] alone: the same request gives the
+    same pixels, and what else is asked for along with an image changes it by no more than rounding, a grey level.
 
     Args:
         path: A run directory (its latest checkpoint is taken) or a checkpoint file.
@@ -42,6 +42,8 @@ class Sampler:
         loaded = load(path, ema=ema, device=device)
         self.model, self.header, self.path, self.classes = loaded.model, loaded.header, loaded.path, loaded.classes
         self.device, self.batch_size = next(self.model.parameters()).device, batch_size
+        # As in training: otherwise images, and scores of them, would be made at another precision on NVIDIA's GPUs.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
 
     def class_index(self, name: str) -> int:
         """The label of a class, given by its name or number."""

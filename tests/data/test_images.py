@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -613,3 +614,15 @@ def test_stream_refuses_nonsense():
         shuffled_indices(0, 0, 1, seed=0)
     with pytest.raises(ValueError, match="seed=-1"):
         shuffled_indices(5, 0, 1, seed=-1)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_splits_are_not_taken_for_classes(tmp_path: Path, as_zip: bool) -> None:
+    root = tmp_path / "photographs"
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(root / name)
+    source = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)) if as_zip else root
+    with pytest.raises(ValueError, match="train and val: splits of a data set, not classes"):
+        load_images(source, 4, cache_dir=tmp_path / "cache")
+    assert load_images(root / "train", 4, cache_dir=tmp_path / "cache").classes == ("cat", "dog")

@@ -842,10 +842,10 @@ def test_unknown_switch_value_is_told_the_choices(switch: str) -> None:
         AttentiveNorm2d(4, **{switch: "unknown"})
 
 
-@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)], ids=["features", "entities"])
-def test_no_features_or_no_entities_is_an_error(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"num_features is \d, num_entities \d; expected at least 1"):
-        AttentiveNorm2d(*sizes)
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (4, 4, 0)], ids=["features", "entities", "reduction"])
+def test_a_size_of_zero_is_an_error(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"num_features is \d, num_entities \d, reduction \d; expected at least 1"):
+        AttentiveNorm2d(*sizes[:2], reduction=sizes[2] if len(sizes) > 2 else 8)
 
 
 @pytest.mark.parametrize("statistics", ["masked", "released"])

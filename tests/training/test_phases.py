@@ -198,7 +198,9 @@ def test_context_sites_of_the_paper_are_where_it_says(name: str) -> None:
     }
     if config.context == "an":
         assert sites == {"G.blocks.2.an": (AttentiveNorm2d, 256), "D.blocks.0.an": (AttentiveNorm2d, 64)}
-        assert generator.blocks[2].an.num_entities == {"an-n8": 8, "an-n32": 32}.get(name[18:], 16)
+        assert generator.blocks[2].an.num_entities == {"an-n8": 8, "an-n32": 32}.get(
+            name.removeprefix("paper-imagenet128-"), 16
+        )
     elif config.context == "self_attention":
         assert sites == {"G.blocks.2.after": (SelfAttention2d, 256), "D.blocks.1.after": (SelfAttention2d, 128)}
     else:

@@ -107,6 +107,9 @@ def _zip(path: Path) -> Source:
     return Source(["zip", *_size_and_time(path)], open_zip)
 
 
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
+
+
 def _arrange(
     entries: Iterable[str], read: Callable[[str], bytes], root_name: str, *, strip_root: bool = False
 ) -> Contents:
@@ -129,6 +132,11 @@ def _arrange(
     else:
         files = [(prefix[:-1] or root_name, name) for _, name in files]
     folders = {class_of(name) for name in visible if name.startswith(prefix)} - {""}
+    if len(folders) > 1 and folders <= _SPLITS:
+        named = " and ".join(sorted(folders))
+        raise ValueError(
+            f"{root_name} holds {named}: splits of a data set, not classes; name one of them, as {root_name}/train"
+        )
     return Contents(files, lambda index: _decode(read(files[index][1])), folders, skipped)
 
 

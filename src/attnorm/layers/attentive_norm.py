@@ -71,8 +71,11 @@ class AttentiveNorm2d(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-        if num_features < 1 or num_entities < 1:
-            raise ValueError(f"num_features is {num_features}, num_entities {num_entities}; expected at least 1 each")
+        if min(num_features, num_entities, reduction) < 1:
+            raise ValueError(
+                f"num_features is {num_features}, num_entities {num_entities}, reduction {reduction}; "
+                "expected at least 1 each"
+            )
         self.num_features, self.num_entities = num_features, num_entities
         self.temperature, self.eps, self.impl = temperature, eps, impl
         self.statistics, self.moments, self.orthogonality = statistics, moments, orthogonality
@@ -111,7 +114,7 @@ class AttentiveNorm2d(nn.Module):
         """
         layout = self.layout(x, generator=generator)
         v = x if self.value is None else self.value(x)
-        with _no_autocast(x):
+        with no_autocast(x):
             x_bar = regional_norm(  # Eq. 5
                 v,
                 layout,
@@ -131,7 +134,7 @@ class AttentiveNorm2d(nn.Module):
     def layout(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The soft semantic layout of `x` (Eq. 2-4), [N, K, H, W], at least float32, summing to 1 over K."""
         self._check(x)
-        with _no_autocast(x):
+        with no_autocast(x):
             sampling = self._sampling(x, generator) if self.self_sampling and self.training else None
             entities = self.entities.weight.flatten(1)
             return soft_layout(x, entities, sampling, temperature=self.temperature, impl=self.impl)
@@ -146,7 +149,7 @@ class AttentiveNorm2d(nn.Module):
 
     def orthogonality_penalty(self) -> Tensor:
         """Eq. 1 without its weight: ||W W^T - I||_F^2, a scalar; rows of length 1 unless orthogonality="raw"."""
-        with _no_autocast(self.entities.weight):
+        with no_autocast(self.entities.weight):
             rows = self.entities.weight.flatten(1)
             rows = rows if rows.dtype == torch.float64 else rows.float()
             if self.orthogonality == "cosine":
@@ -216,7 +219,7 @@ def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
             handle.remove()
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Logits and statistics keep their precision under autocast, which would round them to 8 bits (row 11)."""
     if x.device.type == "meta":  # where autocast does not exist
         return contextlib.nullcontext()

@@ -12,7 +12,8 @@ class SelfAttention2d(nn.Module):
 
     The 1x1 convolutions have no bias; query and key have C/8 channels, value C/2; the gate starts at 0, so that the
     layer starts as the identity and replaces an AttentiveNorm2d. This is SAGAN's released code: its text has neither
-    the pooling nor the narrow values.
+    the pooling nor the narrow values. Torch's fused kernels have no second derivative: a gradient penalty through this
+    layer needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around it.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -37,10 +38,12 @@ class SelfAttention2d(nn.Module):
         key, value = (
             F.max_pool2d(map, 2, ceil_mode=True).flatten(2).transpose(1, 2) for map in (self.key(x), self.value(x))
         )  # [N, P/4, C/8], [N, P/4, C/2]
-        # The fused kernels take one width for all three; zeros add nothing to an inner product. SAGAN does not scale.
+        # The fused kernels take one width for all three, with channels next to one another in memory; zeros add nothing
+        # to an inner product. SAGAN does not scale.
         pad = value.shape[2] - query.shape[2]
         query, key = F.pad(query, (0, pad)), F.pad(key, (0, pad))
-        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=1.0)[:, 0]
+        query, key, value = (map.contiguous()[:, None] for map in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
         attended = attended.transpose(1, 2).unflatten(2, x.shape[2:])
         return (self.gate * self.project(attended) + x).to(x.dtype)
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from attnorm.config import ClassConditionalConfig
-from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.layers.attentive_norm import AttentiveNorm2d, no_autocast
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 from attnorm.layers.residual import DownBlock, UpBlock
 from attnorm.layers.self_attention import SelfAttention2d
@@ -65,6 +66,15 @@ class Generator(nn.Module):
         for block in self.blocks:
             h = block(h, condition)
         return torch.tanh(self.to_rgb(F.relu(self.norm(h))))
+
+
+class SpectralNorm(parametrizations._SpectralNorm):
+    """torch's, one power iteration a training forward; in full precision under autocast, which on NVIDIA's GPUs would
+    make its matrix-vector products in bfloat16."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with no_autocast(weight):
+            return super().forward(weight)
 
 
 class Verdict(NamedTuple):
@@ -124,7 +134,8 @@ class Discriminator(nn.Module):
 def describe(config: ClassConditionalConfig, num_classes: int) -> tuple[str, int, int]:
     """Where the context blocks are, and the parameters of G and D; built without memory."""
     with torch.device("meta"):
-        config = replace(config, num_classes=num_classes)
+        # Spectral norm adds no parameter, and setting it up would take minutes for the large networks.
+        config = replace(config, num_classes=num_classes, g_spectral_norm=False, d_spectral_norm=False)
         generator, discriminator = Generator(config), Discriminator(config)
     sites = [
         f"{letter} block {int(name.split('.')[1]) + 1} ({module.num_features} channels)"
@@ -177,7 +188,7 @@ def _initialize(network: nn.Module, *, with_spectral_norm: bool) -> None:
         if not isinstance(module, nn.Embedding) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if with_spectral_norm:
-            spectral_norm(module, eps=1e-12)
+            register_parametrization(module, "weight", SpectralNorm(module.weight, eps=1e-12))
 
 
 def _require_classes(config: ClassConditionalConfig) -> None:

@@ -45,4 +45,4 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        log.info(message)
+        log.warning(message)

@@ -143,6 +143,12 @@ def _loop(
     console: Console,
 ) -> Outcome:
     state, settings = task.state, config.run
+    intervals = (
+        settings.log_every_images,
+        settings.layout_every_images,
+        settings.grid_every_images,
+        settings.checkpoint_every_images,
+    )
     uniform_for: dict[str, int] = {}
     saved_at = state.images_seen if run.checkpoints() else -1
     first_bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none; read only when something is due
@@ -201,8 +207,8 @@ def _loop(
         if state.images_seen == 0:
             look()
             draw()
+        clock = time.perf_counter()
         while state.images_seen < settings.duration_images and not stop and not is_out_of_time():
-            started = time.perf_counter()
             step = state.images_seen // settings.batch_size + 1
             seed_step(settings.seed, state.images_seen)
             logged: dict[str, Tensor] = {}
@@ -213,12 +219,14 @@ def _loop(
                 logged |= values
             task.finish_step(step)
             state.images_seen += settings.batch_size
-            seconds = time.perf_counter() - started
+            now = time.perf_counter()
+            seconds, clock = now - clock, now  # pictures, saves and a GPU's queue included
             state.seconds += seconds
             report.advance(state.images_seen, seconds, state.seconds)
 
-            if is_due(settings.log_every_images):
+            if any(map(is_due, intervals)):
                 require_finite()
+            if is_due(settings.log_every_images):
                 numbers = {name: value.item() for name, value in logged.items()}
                 extra = {"step": step, "seconds": state.seconds, "images_per_second": report.speed}
                 report.row(state.images_seen, numbers | extra)
@@ -227,7 +235,6 @@ def _loop(
             if is_due(settings.grid_every_images):
                 draw()
             if is_due(settings.checkpoint_every_images):
-                require_finite()
                 save()
         require_finite()
         if saved_at != state.images_seen:
@@ -268,13 +275,13 @@ def _batch(config: Config, images: ImageSet, images_seen: int, index: int, task:
     size = config.run.batch_size
     start = images_seen * task.batches_per_step + index * size
     pixels, labels = images.batch(shuffled_indices(len(images), start, size, seed=config.run.seed))
-    real = to_float(pixels.to(device, non_blocking=True))
+    real = to_float(pixels.to(device))
     if config.data.flip:
         mirrored = torch.rand(size, device=device) < 0.5
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
     if config.run.channels_last:
         real = real.to(memory_format=torch.channels_last)
-    return Batch(real, labels.to(device, non_blocking=True))
+    return Batch(real, labels.to(device))
 
 
 @contextmanager

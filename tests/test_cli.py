@@ -1,0 +1,520 @@
+"""The command line from end to end, what it says of mistakes, and the commands that the README promises."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attnorm import __version__, cli
+from attnorm.checkpoint import RunDirectory, read_checkpoint
+from attnorm.config import Config, from_dict, override
+from attnorm.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+VERBS = ("train", "sample", "interpolate", "layout", "page", "curves", "presets")
+TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
+QUIET = ("run.log_every_images=4", "run.layout_every_images=8", "run.grid_every_images=8", "run.precision=float32")
+CLASSES = ["bird", "cat", "dog"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of three pictures each, and a file that is none."""
+    folder = tmp_path_factory.mktemp("data") / "photographs [mine]"
+    random = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    (folder / "cat/broken.png").write_bytes(b"not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of the preset `smoke`, smaller still."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    cli.main(train_command(photographs, out))
+    return out
+
+
+def train_command(photographs: Path, out: Path, *settings: str) -> list[str]:
+    settings = (*TINY, *QUIET, *settings)
+    return ["train", "--preset", "smoke", "--data", str(photographs), "--out", str(out), "--set", *settings]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def look_at(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.std() > 1
+    return pixels
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a mistake: status 2, a few lines, no traceback, nothing on the standard output."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert said.out == "" and "Traceback" not in said.err
+    message = " ".join(re.sub("[│╭╮╰╯─]", " ", said.err).split())
+    assert 0 < len(message) < 500
+    return message
+
+
+def attnorm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "attnorm", *arguments], capture_output=True, text=True, timeout=120)
+
+
+# Training
+
+
+def test_training_writes_a_run_and_says_where(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    cli.main(train_command(photographs, out))
+    said = capsys.readouterr()
+    checkpoint = out / "checkpoints/000000008.safetensors"
+    assert said.out == f"finished at 8 images; checkpoint {checkpoint}\n"
+    assert f"9 images of 3 classes from {photographs}" in said.err
+    assert "skipped 1:" in said.err and "cat/broken.png" in said.err
+    assert {entry.name for entry in out.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples",
+        "tensorboard",
+    }
+    config, data = RunDirectory(out).read()
+    assert config.model.width == 2 and config.model.num_classes == 3 and config.preset == "smoke"
+    assert data["classes"] == CLASSES
+    look_at(out / "samples/000000008.png")
+
+
+def test_the_same_command_goes_on(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    cli.main(train_command(photographs, out, "run.duration_images=4"))
+    cli.main(train_command(photographs, out, "run.duration_images=8"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("finished at 8 images")
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [None, 1, 2, None]
+    before = contents(out / "checkpoints")
+    cli.main(train_command(photographs, out, "run.duration_images=8"))
+    assert contents(out / "checkpoints") == before
+
+
+def test_time_that_is_up_names_the_remedy(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(train_command(photographs, tmp_path / "run", "run.max_minutes=1e-9"))
+    said = capsys.readouterr()
+    assert said.out.startswith("out of time at 4 images") and "Raise run.max_minutes" in said.err
+
+
+def test_a_loss_that_is_no_number_ends_with_status_1(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnorm.training.phases.hinge_generator_loss", lambda scores: scores.mean() * math.nan)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(train_command(photographs, tmp_path / "[bold]run"))
+    said = capsys.readouterr()
+    assert caught.value.code == 1
+    assert "attnorm: a loss was not finite at step 1" in said.err and "Traceback" not in said.err
+
+
+def test_the_built_in_data_are_the_default_of_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the run that it makes can be shown on a page, beside the photographs themselves."""
+    out = tmp_path / "run"
+    cli.main(["train", "--preset", "smoke", "--out", str(out), "--set", *TINY, *QUIET])
+    said = capsys.readouterr()
+    assert "2,560 images of 10 classes from builtin" in said.err and "can only memorise" in said.err
+    cli.main(["page", str(out), "--out", str(tmp_path / "page")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page/index.html")
+    text = (tmp_path / "page/index.html").read_text(encoding="utf-8")
+    assert "can only memorise" in text
+    for name in re.findall(r'src="([^"]+)"', text):
+        look_at(tmp_path / "page" / name)
+    look_at(tmp_path / "page/originals.png")
+
+
+# The resolved configuration
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    cli.main(["train", "--preset", "smoke", "--dry-run", *arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    values = dry_run(capsys)
+    assert values["model"]["an"]["temperature"] == pytest.approx(0.1 * math.sqrt(64 / 4))
+    assert values["data"]["source"] == "builtin" and values["run"]["batch_size"] == 8
+    values["model"]["an"]["temperature"] = None
+    assert from_dict(Config, values) == PRESETS["smoke"][1]
+    assert dry_run(capsys, "--set", "model.an.temperature=7")["model"]["an"]["temperature"] == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--set", "run.seed=3", "model.width=2"),
+        ("--set", "run.seed=3", "--set", "model.width=2"),
+        ("--set=run.seed=3", "--set=model.width=2"),
+        ("--set", "run.seed=1", "model.width=2", "--set", "run.seed=3"),
+    ],
+    ids=["one", "repeated", "equals", "last"],
+)
+def test_settings_may_follow_one_set_or_several(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    values = dry_run(capsys, *arguments, "--data", "somewhere")
+    assert values["run"]["seed"] == 3 and values["model"]["width"] == 2 and values["data"]["source"] == "somewhere"
+
+
+# Sampling
+
+
+def test_the_same_seed_gives_the_same_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first", "second"):
+        cli.main(["sample", str(run), "--num", "7", "--seed", "40", "--out", str(tmp_path / name)])
+    files = contents(tmp_path / "first")
+    assert files == contents(tmp_path / "second")
+    pictures = sorted(name for name in files if "/" in name)
+    assert pictures == [
+        *(f"bird/{seed:06d}.png" for seed in (40, 43, 46)),
+        *(f"cat/{seed:06d}.png" for seed in (41, 44)),
+        *(f"dog/{seed:06d}.png" for seed in (42, 45)),
+    ]
+    assert len({files[name] for name in pictures}) == 7
+    record = json.loads(files["samples.json"])
+    assert record["seeds"] == [40, 46] and record["classes"] == CLASSES and record["weights"] == "ema"
+    look_at(tmp_path / "first/grid.png")
+    assert "7 images of 3 classes" in capsys.readouterr().out
+
+
+def test_an_image_is_the_same_whatever_else_is_asked_for(run: Path, tmp_path: Path) -> None:
+    cli.main(["sample", str(run), "--num", "6", "--out", str(tmp_path / "all")])
+    cli.main(["sample", str(run), "--num", "1", "--seed", "4", "--classes", "cat", "--out", str(tmp_path / "one")])
+    ours, theirs = (look_at(tmp_path / name / "cat/000004.png").astype(int) for name in ("all", "one"))
+    assert abs(ours - theirs).max() <= 1
+    assert not (tmp_path / "one/bird").exists()
+
+
+def test_classes_may_be_named_or_numbered(run: Path, tmp_path: Path) -> None:
+    cli.main(["sample", str(run), "--num", "4", "--classes", "dog, 0", "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out/samples.json").read_text(encoding="utf-8"))
+    assert record["classes"] == ["dog", "bird"]
+    assert {entry.name for entry in (tmp_path / "out").iterdir() if entry.is_dir()} == {"dog", "bird"}
+
+
+def test_raw_weights_and_a_checkpoint_file_may_be_asked_for(run: Path, tmp_path: Path) -> None:
+    file = RunDirectory(run).checkpoints()[-1]
+    for name, extra in (("ema", []), ("raw", ["--raw-weights"])):
+        cli.main(["sample", str(file), "--num", "1", *extra, "--out", str(tmp_path / name)])
+    ema, raw = (contents(tmp_path / name) for name in ("ema", "raw"))
+    assert ema["bird/000000.png"] != raw["bird/000000.png"]
+    assert json.loads(raw["samples.json"])["weights"] == "raw"
+
+
+# Figures
+
+
+def test_a_walk_is_drawn_with_the_map_of_an_entity(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpolate", str(run), "--from", "bird", "--to", "2", "--steps", "3"]
+    cli.main([*command, "--out", str(tmp_path / "walk.png")])
+    assert re.fullmatch(r".*walk\.png, with the map of entity \d\n", capsys.readouterr().out)
+    cli.main([*command, "--entity", "3", "--via", "cat,1", "--out", str(tmp_path / "new/chain.png")])
+    assert "with the map of entity 3" in capsys.readouterr().out
+    walk, chain = look_at(tmp_path / "walk.png"), look_at(tmp_path / "new/chain.png")
+    assert chain.shape[1] > 2 * walk.shape[1]  # 7 pictures beside 3
+
+
+def test_layouts_are_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["layout", str(run), "--classes", "dog,cat", "--seed", "5", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "out" / name) for name in ("layouts.png", "statistics.png", "layouts.json")
+    ]
+    look_at(tmp_path / "out/layouts.png")
+    (site,) = json.loads((tmp_path / "out/layouts.json").read_text(encoding="utf-8")).values()
+    assert [(image["class"], image["seed"]) for image in site["images"]] == [("dog", 5), ("cat", 6)]
+
+
+def test_curves_of_runs_of_one_name_are_both_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+    from attnorm import figures
+
+    original = figures.curves_figure
+    monkeypatch.setattr(figures, "curves_figure", lambda runs: named.extend(runs) or original(runs))
+    other = tmp_path / "other/run"
+    other.mkdir(parents=True)
+    (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    cli.main(["curves", str(run), str(other), "--out", str(tmp_path / "curves.png")])
+    look_at(tmp_path / "curves.png")
+    assert len(named) == 2
+
+
+def test_every_preset_is_listed_with_its_sites_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["presets"])
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if line and not line.startswith(" ")}
+    assert set(PRESETS) <= set(rows)
+    for name in PRESETS:
+        numbers = [int(text.replace(",", "")) for text in re.findall(r"\b\d{1,3}(?:,\d{3})+\b", rows[name])]
+        assert len(numbers) == 2 and min(numbers) > 1_000, name
+    assert "41,996,931" in rows["paper-imagenet128-sngan"]
+    assert "4,304,387" in rows["cifar10-sngan"] and "1,055,105" in rows["cifar10-sngan"]
+    assert "G block 3 (256 channels), D block 1 (64 channels)" in rows["paper-imagenet128-an"]
+
+
+# Nothing existing is overwritten
+
+
+def test_nothing_is_overwritten_without_being_asked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, picture = tmp_path / "folder", tmp_path / "walk.png"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine", encoding="utf-8")
+    picture.write_bytes(b"mine too")
+    before = contents(tmp_path)
+    commands = [
+        ["sample", str(run), "--num", "1", "--out", str(folder)],
+        ["layout", str(run), "--classes", "cat", "--out", str(folder)],
+        ["page", str(run), "--out", str(folder)],
+        ["interpolate", str(run), "--from", "cat", "--to", "dog", "--steps", "2", "--out", str(picture)],
+        ["curves", str(run), "--out", str(picture)],
+    ]
+    for command in commands:
+        assert "already there; choose another --out, or say --overwrite" in refused(command, capsys)
+    assert contents(tmp_path) == before
+    for command in (commands[0], commands[3]):
+        cli.main([*command, "--overwrite"])
+    look_at(picture)
+    assert (folder / "mine.txt").read_text(encoding="utf-8") == "mine" and (folder / "grid.png").exists()
+
+
+def test_training_into_a_folder_of_something_else_is_refused(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    message = refused(train_command(photographs, tmp_path), capsys)
+    assert "not a run; choose another --out" in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_of_other_settings_is_refused(run: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    message = refused(train_command(photographs, run, "optim.g_lr=1"), capsys)
+    assert "optim.g_lr was 0.0001, now 1.0" in message and "another --out" in message
+    assert contents(run) == before
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("train --preset smok --out OUT", "did you mean smoke?"),
+        ("train --preset zzzzzz --out OUT", "`attnorm presets` lists them"),
+        ("train --preset smoke", "--out is missing"),
+        ("train --preset cifar10-an --out OUT", "--data is missing"),
+        ("train --out OUT", "--preset"),
+        ("train --preset smoke --out OUT --set run.bach_size=3", "did you mean run.batch_size"),
+        ("train --preset smoke --out OUT --set run.batch_size", "expected KEY=VALUE"),
+        ("train --preset smoke --out OUT --set", "--set"),
+        ("train --preset smoke --out OUT --set run.batch_size=many", "expected a whole number"),
+        ("train --preset smoke --out OUT --set model.context=attention", "expected one of an, self_attention, none"),
+        ("train --preset smoke --out OUT --set model.image_size=48", "expected one of (32, 64, 128, 256)"),
+        ("train --preset smoke --out OUT --data OUT/nowhere", "does not exist"),
+        ("train --preset smoke --out OUT --data EMPTY", "no readable image"),
+        ("train --preset smoke --out OUT --data DATA --set run.device=tpu9", "expected auto, cpu, cuda"),
+        ("train --preset smoke --out OUT --data DATA --set model.num_classes=7", "leave it at 0"),
+        ("train --preset smoke --out FILE/run --data DATA", "FILE"),
+        ("train --preset smoke --out FILE --data DATA", "choose another --out"),
+        ("train --preset smoke --nonsense", "--nonsense"),
+        ("sample OUT/nowhere --out OUT", "expected a run directory or a checkpoint file"),
+        ("sample EMPTY --out OUT", "is not a run directory"),
+        ("sample FILE --out OUT", "cannot be read as a checkpoint"),
+        ("sample RUN", "--out"),
+        ("sample RUN --out OUT --num 0", "at least 1 image"),
+        ("sample RUN --out OUT --num many", "--num"),
+        ("sample RUN --out OUT --seed -1", "from 0 up"),
+        ("sample RUN --out OUT --seed 99999999999999999999", "seed"),
+        ("sample RUN --out OUT --classes cat,dogs", "did you mean dog?"),
+        ("sample RUN --out OUT --classes 3", "it has: bird, cat, dog"),
+        ("sample RUN --out OUT --classes ,", "--classes"),
+        ("sample RUN --out OUT --device tpu9", "expected auto, cpu, cuda"),
+        ("sample RUN --out FILE/deep", "FILE"),
+        ("sample RUN --out FILE --overwrite", "expected a folder"),
+        ("interpolate RUN --from cat --to cow --out OUT/x.png", "it has: bird, cat, dog"),
+        ("interpolate RUN --from cat --to dog --via cow --out OUT/x.png", "it has: bird, cat, dog"),
+        ("interpolate RUN --from cat --to dog --steps 1 --out OUT/x.png", "at least 2"),
+        ("interpolate RUN --from cat --to dog --entity 4 --out OUT/x.png", "entities 0 to 3"),
+        ("interpolate RUN --from cat --to dog --entity -1 --out OUT/x.png", "entities 0 to 3"),
+        ("interpolate RUN --from cat --to dog --out EMPTY", "EMPTY"),
+        ("layout RUN --out OUT --classes cow", "it has: bird, cat, dog"),
+        ("layout RUN --out OUT --classes ,", "--classes"),
+        ("layout RUN --out OUT --seed -1", "from 0 up"),
+        ("page OUT/nowhere --out OUT", "does not exist"),
+        ("page CHECKPOINT --out OUT", "is not a run directory"),
+        ("curves EMPTY --out OUT/x.png", "expected a run directory"),
+        ("nonsense", "train"),
+        ("", "train"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, remedy: str
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("mine", encoding="utf-8")
+    places = {"RUN": run, "DATA": photographs, "CHECKPOINT": RunDirectory(run).checkpoints()[-1]}
+    places |= {name: tmp_path / name for name in ("OUT", "EMPTY", "FILE")}
+    arguments = [re.sub(r"^[A-Z]+(?=/|$)", lambda m: str(places[m[0]]), word) for word in command.split()]
+    assert remedy in refused(arguments, capsys)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["EMPTY", "FILE"]
+    assert (tmp_path / "FILE").read_text(encoding="utf-8") == "mine" and not any((tmp_path / "EMPTY").iterdir())
+
+
+def test_words_in_brackets_are_no_markup(
+    photographs: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "[bold]nowhere" in refused(["sample", "[bold]nowhere", "--out", str(tmp_path / "x")], capsys)
+    assert "[red]" in refused(["train", "--preset", "[red]", "--out", str(tmp_path / "x")], capsys)
+
+
+# Help
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_is_there_for_every_verb(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*([verb] if verb else []), flag])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    if not verb:
+        assert all(name in said for name in VERBS) and "attnorm train --preset demo" in " ".join(said.split())
+    else:
+        function = getattr(cli, verb)
+        for name in inspect.signature(function).parameters:
+            option = {"start": "from", "end": "to", "settings": "set"}.get(name, name).replace("_", "-")
+            assert f"--{option}" in said or option.removesuffix("s").upper() in said, option
+        assert function.__doc__.split()[0] in said
+
+
+def test_version_is_said_and_neither_it_nor_help_loads_torch() -> None:
+    script = """
+import sys
+from attnorm import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+heavy = {"torch", "numpy", "matplotlib", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    for flag, expected in (("--version", f"attnorm {__version__}\n"), ("--help", "interpolate")):
+        done = subprocess.run([sys.executable, "-c", script, flag], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = attnorm("train", "--preset", "smok", "--out", str(tmp_path / "x"))
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr == "attnorm: there is no preset 'smok'; did you mean smoke? `attnorm presets` lists them\n"
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m attnorm train --preset smoke --dry-run | head -c 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout in ("{0\n", "{141\n") and "Traceback" not in done.stderr
+
+
+# The README
+
+
+def readme_blocks() -> list[list[str]]:
+    """The lines of every code block, continuation lines joined and comments left out."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    joined = [block.replace("\\\n", " ").splitlines() for block in blocks]
+    return [[line.strip().removeprefix("$ ") for line in block if line.strip()] for block in joined]
+
+
+def test_the_readme_begins_with_two_commands_that_the_makefile_has() -> None:
+    lines = [line for line in readme_blocks()[0] if line.startswith("make ")]
+    targets = [line.split("#")[0].split()[1] for line in lines]
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def readme_commands() -> list[str]:
+    lines = [line.removeprefix(".venv/bin/") for block in readme_blocks() for line in block]
+    return [line for line in lines if line.startswith("attnorm ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_command_of_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verb, *arguments = shlex.split(command, comments=True)[1:]
+    called: list[inspect.BoundArguments] = []
+    original = getattr(cli, verb)
+
+    @functools.wraps(original)
+    def pretend(*positional: object, **named: object) -> None:
+        called.append(inspect.signature(original).bind(*positional, **named))
+
+    monkeypatch.setattr(cli, "app", cli.tyro.extras.SubcommandApp())
+    for name in VERBS:
+        cli.app.command(pretend if name == verb else getattr(cli, name))
+    cli.main([verb, *arguments])
+    (bound,) = called
+    if verb == "train":
+        override(PRESETS[bound.arguments["preset"]][1], bound.arguments.get("settings", ()))
+
+
+def test_the_readme_shows_the_verbs() -> None:
+    shown = {shlex.split(command, comments=True)[1] for command in readme_commands()}
+    assert {"train", "sample", "interpolate", "layout"} <= shown
+
+
+def test_what_was_sampled_was_trained(run: Path) -> None:
+    """The fixture that all of this rests on: two steps, and a generator that differs from its start."""
+    tensors, header = read_checkpoint(RunDirectory(run).checkpoints()[-1])
+    assert header.images_seen == 8 and header.classes == tuple(CLASSES)
+    assert tensors["optimiser.generator.to_rgb.bias.step"].item() == 2
+    assert tensors["ema.to_rgb.bias"].abs().max() > 0
+    assert os.environ["ATTNORM_CACHE"]
