@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -150,23 +150,7 @@ def describe(config: ClassConditionalConfig, num_classes: int) -> tuple[str, int
 
 
 def _attentive_norm(num_features: int, config: ClassConditionalConfig) -> AttentiveNorm2d:
-    an = config.an
-    return AttentiveNorm2d(
-        num_features,
-        an.num_entities,
-        temperature=config.temperature,
-        affine=an.affine,
-        value_projection=an.value_projection,
-        reduction=an.reduction,
-        statistics=an.statistics,
-        moments=an.moments,
-        orthogonality=an.orthogonality,
-        self_sampling=an.self_sampling,
-        shared_sampling=an.shared_sampling,
-        clamp_t=an.clamp_t,
-        eps=an.eps,
-        impl=an.impl,
-    )
+    return AttentiveNorm2d(num_features, **{**asdict(config.an), "temperature": config.temperature})
 
 
 def _initialize(network: nn.Module, *, with_spectral_norm: bool) -> None:
