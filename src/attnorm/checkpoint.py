@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -188,16 +189,13 @@ def _is_remnant(entry: Path) -> bool:
 
 def find_device(name: str) -> torch.device:
     """The device that "auto", "cpu", "cuda", "cuda:1" or "mps" means here; ConfigError where it is not there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
-    if device.type == "cuda" and cuda and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device(name)
+    if cuda and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"the device is {name!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
         raise ConfigError(f"the device is {name!r}, but torch finds none on this machine; take auto or cpu")

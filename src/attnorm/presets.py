@@ -55,7 +55,7 @@ def demo() -> Config:
     return Config(
         model=ClassConditionalConfig(image_size=32, width=8),
         data=DataConfig(source="builtin"),
-        # Ten photographs in some 2,000 steps: learning rates far above the paper's, and a short average.
+        # Ten photographs in some 1,500 steps: learning rates far above the paper's, and a short average.
         optim=OptimiserConfig(g_lr=2e-3, d_lr=2e-3, ema_decay=0.99),
         run=RunConfig(
             batch_size=16,

@@ -108,6 +108,17 @@ def check_gradients(network: nn.Module) -> None:
     assert not alive, "a gradient where mathematics has none"
 
 
+def step_and_check(task: ClassConditionalTask) -> None:
+    wake(task.generator)
+    wake(task.discriminator)
+    batch = random_batch(3, task.config.model.image_size)
+    for phase in task.phases(0):
+        unbalance(task, batch, seed=1)
+        torch.manual_seed(1)
+        run_phase(phase, task.state, batch)
+        check_gradients(task.state.networks[phase.network])
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("preset", SMALL_PRESETS)
 def test_every_parameter_gets_a_gradient_but_those_that_cannot(preset: str) -> None:
@@ -115,15 +126,7 @@ def test_every_parameter_gets_a_gradient_but_those_that_cannot(preset: str) -> N
     if preset not in ("demo", "smoke"):
         config = override(config, ["model.width=4", "model.latent_dim=8"])
     torch.manual_seed(0)
-    task = ClassConditionalTask(config, CPU)
-    wake(task.generator)
-    wake(task.discriminator)
-    batch = random_batch(3, config.model.image_size)
-    for phase in task.phases(0):
-        unbalance(task, batch, seed=1)
-        torch.manual_seed(1)
-        run_phase(phase, task.state, batch)
-        check_gradients(task.state.networks[phase.network])
+    step_and_check(ClassConditionalTask(config, CPU))
 
 
 @pytest.mark.usefixtures("float64")
@@ -141,15 +144,8 @@ def test_every_parameter_gets_a_gradient_but_those_that_cannot(preset: str) -> N
 )
 def test_every_switch_lets_gradients_through(setting: str) -> None:
     torch.manual_seed(0)
-    task = ClassConditionalTask(override(Config(), ["model.image_size=32", *TINY, "model.width=4", setting]), CPU)
-    wake(task.generator)
-    wake(task.discriminator)
-    batch = random_batch(3, 32)
-    for phase in task.phases(0):
-        unbalance(task, batch, seed=1)
-        torch.manual_seed(1)
-        run_phase(phase, task.state, batch)
-        check_gradients(task.state.networks[phase.network])
+    config = override(Config(), ["model.image_size=32", *TINY, "model.width=4", setting])
+    step_and_check(ClassConditionalTask(config, CPU))
 
 
 @pytest.mark.usefixtures("float64")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -80,10 +80,12 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     return _loop(task, config, images, run, device, console)
 
 
-def find_precision(name: str, device: torch.device) -> Literal["float32", "bfloat16"]:
+def find_precision(
+    name: Literal["float32", "bfloat16", "auto"], device: torch.device
+) -> Literal["float32", "bfloat16"]:
     """What "auto" means on a device: bfloat16 where it has units for that (it is slow where not), else float32."""
-    if name in ("float32", "bfloat16"):
-        return cast(Literal["float32", "bfloat16"], name)
+    if name != "auto":
+        return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     processor = Path("/proc/cpuinfo")
