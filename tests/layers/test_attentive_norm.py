@@ -855,18 +855,21 @@ def test_fused_on_request_raises_where_it_cannot_run(statistics: str) -> None:
         layer(torch.zeros(1, 4, 2, 2))
 
 
-def test_falling_back_to_the_reference_is_logged_once(
+def test_every_fall_back_is_logged_once_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(dispatch, "_said", set())
     layer = make_layer(statistics="masked")
     x = feature_map(1, 4, 3, 3)
     with caplog.at_level(logging.INFO, logger="attnorm"):
-        AttentiveNorm2d(4).double()(x)  # falls back on nothing
         layer(x)
         layer(x)
-    (record,) = caplog.records
-    assert "not using the fused implementation: statistics='masked'" in record.getMessage()
+        make_layer(4, impl="fused")(x)  # asked for: nothing falls back
+    assert [record.getMessage() for record in caplog.records] == [
+        "AttentiveNorm2d: not using the native implementation: statistics='masked' with moments='instance' is computed "
+        "by the plain implementations only",
+        "regional_norm: not using the fused implementation: statistics='masked' has the reference form only",
+    ]
 
 
 def test_repr_names_the_switches_that_are_set() -> None:

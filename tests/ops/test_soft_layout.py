@@ -234,3 +234,16 @@ def test_usage_is_the_share_of_pixels_won() -> None:
     never_wins = torch.cat([layout, torch.zeros(1, 1, 2, 2)], 1)
     assert entity_usage(never_wins).tolist() == [0.5, 0.25, 0.25, 0]
     assert entity_usage(layout[:0]).tolist() == [0, 0, 0]
+
+
+def test_positions_on_large_maps_are_distinct_and_uniform() -> None:
+    """Drawn without sorting the map there (row 30): 4,096 positions, 16 of them for each of 2,000 images."""
+    drawn = draw_positions(torch.empty(2000, 1, 128, 128), 16, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (2000, 16) and drawn.min() >= 0 and drawn.max() < 4096
+    assert all(len(set(row)) == 16 for row in drawn.tolist())
+    counts = torch.bincount(drawn.flatten() // 64, minlength=64).double()  # 500 expected in each of 64 strips
+    assert ((counts - 500) ** 2 / 500).sum() < 110  # chi-squared with 63 degrees of freedom: 1 in 4,000
+    for place in (0, 15):  # a position's place among the 16 says nothing about where it is
+        assert abs(drawn[:, place].double().mean() - 2047.5) < 4 * 1182.4 / 2000**0.5
+    again = draw_positions(torch.empty(2000, 1, 128, 128), 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)

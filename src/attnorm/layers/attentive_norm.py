@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnorm.ops.attentive_norm import attentive_norm, obstacle
+from attnorm.ops.dispatch import IMPLEMENTATIONS, resolve
 from attnorm.ops.regional_norm import Moments, Statistics, regional_norm
 from attnorm.ops.soft_layout import SelfSampling, draw_positions, soft_layout
 
@@ -38,7 +40,9 @@ class AttentiveNorm2d(nn.Module):
         shared_sampling: Draw one set of positions for the whole batch rather than one per image.
         clamp_t: Clip t to [0, 1].
         eps: Added to the variance (to the standard deviation with "masked" and "released").
-        impl: "auto", "reference" or "fused"; see `attnorm.ops`.
+        impl: "auto", or one of "reference" (the equations to the letter, with n times the memory of x), "fused" (the
+            same as matrix products), "native" (compiled for the CPU) and "triton" (GPU kernels). "auto" takes the last
+            two where they can run, and says once why it does not; docs/performance.md compares them.
 
     In evaluation mode the self-sampling branch is off (t = 0, section 4) and no random number is drawn.
     The choices where the paper is silent are listed in docs/paper.md.
@@ -67,7 +71,7 @@ class AttentiveNorm2d(nn.Module):
             ("statistics", statistics, ("weighted", "masked", "released")),
             ("moments", moments, ("instance", "batch")),
             ("orthogonality", orthogonality, ("cosine", "raw")),
-            ("impl", impl, ("auto", "reference", "fused")),
+            ("impl", impl, ("auto", *IMPLEMENTATIONS)),
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
@@ -112,6 +116,11 @@ class AttentiveNorm2d(nn.Module):
             return_layout: Return (output, layout) with the layout [N, K, H, W] that was used.
             generator: Where the sampled positions come from in training; None for torch's global one.
         """
+        self._check(x)
+        impl = resolve("AttentiveNorm2d", self.impl, self._candidates(x))
+        if impl in ("native", "triton") and not return_layout:
+            return self._in_one(x, impl, generator)  # all that follows, without a tensor of the size of x in between
+
         layout = self.layout(x, generator=generator)
         v = x if self.value is None else self.value(x)
         with no_autocast(x):
@@ -126,7 +135,7 @@ class AttentiveNorm2d(nn.Module):
                 running_var=self.running_var,
                 training=self.training,
                 eps=self.eps,
-                impl=self.impl,
+                impl=self._plain_impl,
             )
             out = (self.rho * x_bar + x).to(x.dtype)  # Eq. 6
         return (out, layout) if return_layout else out
@@ -137,7 +146,47 @@ class AttentiveNorm2d(nn.Module):
         with no_autocast(x):
             sampling = self._sampling(x, generator) if self.self_sampling and self.training else None
             entities = self.entities.weight.flatten(1)
-            return soft_layout(x, entities, sampling, temperature=self.temperature, impl=self.impl)
+            return soft_layout(x, entities, sampling, temperature=self.temperature, impl=self._plain_impl)
+
+    @property
+    def _plain_impl(self) -> str:
+        """How layout and regional normalization are computed where they are wanted one by one."""
+        return self.impl if self.impl in ("reference", "fused") else "auto"
+
+    def _in_one(self, x: Tensor, impl: str, generator: torch.Generator | None) -> Tensor:
+        assert self.value is not None and self.value.bias is not None
+        with no_autocast(x):
+            sampling = self._sampling(x, generator) if self.self_sampling and self.training else None
+            return attentive_norm(
+                x,
+                self.entities.weight.flatten(1),
+                sampling,
+                self.value.weight.flatten(1),
+                self.value.bias,
+                self.weight,
+                self.bias,
+                self.rho,
+                temperature=self.temperature,
+                eps=self.eps,
+                impl=impl,
+            )
+
+    def _candidates(self, x: Tensor) -> dict[str, str | None]:
+        """Every implementation, best first, and why it cannot run on `x`."""
+        switch = None
+        if self.statistics != "weighted" or self.moments != "instance":
+            switch = f"statistics={self.statistics!r} with moments={self.moments!r}"
+        elif self.value is None:
+            switch = "value_projection=False"
+        if switch is not None:
+            switch += " is computed by the plain implementations only"
+        best = {"cuda": "triton", "cpu": "native"}.get(x.device.type)
+        fast = {
+            name: switch or obstacle(name, x, self.num_entities)
+            for name in ("native", "triton")
+            if name in (best, self.impl)
+        }
+        return fast | {"fused": None, "reference": None}
 
     def _sampling(self, x: Tensor, generator: torch.Generator | None) -> SelfSampling:
         """Self-sampling regularization: n random points of k(X) as alternatives to the entities."""

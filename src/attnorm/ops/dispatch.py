@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+IMPLEMENTATIONS = ("reference", "fused", "native", "triton")
+
 log = logging.getLogger("attnorm")
 _said: set[str] = set()
 

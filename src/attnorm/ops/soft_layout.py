@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,21 +84,41 @@ def _fused(x: Tensor, entities: Tensor, sampling: SelfSampling | None) -> Tensor
     if sampling is None:
         return (entities @ flat).unflatten(2, (height, width))
 
-    # k is needed at the 2x2 pixels under each sampled position only. At an odd border a pixel stands in for its
-    # missing neighbour, which leaves the maximum as it is.
-    row, column = sampling.positions // math.ceil(width / 2) * 2, sampling.positions % math.ceil(width / 2) * 2
+    pixels = pixels_under(sampling.positions, height, width)
+    at_samples = flat.gather(2, pixels[:, None].expand(-1, flat.shape[1], -1))  # [N, C, K*4]
+    filters, offset = sampled_filters(at_samples, entities, *sampling[:5])
+    return torch.baddbmm(offset[..., None], filters, flat).unflatten(2, (height, width))
+
+
+def pixels_under(positions: Tensor, height: int, width: int) -> Tensor:
+    """The 2x2 pixels under each position of the max-pooled map, [N, K]: int64 [N, K*4], row by row.
+
+    At an odd border a pixel stands in for its missing neighbour, which leaves the maximum as it is.
+    """
+    row, column = positions // math.ceil(width / 2) * 2, positions % math.ceil(width / 2) * 2
     corners = [
         (row + i).clamp_max(height - 1) * width + (column + j).clamp_max(width - 1) for i in (0, 1) for j in (0, 1)
     ]
-    pixels = torch.stack(corners, 2).flatten(1)  # [N, K*4]
-    at_samples = flat.gather(2, pixels[:, None].expand(-1, flat.shape[1], -1))  # [N, C, K*4]
-    key = sampling.key_weight @ at_samples + sampling.key_bias[:, None]  # [N, D, K*4]
-    sampled = key.unflatten(2, (-1, 4)).amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
+    return torch.stack(corners, 2).flatten(1)
 
-    t = sampling.t[:, None]
-    filters = entities + t * (sampled @ sampling.query_weight)  # [N, K, C]
-    offset = t * (sampled @ sampling.query_bias[:, None])  # [N, K, 1]
-    return torch.baddbmm(offset, filters, flat).unflatten(2, (height, width))
+
+def sampled_filters(
+    at_samples: Tensor,
+    entities: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Filters [N, K, C] and offsets [N, K] with filters . x + offset = t F + f(x), from x at the sampled pixels.
+
+    `at_samples` is [N, C, K*4]: k is needed there only, and q, being linear, moves into the filters.
+    """
+    key = key_weight @ at_samples + key_bias[:, None]  # [N, D, K*4]
+    sampled = key.unflatten(2, (-1, 4)).amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
+    filters = entities + t[:, None] * (sampled @ query_weight)
+    return filters, t * (sampled @ query_bias)
 
 
 def draw_positions(
@@ -108,14 +128,24 @@ def draw_positions(
 
     Without replacement where there are enough positions; `shared` draws once for the whole batch.
     """
-    count = math.ceil(x.shape[2] / 2) * math.ceil(x.shape[3] / 2)
+    count = ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     rows = 1 if shared else x.shape[0]
-    device = generator.device if generator is not None else x.device
-    if num_entities <= count:
+    # Not even None may be handed on: torch.compile takes a generator for maps of one size only.
+    settings: dict[str, Any] = (
+        {"device": x.device} if generator is None else {"device": generator.device, "generator": generator}
+    )
+    if count >= max(4096, 64 * num_entities):
+        # A row of that many candidates repeats itself so rarely that the first distinct ones of twice as many are
+        # enough for certain (fewer than n of 2n: below 1e-30), and nothing of the size of the map is sorted.
+        drawn = torch.randint(count, (rows, 2 * num_entities), **settings)
+        repeats = (drawn[:, :, None] == drawn[:, None, :]).tril(-1).any(2)
+        order = repeats.to(torch.uint8).argsort(dim=1, stable=True)
+        positions = drawn.gather(1, order[:, :num_entities])
+    elif num_entities <= count:
         # The largest of independent uniform numbers stand at a uniformly drawn subset.
-        positions = torch.rand(rows, count, generator=generator, device=device).topk(num_entities, dim=1).indices
+        positions = torch.rand(rows, count, **settings).topk(num_entities, dim=1).indices
     else:
-        positions = torch.randint(count, (rows, num_entities), generator=generator, device=device)
+        positions = torch.randint(count, (rows, num_entities), **settings)
     return positions.to(x.device).expand(x.shape[0], -1)
 
 

@@ -1,0 +1,957 @@
+/* The whole Attentive Normalization layer on the CPU (Eq. 3 to 6 with weighted instance moments), forward and backward.
+
+   Nothing of the size of the feature map is stored but the output: maps are read in blocks of pixels that stay in the
+   cache, and what the second pass over the pixels needs of the first, layout and value, is computed again or, where
+   it fits, kept. Every product is the same register-blocked kernel.
+
+   N images, C channels, K entities, P pixels an image.
+   CM, "channel-major": a tile [rows][line] of a block of pixels, one row a channel, vectors run over pixels.
+   PM, "pixel-major": a tile [pixels][line], one row a pixel, vectors run over channels.
+   Sums over channels want CM, sums over pixels PM.
+
+   x is centred as it is read, by the mean xs of a sample of the image's pixels: with v = W (x - xs) all moments are
+   taken about W xs + bias, near the image's mean, so that one pass in float32 keeps its digits. */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Vector length, and the block of sums that the registers hold: ROWS x VECTORS, one vector an operand to spare. */
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 8
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 4
+#else
+#define LANES 4
+#define ROWS 8
+#endif
+#define VECTORS 2
+#define STEP (LANES * VECTORS) /* tiles are this many pixels, or a multiple */
+#define MAX_SHARES 256
+#define SMALLEST_AREA 1e-12f /* as in regional_norm.py */
+#define SAMPLES 16           /* runs of SAMPLES pixels in the sample that x is centred by, and pixels in a run */
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
+typedef float uvec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t uhvec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE vec load(const float *p) { return *(const uvec *)p; }
+INLINE void store(float *p, vec v) { *(uvec *)p = v; }
+INLINE long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+INLINE vec larger(vec a, vec b) {
+    ivec where = a > b;
+    return (vec)(((ivec)a & where) | ((ivec)b & ~where));
+}
+
+INLINE float sum_lanes(vec v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+/* 2^x for x <= 0, to 2e-7 of the value; 0 below the smallest normal number; NaN for NaN. */
+INLINE vec exp2_vec(vec x) {
+    const float round = 12582912.f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
+    vec shifted = x + round;
+    vec f = x - (shifted - round); /* in [-1/2, 1/2]: Taylor's series of 2^f errs by 1e-8 */
+    vec p = 1.5403530e-4f * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    vec scale = (vec)(((ivec)shifted << 23) + (127 << 23));
+    ivec tiny = x < -126.f;
+    return (vec)((ivec)(p * scale) & ~tiny);
+}
+
+/* ---- Products ---------------------------------------------------------------------------------------------------- */
+
+#if ROWS > 4
+#define FOR_ROWS(rows, CALL)                                                                                           \
+    switch (rows) {                                                                                                    \
+        case 1: CALL(1); break;                                                                                        \
+        case 2: CALL(2); break;                                                                                        \
+        case 3: CALL(3); break;                                                                                        \
+        case 4: CALL(4); break;                                                                                        \
+        case 5: CALL(5); break;                                                                                        \
+        case 6: CALL(6); break;                                                                                        \
+        case 7: CALL(7); break;                                                                                        \
+        case 8: CALL(8); break;                                                                                        \
+    }
+#else
+#define FOR_ROWS(rows, CALL)                                                                                           \
+    switch (rows) {                                                                                                    \
+        case 1: CALL(1); break;                                                                                        \
+        case 2: CALL(2); break;                                                                                        \
+        case 3: CALL(3); break;                                                                                        \
+        case 4: CALL(4); break;                                                                                        \
+    }
+#endif
+
+/* sum[r][j] += sum_k a[r * a_row + k] b[k][j], in registers once it is inlined with constant rows and vectors. */
+INLINE void accumulate(const int rows, const int vectors, long depth, const float *a, long a_row, const float *b,
+                       long b_line, vec sum[ROWS][VECTORS]) {
+    for (long k = 0; k < depth; k++, a++, b += b_line) {
+        vec operand[VECTORS];
+        UNROLL for (int j = 0; j < vectors; j++) operand[j] = load(b + j * LANES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            float scalar = a[r * a_row];
+            UNROLL for (int j = 0; j < vectors; j++) sum[r][j] += scalar * operand[j];
+        }
+    }
+}
+
+INLINE void product_rows(const int rows, const int vectors, long depth, const float *a, long a_row, const float *b,
+                         long b_line, const float *start, const float *base, long base_line, float *c, long c_line) {
+    vec sum[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++)
+        sum[r][j] = (vec){0} + (start ? start[r] : 0.f);
+    accumulate(rows, vectors, depth, a, a_row, b, b_line, sum);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++) {
+        if (base) sum[r][j] += load(base + r * base_line + j * LANES);
+        store(c + r * c_line + j * LANES, sum[r][j]);
+    }
+}
+
+/* c [m][n] = a [m][depth] b [depth][n] + start [m] + base [m][n]; NULL for 0; n is a multiple of LANES. */
+static void product(long m, long n, long depth, const float *a, long a_row, const float *b, long b_line,
+                    const float *start, const float *base, long base_line, float *c, long c_line) {
+    for (long j = 0; j < n; j += STEP)
+        for (long i = 0; i < m; i += ROWS) {
+            const float *rows = a + i * a_row, *starts = start ? start + i : NULL;
+            const float *bases = base ? base + i * base_line + j : NULL;
+            float *to = c + i * c_line + j;
+#define PRODUCT_2(R) product_rows(R, 2, depth, rows, a_row, b + j, b_line, starts, bases, base_line, to, c_line)
+#define PRODUCT_1(R) product_rows(R, 1, depth, rows, a_row, b + j, b_line, starts, bases, base_line, to, c_line)
+            if (n - j >= STEP) {
+                FOR_ROWS(least(ROWS, m - i), PRODUCT_2)
+            } else {
+                FOR_ROWS(least(ROWS, m - i), PRODUCT_1)
+            }
+        }
+}
+
+INLINE void pair_rows(const int rows, long depth, const float *a, long a_row, const float *y, const float *z,
+                      long line, float *c, float *c2, long c_line) {
+    vec first[ROWS], second[ROWS];
+    UNROLL for (int r = 0; r < rows; r++) first[r] = second[r] = (vec){0};
+    for (long k = 0; k < depth; k++, a++, y += line, z += line) {
+        vec yk = load(y), yz = yk * load(z);
+        UNROLL for (int r = 0; r < rows; r++) {
+            first[r] += a[r * a_row] * yk;
+            second[r] += a[r * a_row] * yz;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        store(c + r * c_line, load(c + r * c_line) + first[r]);
+        store(c2 + r * c_line, load(c2 + r * c_line) + second[r]);
+    }
+}
+
+/* c [m][n] += a y, c2 [m][n] += a (y * z), for PM tiles y and z of `depth` pixels and a CM tile a of m rows. */
+static void product_pair(long m, long n, long depth, const float *a, long a_row, const float *y, const float *z,
+                         long line, float *c, float *c2, long c_line) {
+    for (long j = 0; j < n; j += LANES)
+        for (long i = 0; i < m; i += ROWS) {
+            long at = i * c_line + j;
+#define PAIR(R) pair_rows(R, depth, a + i * a_row, a_row, y + j, z + j, line, c + at, c2 + at, c_line)
+            FOR_ROWS(least(ROWS, m - i), PAIR)
+        }
+}
+
+/* A CM block in memory. */
+typedef struct {
+    float *at;
+    long line;
+} tile;
+
+INLINE void mix_rows(const int rows, long k, const float *a, const float *b, const float *s, long s_line,
+                     const float *v, long v_line, const float *x, long x_line, float *out, long out_line) {
+    vec sum[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++) sum[r][j] = (vec){0};
+    accumulate(rows, VECTORS, k, a, k, s, s_line, sum);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++)
+        sum[r][j] *= load(v + r * v_line + j * LANES);
+    accumulate(rows, VECTORS, k, b, k, s, s_line, sum);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++) {
+        if (x) sum[r][j] += load(x + r * x_line + j * LANES);
+        store(out + r * out_line + j * LANES, sum[r][j]);
+    }
+}
+
+/* out [c][n] = v * (a S) + b S + x, with a [c][k] and b [c][k] one after the other; x may be NULL, out may be v. */
+static void mix(long c, long n, long k, const float *ab, tile s, tile v, const float *x, long x_line, tile out) {
+    for (long j = 0; j < n; j += STEP)
+        for (long i = 0; i < c; i += ROWS) {
+            const float *a = ab + i * k, *b = a + c * k, *residual = x ? x + i * x_line + j : NULL;
+#define MIX(R)                                                                                                         \
+    mix_rows(R, k, a, b, s.at + j, s.line, v.at + i * v.line + j, v.line, residual, x_line, out.at + i * out.line + j, \
+             out.line)
+            FOR_ROWS(least(ROWS, c - i), MIX)
+        }
+}
+
+INLINE void slope_rows(const int rows, long c, long k, const float *coefficients, tile s, tile v, tile operands,
+                       float *dv) {
+    vec sum[ROWS][VECTORS], other[ROWS][VECTORS];
+    long line = operands.line;
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++)
+        sum[r][j] = other[r][j] = (vec){0};
+    accumulate(rows, VECTORS, k, coefficients, k, s.at, s.line, other);
+    accumulate(rows, VECTORS, k, coefficients + c * k, k, s.at, s.line, sum);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++) {
+        float *g = operands.at + r * line + j * LANES;
+        vec gj = load(g), vj = load(v.at + r * v.line + j * LANES);
+        sum[r][j] = sum[r][j] * vj + other[r][j] * gj;
+        store(g + c * line, vj);
+        store(g + 2 * c * line, gj * vj);
+        store(g + 3 * c * line, vj * vj);
+    }
+    accumulate(rows, VECTORS, k, coefficients + 2 * c * k, k, s.at, s.line, sum);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++)
+        store(dv + r * line + j * LANES, sum[r][j]);
+}
+
+/* dv [c][n] = g * (rho a S) + v * (e1 S) + e0 S with the three matrices [c][k] one after the other; g is the first
+   quarter of `operands`, and the others become v, g * v and v^2. */
+static void mix_slopes(long c, long n, long k, const float *coefficients, tile s, tile v, tile operands, float *dv) {
+    for (long j = 0; j < n; j += STEP)
+        for (long i = 0; i < c; i += ROWS / 2) {
+            const float *rows = coefficients + i * k;
+            tile s_at = {s.at + j, s.line}, v_at = {v.at + i * v.line + j, v.line};
+            tile operands_at = {operands.at + i * operands.line + j, operands.line};
+#define SLOPE(R) slope_rows(R, c, k, rows, s_at, v_at, operands_at, dv + i * operands.line + j)
+            switch (least(ROWS / 2, c - i)) {
+                case 1: SLOPE(1); break;
+                case 2: SLOPE(2); break;
+#if ROWS > 4
+                case 3: SLOPE(3); break;
+                case 4: SLOPE(4); break;
+#endif
+            }
+        }
+}
+
+/* ---- Tiles ------------------------------------------------------------------------------------------------------- */
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+
+INLINE void interleave(const vec *from, vec *to) {
+    UNROLL for (int i = 0; i < LANES / 2; i++) {
+        to[2 * i] = SHUFFLE(from[i], from[i + LANES / 2], LOW);
+        to[2 * i + 1] = SHUFFLE(from[i], from[i + LANES / 2], HIGH);
+    }
+}
+
+/* to [columns][rows] = from [rows][columns]; columns are a multiple of LANES, rows are filled up to one with the last. */
+static void transpose(const float *from, long from_line, long rows, long columns, float *to, long to_line) {
+    for (long i = 0; i < rows; i += LANES)
+        for (long j = 0; j < columns; j += LANES) {
+            vec p[LANES], q[LANES];
+            UNROLL for (int r = 0; r < LANES; r++) p[r] = load(from + least(i + r, rows - 1) * from_line + j);
+            interleave(p, q); /* log2(LANES) rounds of the perfect shuffle transpose */
+            interleave(q, p);
+#if LANES > 4
+            interleave(p, q);
+#if LANES > 8
+            interleave(q, p);
+#else
+            UNROLL for (int r = 0; r < LANES; r++) p[r] = q[r];
+#endif
+#endif
+            UNROLL for (int r = 0; r < LANES; r++) store(to + (j + r) * to_line + i, p[r]);
+        }
+}
+
+INLINE vec widen(hvec h) { return (vec)(__builtin_convertvector(h, ivec) << 16); }
+INLINE float widen_one(uint16_t h) {
+    union { uint32_t bits; float value; } u = {(uint32_t)h << 16};
+    return u.value;
+}
+INLINE hvec narrow(vec v) { /* bfloat16, to nearest even */
+    ivec bits = (ivec)v, rounded = bits + (((bits >> 16) & 1) + 0x7fff), nan = (ivec)(v != v);
+    return __builtin_convertvector(((rounded & ~nan) | (0x7fc00000 & nan)) >> 16, hvec);
+}
+
+/* to [n] = n elements of `from`, float32 or bfloat16, from element `at` on. */
+INLINE void read_row(const void *from, int half, long at, long n, float *to) {
+    long i = 0;
+    if (half) {
+        const uint16_t *row = (const uint16_t *)from + at;
+        for (; i + LANES <= n; i += LANES) store(to + i, widen(*(const uhvec *)(row + i)));
+        for (; i < n; i++) to[i] = widen_one(row[i]);
+    } else {
+        memcpy(to, (const float *)from + at, (size_t)n * 4);
+    }
+}
+INLINE void write_row(void *to, int half, long at, long n, const float *from) {
+    if (half) {
+        uint16_t *row = (uint16_t *)to + at;
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) *(uhvec *)(row + i) = narrow(load(from + i));
+        if (i < n) {
+            float rest[LANES] = {0};
+            memcpy(rest, from + i, (size_t)(n - i) * 4);
+            hvec narrowed = narrow(load(rest));
+            memcpy(row + i, &narrowed, (size_t)(n - i) * 2);
+        }
+    } else {
+        memcpy((float *)to + at, from, (size_t)n * 4);
+    }
+}
+
+/* ---- The layer --------------------------------------------------------------------------------------------------- */
+
+/* The arguments, and what follows from them. The first part mirrors the Structure in native.py, field by field. */
+typedef struct {
+    int64_t images, channels, entities, pixels, filter_images, channels_last, half, threads;
+    const void *x, *grad;
+    const float *filters, *offset, *value_weight, *value_bias, *weight, *bias, *rho;
+    double temperature, eps;
+    void *out; /* forward: the output; backward: dx */
+    float *area, *mean, *rstd;
+    float *dfilters, *doffset, *dvalue_weight, *dvalue_bias, *dweight, *dbias, *drho;
+    float *workspace;
+    void (*team)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of torch's OpenMP, or NULL */
+    /* Derived. */
+    long block, line, wide, wide_line; /* pixels of a block; lines of CM and PM tiles; C in whole vectors */
+    long segments, shares;             /* parts of one image; parts of the work, of one thread each */
+    int keep;                          /* whether v and S of pass 1 are kept for pass 2 */
+    float *kept_layout, *kept_value;   /* kept_value: NULL where the output is its place meanwhile */
+    float *sums, *area_sums;           /* [N * segments][2][K][wide], [N * segments][K] */
+    float *stacked;                    /* backward, pass 2: [N][K][4C] and [N][3C][K], of the images */
+    float *filter_sums, *row_sums;     /* backward, pass 2: [N * segments][K][wide], [N * segments][K] */
+    float *weight_sums;                /* backward, pass 2: [shares][C + 1][wide] */
+    float *scratch;
+    long scratch_size; /* of one share, in floats */
+    int backward;
+} layer;
+
+/* What one share works with. */
+typedef struct {
+    float *centre, *shift;     /* of the image: xs [C], and W xs + bias [C] */
+    float *start;              /* [K]: the logits at xs */
+    float *rows;               /* [C + K][C]: W over the filters times temperature * log2(e) */
+    float *turned;             /* backward: [C][C + K], the transpose of W over the filters, times temperature */
+    float *coefficients;       /* forward: [2C][K], rho a over rho b */
+    float *x, *x_pm;           /* x - xs: [wide][line], [block][wide_line] */
+    float *value, *layout;     /* v [C][line] and S [K][line] */
+    float *value_pm, *grad_pm; /* [block][wide_line] */
+    float *operands;           /* backward: g, v, g * v, v^2, [4C][line] */
+    float *slopes;             /* backward: dv over draw, [C + K][line] */
+} tiles;
+
+static float *take(float **cursor, long count) {
+    float *taken = *cursor;
+    *cursor += up(count, 16);
+    return taken;
+}
+
+static tiles divide(const layer *l, float *scratch, long *size) {
+    long c = l->channels, k = l->entities, line = l->line;
+    float *cursor = scratch;
+    tiles t = {0};
+    t.centre = take(&cursor, l->wide);
+    t.shift = take(&cursor, c);
+    t.start = take(&cursor, k);
+    t.rows = take(&cursor, (c + k) * c);
+    t.x = take(&cursor, l->wide * line);
+    t.x_pm = take(&cursor, l->block * l->wide_line);
+    t.value_pm = take(&cursor, l->block * l->wide_line);
+    if (l->backward) {
+        t.turned = take(&cursor, c * (c + k));
+        t.grad_pm = take(&cursor, l->block * l->wide_line);
+        t.operands = take(&cursor, (4 * c + LANES) * line);
+        t.slopes = take(&cursor, (c + k) * line);
+    } else {
+        t.coefficients = take(&cursor, 2 * c * k);
+    }
+    t.value = take(&cursor, c * line);
+    t.layout = take(&cursor, k * line);
+    if (size) *size = (long)(cursor - scratch);
+    return t;
+}
+
+/* Everything that follows from the arguments; returns the floats of workspace that they need. */
+static long plan(layer *l) {
+    long n = l->images, c = l->channels, k = l->entities, p = l->pixels;
+    l->wide = up(c, LANES);
+    l->wide_line = l->wide + (l->wide % 64 ? 0 : LANES); /* no line a multiple of 256 bytes: rows would share cache sets */
+
+    /* Threads are worth their start from about 10 microseconds of work on. */
+    double work = (double)n * p * c * (c + 5 * k) * (l->backward ? 4 : 1);
+    long shares = work < 1e6 ? 1 : least(l->threads, MAX_SHARES);
+    l->segments = n % shares ? shares : 1; /* whole images where they share out evenly, else equal parts of each */
+    l->shares = shares;
+
+    long per_pixel = 4 * (l->backward ? 12 * c + 3 * k : 5 * c + k);
+    long block = 512 * 1024 / per_pixel / STEP * STEP;
+    block = block < 2 * STEP ? 2 * STEP : least(block, 512);
+    l->block = least(block, up(p, STEP));
+    l->line = l->block + LANES;
+
+    int small = l->segments == 1 && (c + k) * p <= 384 * 1024;
+    l->keep = small || (!l->half && c >= 48 && 2 * k <= c);
+
+    float *cursor = l->workspace;
+    long units = n * l->segments;
+    l->sums = take(&cursor, units * 2 * k * l->wide);
+    l->area_sums = take(&cursor, units * k);
+    if (l->backward) {
+        l->stacked = take(&cursor, n * (4 * c * k + 3 * c * k + k));
+        l->filter_sums = take(&cursor, units * k * l->wide);
+        l->row_sums = take(&cursor, units * k);
+        l->weight_sums = take(&cursor, shares * (c + 1) * l->wide);
+    }
+    long images_at_once = l->segments == 1 ? shares : n;
+    l->kept_layout = l->keep ? take(&cursor, images_at_once * k * p) : NULL;
+    l->kept_value = l->keep && l->half ? take(&cursor, images_at_once * c * p) : NULL;
+    divide(l, cursor, &l->scratch_size);
+    l->scratch = take(&cursor, shares * l->scratch_size);
+    return (long)(cursor - l->workspace);
+}
+
+int64_t attnorm_workspace(layer *l, int backward) {
+    l->backward = backward;
+    l->workspace = NULL;
+    return plan(l) + 16;
+}
+
+static int prepare(layer *l, int backward) {
+    l->backward = backward;
+    l->workspace = (float *)(((uintptr_t)l->workspace + 63) & ~(uintptr_t)63);
+    plan(l);
+    return 0;
+}
+
+/* Element of pixel 0 of a row of a CM block, or of a pixel. */
+INLINE long row_at(const layer *l, long image, long channel, long pixel) {
+    return (image * l->channels + channel) * l->pixels + pixel;
+}
+
+/* A block of a feature map as CM and PM tiles (each may be NULL unless the other is made of it), minus `centre` if
+   given. The CM tile is 0 past the last of `count` pixels, to the next multiple of STEP. */
+static void read_block(const layer *l, const void *from, long image, long pixel, long count, const float *centre,
+                       float *cm, float *pm, int want_cm, int want_pm) {
+    long c = l->channels, padded = up(count, STEP), line = l->line, wide_line = l->wide_line;
+    if (l->channels_last) {
+        for (long i = 0; i < count; i++) {
+            float *row = pm + i * wide_line;
+            read_row(from, (int)l->half, (image * l->pixels + pixel + i) * c, c, row);
+            if (centre)
+                for (long j = 0; j < c; j += LANES) store(row + j, load(row + j) - load(centre + j));
+        }
+        for (long i = count; i < padded; i++) memset(pm + i * wide_line, 0, (size_t)l->wide * 4);
+        if (want_cm) transpose(pm, wide_line, padded, l->wide, cm, line);
+    } else {
+        for (long i = 0; i < c; i++) {
+            float *row = cm + i * line;
+            if (!l->half && centre && count == padded) {
+                const float *at = (const float *)from + row_at(l, image, i, pixel);
+                float mid = centre[i];
+                for (long j = 0; j < count; j += LANES) store(row + j, load(at + j) - mid);
+                continue;
+            }
+            read_row(from, (int)l->half, row_at(l, image, i, pixel), count, row);
+            for (long j = count; j < padded; j++) row[j] = centre ? centre[i] : 0;
+            if (centre)
+                for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) - centre[i]);
+        }
+        if (want_pm) transpose(cm, line, c, padded, pm, wide_line);
+    }
+}
+
+/* The block `cm` (plus that of `residual` if given) into the output; `cm` is spoilt. */
+static void write_block(const layer *l, long image, long pixel, long count, float *cm, float *pm,
+                        const void *residual) {
+    long c = l->channels, padded = up(count, STEP), line = l->line, wide_line = l->wide_line;
+    if (l->channels_last) transpose(cm, line, c, padded, pm, wide_line);
+    long rows = l->channels_last ? count : c, length = l->channels_last ? c : count;
+    for (long i = 0; i < rows; i++) {
+        long at = l->channels_last ? (image * l->pixels + pixel + i) * c : row_at(l, image, i, pixel);
+        float *row = l->channels_last ? pm + i * wide_line : cm + i * line;
+        if (!residual) {
+            write_row(l->out, (int)l->half, at, length, row);
+        } else if (l->half) {
+            const uint16_t *x = (const uint16_t *)residual + at;
+            long j = 0;
+            for (; j + LANES <= length; j += LANES) store(row + j, load(row + j) + widen(*(const uhvec *)(x + j)));
+            for (; j < length; j++) row[j] += widen_one(x[j]);
+            write_row(l->out, 1, at, length, row);
+        } else {
+            const float *x = (const float *)residual + at;
+            float *to = (float *)l->out + at;
+            long j = 0;
+            for (; j + LANES <= length; j += LANES) store(to + j, load(row + j) + load(x + j));
+            for (; j < length; j++) to[j] = row[j] + x[j];
+        }
+    }
+}
+
+/* Where v and S of a block are: whole blocks that are kept stand where they are kept, and others in tiles. */
+static void places(const layer *l, const tiles *t, long image, long share, long pixel, long count, tile *value,
+                   tile *layout) {
+    long c = l->channels, k = l->entities, p = l->pixels, slot = l->segments == 1 ? share : image;
+    *value = (tile){t->value, l->line};
+    *layout = (tile){t->layout, l->line};
+    if (!l->keep || count % STEP) return;
+    *layout = (tile){l->kept_layout + slot * k * p + pixel * k, count};
+    if (l->kept_value) {
+        *value = (tile){l->kept_value + slot * c * p + pixel * c, count};
+    } else if (l->channels_last) {
+        *value = (tile){(float *)l->out + (image * p + pixel) * c, count};
+    } else {
+        *value = (tile){(float *)l->out + row_at(l, image, 0, pixel), p};
+    }
+}
+
+/* S from logits in base 2, in place; 0 past the last pixel. */
+static void softmax_block(long k, tile layout, long count) {
+    float *logits = layout.at;
+    long line = layout.line, padded = up(count, STEP);
+    for (long j = 0; j < padded; j += STEP) {
+        vec most[VECTORS], sum[VECTORS];
+        UNROLL for (int u = 0; u < VECTORS; u++) most[u] = load(logits + j + u * LANES), sum[u] = (vec){0};
+        for (long i = 1; i < k; i++)
+            UNROLL for (int u = 0; u < VECTORS; u++) {
+                vec logit = load(logits + i * line + j + u * LANES);
+                most[u] = larger(logit, most[u]);
+            }
+        for (long i = 0; i < k; i++)
+            UNROLL for (int u = 0; u < VECTORS; u++) {
+                float *at = logits + i * line + j + u * LANES;
+                vec e = exp2_vec(load(at) - most[u]);
+                sum[u] += e;
+                store(at, e);
+            }
+        UNROLL for (int u = 0; u < VECTORS; u++) sum[u] = 1.0f / sum[u];
+        for (long i = 0; i < k; i++)
+            UNROLL for (int u = 0; u < VECTORS; u++) {
+                float *at = logits + i * line + j + u * LANES;
+                store(at, load(at) * sum[u]);
+            }
+    }
+    for (long i = 0; i < k; i++) memset(logits + i * line + count, 0, (size_t)(padded - count) * 4);
+}
+
+static void add_rows(const float *cm, long line, long rows, long padded, float *sums) {
+    for (long i = 0; i < rows; i++) {
+        vec sum[VECTORS] = {0};
+        for (long j = 0; j < padded; j += STEP)
+            UNROLL for (int u = 0; u < VECTORS; u++) sum[u] += load(cm + i * line + j + u * LANES);
+        vec total = sum[0];
+        UNROLL for (int u = 1; u < VECTORS; u++) total += sum[u];
+        sums[i] += sum_lanes(total);
+    }
+}
+
+static float dot(const float *a, const float *b, long n) {
+    vec sum = {0};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
+    float total = sum_lanes(sum);
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+/* What depends on the image alone: the centre of x, the shift of v, filters and offset of the logits. */
+static void enter_image(const layer *l, const tiles *t, long image, int first) {
+    const double log2_e = 1.4426950408889634;
+    long c = l->channels, k = l->entities, p = l->pixels, own = l->filter_images > 1 ? image : 0;
+    const float *filters = l->filters + own * k * c, *offset = l->offset + own * k;
+    float scale = (float)(l->temperature * log2_e);
+
+    for (long i = 0; i < c; i++) t->centre[i] = 0;
+    long runs = p <= SAMPLES * SAMPLES ? 1 : SAMPLES, length = runs == 1 ? p : SAMPLES;
+    for (long run = 0; run < runs; run++) {
+        long start = runs == 1 ? 0 : run * (p - length) / (runs - 1);
+        for (long j = 0; j < length; j += SAMPLES) {
+            long part = least(SAMPLES, length - j), rows = l->channels_last ? part : c;
+            for (long i = 0; i < rows; i++) {
+                if (l->channels_last) {
+                    float *row = t->x_pm;
+                    read_row(l->x, (int)l->half, (image * p + start + j + i) * c, c, row);
+                    for (long q = 0; q < c; q++) t->centre[q] += row[q];
+                } else {
+                    float row[SAMPLES] = {0}, sum = 0;
+                    read_row(l->x, (int)l->half, row_at(l, image, i, start + j), part, row);
+                    for (long q = 0; q < SAMPLES; q++) sum += row[q];
+                    t->centre[i] += sum;
+                }
+            }
+        }
+    }
+    for (long i = 0; i < c; i++) {
+        float centre = t->centre[i] / (float)(runs * length);
+        t->centre[i] = fabsf(centre) <= 1e30f ? centre : 0; /* an infinity must not spread beyond its own pixel's sums */
+    }
+    for (long i = c; i < l->wide; i++) t->centre[i] = 0;
+
+    for (long i = 0; i < c; i++) {
+        t->shift[i] = dot(l->value_weight + i * c, t->centre, c) + l->value_bias[i];
+    }
+    for (long i = 0; i < k; i++) {
+        double at_centre = offset[i];
+        for (long j = 0; j < c; j++) at_centre += (double)filters[i * c + j] * t->centre[j];
+        t->start[i] = (float)(at_centre * l->temperature * log2_e);
+    }
+    if (first) memcpy(t->rows, l->value_weight, (size_t)(c * c) * 4);
+    if (first || own) {
+        for (long i = 0; i < k * c; i++) t->rows[c * c + i] = scale * filters[i];
+    }
+    if (t->turned && (first || own)) {
+        for (long i = 0; i < c; i++) {
+            if (first)
+                for (long j = 0; j < c; j++) t->turned[i * (c + k) + j] = l->value_weight[j * c + i];
+            for (long j = 0; j < k; j++) t->turned[i * (c + k) + c + j] = filters[j * c + i];
+        }
+    }
+}
+
+/* v and S of the block whose x - xs is in t->x. */
+static void value_and_layout(const layer *l, const tiles *t, long count, tile value, tile layout) {
+    long c = l->channels, k = l->entities, padded = up(count, STEP);
+    product(c, padded, c, t->rows, c, t->x, l->line, NULL, NULL, 0, value.at, value.line);
+    product(k, padded, c, t->rows + c * c, c, t->x, l->line, t->start, NULL, 0, layout.at, layout.line);
+    softmax_block(k, layout, count);
+}
+
+/* Pass 1 over pixels [from, to): forward, the sums of S, S v and S v^2; backward, those of S g and S g v. */
+static void first_pass(const layer *l, const tiles *t, long share, long image, long unit, long from, long to) {
+    long k = l->entities, wide = l->wide;
+    float *sums = l->sums + unit * 2 * k * wide, *area = l->area_sums + unit * k;
+    memset(sums, 0, (size_t)(2 * k * wide) * 4);
+    memset(area, 0, (size_t)k * 4);
+    for (long pixel = from; pixel < to; pixel += l->block) {
+        long count = least(l->block, to - pixel), padded = up(count, STEP);
+        tile value, layout;
+        places(l, t, image, share, pixel, count, &value, &layout);
+        read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 0);
+        value_and_layout(l, t, count, value, layout);
+        transpose(value.at, value.line, l->channels, padded, t->value_pm, l->wide_line);
+        const float *factor = t->value_pm;
+        if (l->backward) {
+            read_block(l, l->grad, image, pixel, count, NULL, t->x, t->grad_pm, 0, 1);
+            factor = t->grad_pm;
+        } else {
+            add_rows(layout.at, layout.line, k, padded, area);
+        }
+        product_pair(k, wide, count, layout.at, layout.line, factor, t->value_pm, l->wide_line, sums, sums + k * wide,
+                     wide);
+    }
+}
+
+/* The sums of an image's segments, into the first one's. */
+static void merge(const layer *l, long image, float *sums, long size) {
+    sums += image * l->segments * size;
+    for (long s = 1; s < l->segments; s++)
+        for (long i = 0; i < size; i++) sums[i] += sums[s * size + i];
+}
+
+static void moments(const layer *l, const tiles *t, long image) {
+    long c = l->channels, k = l->entities, wide = l->wide;
+    const float *first = l->sums + image * l->segments * 2 * k * wide, *second = first + k * wide;
+    const float *areas = l->area_sums + image * l->segments * k;
+    for (long i = 0; i < k; i++) {
+        float area = areas[i] < SMALLEST_AREA ? SMALLEST_AREA : areas[i]; /* NaN stays */
+        float share = areas[i] / area; /* 1, or less where the area is clamped */
+        l->area[image * k + i] = area;
+        for (long j = 0; j < c; j++) {
+            long at = (image * k + i) * c + j;
+            float mean = first[i * wide + j] / area;
+            float var = second[i * wide + j] / area;
+            if (share < 1) {
+                float whole = mean - (1 - share) * t->shift[j]; /* the contract's mean, about the shift */
+                var = var - 2 * whole * mean + whole * whole * share;
+                mean = whole;
+            } else {
+                var -= mean * mean;
+            }
+            var = var < 0 ? 0 : var;
+            l->mean[at] = mean + t->shift[j];
+            l->rstd[at] = 1 / sqrtf(var + (float)l->eps);
+        }
+    }
+}
+
+/* rho a over rho b of out = v (sum_i rho a_i S_i) + sum_i rho b_i S_i + x, with b about the shift. */
+static void mixing(const layer *l, const tiles *t, long image) {
+    long c = l->channels, k = l->entities;
+    float rho = *l->rho;
+    for (long i = 0; i < k; i++)
+        for (long j = 0; j < c; j++) {
+            long at = (image * k + i) * c + j;
+            float a = l->weight[i * c + j] * l->rstd[at];
+            t->coefficients[j * k + i] = rho * a;
+            t->coefficients[(c + j) * k + i] = rho * (l->bias[i * c + j] - a * (l->mean[at] - t->shift[j]));
+        }
+}
+
+static void second_pass_forward(const layer *l, const tiles *t, long share, long image, long from, long to) {
+    long c = l->channels, k = l->entities;
+    for (long pixel = from; pixel < to; pixel += l->block) {
+        long count = least(l->block, to - pixel), padded = up(count, STEP);
+        tile value, layout;
+        places(l, t, image, share, pixel, count, &value, &layout);
+        if (!l->keep || count != padded) {
+            read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 0);
+            value_and_layout(l, t, count, value, layout);
+        }
+        if (count == padded && !l->channels_last && !l->half) {
+            long at = row_at(l, image, 0, pixel);
+            tile out = {(float *)l->out + at, l->pixels};
+            mix(c, padded, k, t->coefficients, layout, value, (const float *)l->x + at, l->pixels, out);
+        } else {
+            mix(c, padded, k, t->coefficients, layout, value, NULL, 0, (tile){t->x, l->line});
+            write_block(l, image, pixel, count, t->x, t->x_pm, l->x);
+        }
+    }
+}
+
+/* Of one image, from the sums of pass 1: its part of the parameters' gradients, in place of the sums, and what pass 2
+   multiplies by. The sums are taken about the shift, so every mean here is, too. */
+static float slopes_of_moments(const layer *l, const tiles *t, long image) {
+    long c = l->channels, k = l->entities, wide = l->wide;
+    float *b_sums = l->sums + image * l->segments * 2 * k * wide, *a_sums = b_sums + k * wide;
+    float *stacked = l->stacked + image * (7 * c * k + k), *mixing = stacked + 4 * c * k, *start = mixing + 3 * c * k;
+    float rho = *l->rho;
+    double drho = 0;
+    for (long i = 0; i < k; i++) {
+        double constant = 0;
+        float area = l->area[image * k + i], *of_slope = stacked + i * 4 * c;
+        for (long j = 0; j < c; j++) {
+            long at = (image * k + i) * c + j;
+            float rstd = l->rstd[at], mean = l->mean[at] - t->shift[j], weight = l->weight[i * c + j];
+            float a = weight * rstd, b = l->bias[i * c + j] - a * mean;
+            float g_sum = a_sums[i * wide + j] - mean * b_sums[i * wide + j], db = rho * b_sums[i * wide + j];
+            float var = 1 / (rstd * rstd) - (float)l->eps;
+            float dvar = -0.5f * rstd * rstd * rstd * weight * rho * g_sum, dmean = -a * db;
+            drho += (double)a * a_sums[i * wide + j] + (double)b * b_sums[i * wide + j];
+            float e0 = (dmean - 2 * dvar * mean) / area;
+            constant += -dmean * mean + dvar * (mean * mean - (var > 0 ? var : 0));
+            of_slope[j] = rho * b;
+            of_slope[c + j] = e0;
+            of_slope[2 * c + j] = rho * a;
+            of_slope[3 * c + j] = dvar / area;
+            mixing[j * k + i] = rho * a;
+            mixing[(c + j) * k + i] = 2 * dvar / area;
+            mixing[(2 * c + j) * k + i] = e0;
+            a_sums[i * wide + j] = rstd * rho * g_sum; /* dweight */
+            b_sums[i * wide + j] = db;                 /* dbias */
+        }
+        start[i] = (float)(constant / area);
+    }
+    return (float)drho;
+}
+
+static void second_pass_backward(const layer *l, const tiles *t, long share, long image, long unit, long from, long to) {
+    long c = l->channels, k = l->entities, line = l->line, wide = l->wide;
+    const float *stacked = l->stacked + image * (7 * c * k + k), *mixing = stacked + 4 * c * k;
+    const float *start = mixing + 3 * c * k;
+    float *g = t->operands;
+    float *dv = t->slopes, *draw = dv + c * line;
+    float *weight_sums = l->weight_sums + share * (c + 1) * wide, *bias_sums = weight_sums + c * wide;
+    float *filter_sums = l->filter_sums + unit * k * wide, *row_sums = l->row_sums + unit * k;
+    float temperature = (float)l->temperature;
+    float *value_rows = t->shift; /* of no use after slopes_of_moments: the sums of dv over this unit */
+    memset(filter_sums, 0, (size_t)(k * wide) * 4);
+    memset(row_sums, 0, (size_t)k * 4);
+    memset(value_rows, 0, (size_t)c * 4);
+    for (long pixel = from; pixel < to; pixel += l->block) {
+        long count = least(l->block, to - pixel), padded = up(count, STEP);
+        tile value, layout;
+        places(l, t, image, share, pixel, count, &value, &layout);
+        read_block(l, l->grad, image, pixel, count, NULL, g, t->grad_pm, 1, 0);
+        read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 1);
+        if (!l->keep || count != padded) value_and_layout(l, t, count, value, layout);
+        mix_slopes(c, padded, k, mixing, layout, value, (tile){g, line}, dv);
+        product(k, padded, 4 * c, stacked, 4 * c, g, line, start, NULL, 0, draw, line);
+        for (long j = 0; j < padded; j += LANES) {
+            const float *s = layout.at + j;
+            vec common = {0};
+            for (long i = 0; i < k; i++) common += load(s + i * layout.line) * load(draw + i * line + j);
+            for (long i = 0; i < k; i++)
+                store(draw + i * line + j,
+                      temperature * load(s + i * layout.line) * (load(draw + i * line + j) - common));
+        }
+        add_rows(dv, line, c, padded, value_rows);
+        add_rows(draw, line, k, padded, row_sums);
+        product(c, wide, count, dv, line, t->x_pm, l->wide_line, NULL, weight_sums, wide, weight_sums, wide);
+        product(k, wide, count, draw, line, t->x_pm, l->wide_line, NULL, filter_sums, wide, filter_sums, wide);
+        int direct = count == padded && !l->channels_last && !l->half;
+        tile dx = direct ? (tile){(float *)l->out + row_at(l, image, 0, pixel), l->pixels} : (tile){g, line};
+        product(c, padded, c + k, t->turned, c + k, dv, line, NULL, g, line, dx.at, dx.line);
+        if (!direct) write_block(l, image, pixel, count, g, t->grad_pm, NULL);
+    }
+    /* x was centred: put its centre back. */
+    for (long i = 0; i < c; i++) {
+        bias_sums[i] += value_rows[i];
+        for (long j = 0; j < c; j++) weight_sums[i * wide + j] += value_rows[i] * t->centre[j];
+    }
+    for (long i = 0; i < k; i++)
+        for (long j = 0; j < c; j++) filter_sums[i * wide + j] += row_sums[i] * t->centre[j];
+}
+
+/* ---- Sharing out ------------------------------------------------------------------------------------------------- */
+
+typedef struct job {
+    layer *l;
+    int phase; /* 0: both passes, image by image; 1, 2: that pass */
+    atomic_long next;
+} job;
+
+static void run_share(layer *l, int phase, long share) {
+    tiles t = divide(l, l->scratch + share * l->scratch_size, NULL);
+    long units = l->images * l->segments, begin = share * units / l->shares, end = (share + 1) * units / l->shares;
+    if (l->backward && phase != 1)
+        memset(l->weight_sums + share * (l->channels + 1) * l->wide, 0, (size_t)((l->channels + 1) * l->wide) * 4);
+    for (long unit = begin, last = -1; unit < end; unit++) {
+        long image = unit / l->segments, segment = unit % l->segments;
+        /* Cut at whole blocks, so that only an image's last block may be shorter. */
+        long blocks = (l->pixels + l->block - 1) / l->block;
+        long from = segment * blocks / l->segments * l->block;
+        long to = least(l->pixels, (segment + 1) * blocks / l->segments * l->block);
+        if (image != last || l->backward) enter_image(l, &t, image, last < 0);
+        last = image;
+        if (phase != 2) first_pass(l, &t, share, image, unit, from, to);
+        if (phase == 0) {
+            if (l->backward) {
+                l->area_sums[unit * l->entities] = slopes_of_moments(l, &t, image);
+            } else {
+                moments(l, &t, image);
+            }
+        }
+        if (phase == 1) continue;
+        if (l->backward) {
+            second_pass_backward(l, &t, share, image, unit, from, to);
+        } else {
+            mixing(l, &t, image);
+            second_pass_forward(l, &t, share, image, from, to);
+        }
+    }
+}
+
+static void work(void *context) {
+    job *j = context;
+    for (long share; (share = atomic_fetch_add(&j->next, 1)) < j->l->shares;) run_share(j->l, j->phase, share);
+}
+
+static void *thread_work(void *context) {
+    work(context);
+    return NULL;
+}
+
+/* Which thread takes a share depends on timing, and so does how many threads there are; what is computed does not.
+   Where torch's own team can be had it is taken: after an operation of torch its threads spin for milliseconds, and
+   other threads would have to share the cores with them. */
+static void share_out(layer *l, int phase) {
+    job j = {.l = l, .phase = phase};
+    atomic_init(&j.next, 0);
+    if (l->shares == 1) {
+        work(&j);
+    } else if (l->team) {
+        l->team(work, &j, (unsigned)l->shares, 0);
+    } else {
+        pthread_t threads[MAX_SHARES];
+        long started = 0;
+        while (started < l->shares - 1 && !pthread_create(&threads[started], NULL, thread_work, &j)) started++;
+        work(&j);
+        while (started) pthread_join(threads[--started], NULL);
+    }
+}
+
+static void both_passes(layer *l) {
+    if (l->segments == 1) {
+        share_out(l, 0);
+        return;
+    }
+    long size = 2 * l->entities * l->wide;
+    share_out(l, 1);
+    tiles t = divide(l, l->scratch, NULL);
+    for (long image = 0; image < l->images; image++) {
+        merge(l, image, l->sums, size);
+        merge(l, image, l->area_sums, l->entities);
+        enter_image(l, &t, image, image == 0);
+        if (l->backward) {
+            l->area_sums[image * l->segments * l->entities] = slopes_of_moments(l, &t, image);
+        } else {
+            moments(l, &t, image);
+        }
+    }
+    share_out(l, 2);
+}
+
+int64_t attnorm_forward(layer *l) {
+    prepare(l, 0);
+    both_passes(l);
+    return 0;
+}
+
+int64_t attnorm_backward(layer *l) {
+    prepare(l, 1);
+    both_passes(l);
+    long n = l->images, c = l->channels, k = l->entities, wide = l->wide, segments = l->segments;
+    double drho = 0;
+    for (long i = 0; i < n; i++) drho += l->area_sums[i * segments * k];
+    *l->drho = (float)drho;
+    memset(l->dbias, 0, (size_t)(k * c) * 4);
+    memset(l->dweight, 0, (size_t)(k * c) * 4);
+    for (long image = 0; image < n; image++) {
+        const float *sums = l->sums + image * segments * 2 * k * wide;
+        for (long i = 0; i < k; i++)
+            for (long j = 0; j < c; j++) {
+                l->dbias[i * c + j] += sums[i * wide + j];
+                l->dweight[i * c + j] += sums[(k + i) * wide + j];
+            }
+    }
+    memset(l->dfilters, 0, (size_t)(l->filter_images * k * c) * 4);
+    memset(l->doffset, 0, (size_t)(l->filter_images * k) * 4);
+    for (long unit = 0; unit < n * segments; unit++) {
+        long own = l->filter_images > 1 ? unit / segments : 0;
+        for (long i = 0; i < k; i++) {
+            l->doffset[own * k + i] += l->row_sums[unit * k + i];
+            for (long j = 0; j < c; j++)
+                l->dfilters[(own * k + i) * c + j] += l->filter_sums[(unit * k + i) * wide + j];
+        }
+    }
+    for (long share = 0; share < l->shares; share++) {
+        const float *sums = l->weight_sums + share * (c + 1) * wide;
+        for (long i = 0; i < c; i++) {
+            l->dvalue_bias[i] = (share ? l->dvalue_bias[i] : 0) + sums[c * wide + i];
+            for (long j = 0; j < c; j++)
+                l->dvalue_weight[i * c + j] = (share ? l->dvalue_weight[i * c + j] : 0) + sums[i * wide + j];
+        }
+    }
+    return 0;
+}

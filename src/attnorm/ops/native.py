@@ -1,0 +1,287 @@
+"""Attentive Normalization on the CPU by native.c, which the machine's C compiler builds on first use.
+
+Importing this module builds nothing. What is built is kept in the cache folder ($ATTNORM_CACHE, else attnorm in
+$XDG_CACHE_HOME or ~/.cache), one file for each source, compiler and processor. ATTNORM_NATIVE=0 switches it off.
+"""
+
+# N batch, C channels, K entities, P = H*W pixels; M = N, or 1 where the batch shares its filters.
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attnorm.ops.regional_norm import SMALLEST_AREA
+
+_log = logging.getLogger("attnorm")
+_lock = threading.Lock()
+
+_SOURCE = Path(__file__).with_name("native.c")
+# Torch itself is built without the errno and the traps; what would change NaN, infinity or order stays out.
+_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+_LIBRARIES = ("-lm", "-lpthread")
+
+
+class _Layer(ctypes.Structure):
+    """The first part of `layer` in native.c, field by field; its derived part is room."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "channels", "entities", "pixels")),
+        *((name, ctypes.c_int64) for name in ("filter_images", "channels_last", "half", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "filters", "offset", "value_weight", "value_bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "rho")),
+        *((name, ctypes.c_double) for name in ("temperature", "eps")),
+        *((name, ctypes.c_void_p) for name in ("out", "area", "mean", "rstd", "dfilters", "doffset")),
+        *((name, ctypes.c_void_p) for name in ("dvalue_weight", "dvalue_bias", "dweight", "dbias", "drho")),
+        ("workspace", ctypes.c_void_p),
+        ("team", ctypes.c_void_p),
+        ("derived", ctypes.c_int64 * 64),
+    )
+
+
+def obstacle(x: Tensor, num_entities: int = 0) -> str | None:
+    """Why this implementation cannot run on `x`; None if it can. The first call builds the library. Any number of
+    entities will do."""
+    if os.environ.get("ATTNORM_NATIVE") == "0":
+        return "ATTNORM_NATIVE=0 switches it off"
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; it runs on the CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}; it takes float32 and bfloat16"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def forward(
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 4 to 6 with weighted instance moments: rho * regional_norm(v, softmax(temperature * raw)) + x.
+
+    Args:
+        x: [N, C, H, W], float32 or bfloat16; the output has its dtype and layout, contiguous or channels_last.
+        filters, offset: raw = filters x + offset, [M, K, C] and [M, K].
+        value_weight, value_bias: v = value_weight x + value_bias, [C, C] and [C].
+        weight, bias: beta and alpha of Eq. 5, [K, C].
+        rho: Eq. 6, a scalar.
+        temperature, eps: tau of Eq. 4; what is added to the variance.
+
+    Returns:
+        out, and for `backward`, float32: area [N, K] (at least 1e-12), mean and rstd = 1 / sqrt(var + eps) [N, K, C].
+    """
+    x, channels_last = _dense(x)
+    out = torch.empty_like(x)
+    images, entities, channels = x.shape[0], filters.shape[1], x.shape[1]
+    area = torch.empty(images, entities)
+    mean, rstd = torch.empty(images, entities, channels), torch.empty(images, entities, channels)
+    if not x.numel():
+        return out, area.fill_(SMALLEST_AREA), mean.zero_(), rstd.fill_(eps**-0.5)
+    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    results = {"out": out, "area": area, "mean": mean, "rstd": rstd}
+    _run("forward", x, None, channels_last, arguments, temperature, eps, results)
+    return out, area, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    temperature: float,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward`, whose arguments and results it takes; `grad` is that of its output.
+
+    Returns:
+        dx (as x), and float32: dfilters [M, K, C], doffset [M, K], dvalue_weight [C, C], dvalue_bias [C],
+        dweight and dbias [K, C], drho [].
+    """
+    x, channels_last = _dense(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad = grad.to(x.dtype).contiguous(memory_format=layout)
+    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    dx = torch.empty_like(x)
+    gradients = [torch.empty(argument.shape) for argument in arguments]
+    if not x.numel():
+        dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = (g.zero_() for g in gradients)
+    else:
+        names = ("dfilters", "doffset", "dvalue_weight", "dvalue_bias", "dweight", "dbias", "drho")
+        moments = {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
+        results = {"out": dx, **moments, **dict(zip(names, gradients, strict=True))}
+        _run("backward", x, grad, channels_last, arguments, temperature, eps, results)
+        dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = gradients
+    return dx, dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho
+
+
+def _run(
+    direction: str,
+    x: Tensor,
+    grad: Tensor | None,
+    channels_last: bool,
+    arguments: tuple[Tensor, ...],
+    temperature: float,
+    eps: float,
+    results: dict[str, Tensor],
+) -> None:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"attentive_norm: the native implementation cannot run: {library}")
+    # Held to the end of the call: of a tensor that had to be copied, C has the address only.
+    plain = [_plain(argument) for argument in arguments]
+    filters, offset, value_weight, value_bias, weight, bias, rho = (argument.data_ptr() for argument in plain)
+    layer = _Layer(
+        images=x.shape[0],
+        channels=x.shape[1],
+        entities=plain[0].shape[1],
+        pixels=x.shape[2] * x.shape[3],
+        filter_images=plain[0].shape[0],
+        channels_last=channels_last,
+        half=x.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        x=x.data_ptr(),
+        grad=None if grad is None else grad.data_ptr(),
+        filters=filters,
+        offset=offset,
+        value_weight=value_weight,
+        value_bias=value_bias,
+        weight=weight,
+        bias=bias,
+        rho=rho,
+        temperature=temperature,
+        eps=eps,
+        team=_team(),
+        **{name: result.data_ptr() for name, result in results.items()},
+    )
+    pointer = ctypes.byref(layer)
+    workspace = torch.empty(library.attnorm_workspace(pointer, direction == "backward"))
+    layer.workspace = workspace.data_ptr()
+    getattr(library, f"attnorm_{direction}")(pointer)  # ctypes releases the GIL meanwhile
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """`x` contiguous or channels_last, and whether it is the second."""
+    x = x.detach()
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x, True
+    return x.contiguous(), False
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+@functools.cache
+def _team() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch runs on; None where it has another one."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none; found out once for each value of CC and the cache folder."""
+    with _lock:
+        return _build_and_load(os.environ.get("CC", ""), str(_cache_dir()))
+
+
+@functools.cache
+def _build_and_load(compiler: str, folder: str) -> ctypes.CDLL | str:
+    command = shlex.split(compiler) or [next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")]
+    if shutil.which(command[0]) is None:
+        return f"no C compiler: {command[0]!r} is not found; install gcc or clang, or name one with CC"
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
+        parts = [_SOURCE.read_bytes(), repr((command, _FLAGS, _TUNING, _LIBRARIES)).encode(), version, _processor()]
+        key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
+        path = Path(folder) / f"native-{key}.so"
+        if path.exists():
+            try:
+                return _load(path)
+            except (OSError, AttributeError):
+                pass  # damaged: build it again
+        return _build(command, path) or _load(path)
+    except OSError as error:
+        return f"building in {folder} failed ({error}); name another cache folder with ATTNORM_CACHE"
+
+
+def _build(command: list[str], path: Path) -> str | None:
+    """Compile native.c into `path`; the reason if that fails. Any number of processes may do so at once."""
+    started = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
+    os.close(file)
+    try:
+        for tuning in _TUNING:
+            arguments = [*command, *_FLAGS, *tuning, "-o", temporary, str(_SOURCE), *_LIBRARIES]
+            result = subprocess.run(arguments, capture_output=True, text=True, errors="replace", check=False)
+            if result.returncode == 0:
+                os.replace(temporary, path)
+                _log.info("built %s with %s in %.1f s", path, command[0], time.perf_counter() - started)
+                return None
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        return f"{shlex.join(command)} cannot build it: {said.strip()}"
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer = ctypes.POINTER(_Layer)
+    library.attnorm_workspace.argtypes = (pointer, ctypes.c_int)
+    library.attnorm_workspace.restype = ctypes.c_int64
+    for function in (library.attnorm_forward, library.attnorm_backward):
+        function.argtypes, function.restype = (pointer,), None
+    return library
+
+
+def _cache_dir() -> Path:
+    # The rule of data/cache.py, which may not be imported from here.
+    if folder := os.environ.get("ATTNORM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnorm"
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
+    return "\n".join([platform.platform(), *sorted({line for line in lines if line.startswith(kinds)})]).encode()

@@ -1,0 +1,944 @@
+"""Attentive Normalization (Eq. 2-6) on a GPU: x is read twice and written once forward, x and grad twice each backward.
+
+    statistics   x        -> area, sums of S v and S v^2 of each block        summarize  -> mean, rstd, coefficients
+    apply        x        -> out = x + v * (scale S) + offset S
+    sums         x, grad  -> sums of S grad, S grad v of each block           differentiate -> coefficients
+    gradients    x, grad  -> dx, and each block's share of the parameters' gradients
+
+The bias of the value projection shifts the mean of every region and drops out of Eq. 5: it has no part in this.
+The layout S and the value v are computed anew in each of the four passes: that is cheaper than to store them, since one
+pass over x in memory takes as long as some hundred operations a value. docs/performance.md draws it.
+
+Imported on demand: nothing else in the package needs triton.
+"""
+
+# N batch, C channels, K entities (the paper's n), P = H*W pixels; J blocks of pixels an image, each walked in tiles of
+# TILE pixels by one program. Tiles are [channels, pixels] or [entities, pixels]. Sums over pixels are kept per block
+# and added in a fixed order, so results are the same bit for bit from run to run.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SMALLEST_AREA = tl.constexpr(1e-12)
+LOG2_E = tl.constexpr(1.4426950408889634)
+FEWEST = 16  # rows and columns of the smallest matrix product that the matrix units take
+MAX_CHANNELS = 256  # of a tile that fits one multiprocessor
+MAX_ENTITIES = 32
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b in float32; None for no sums."""
+    if INTERPRETED:  # whose products take bfloat16 for integers, and TF32 for float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        if PRECISION == "tf32":
+            a = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            b = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _operand(a, INNER: tl.constexpr, PRECISION: tl.constexpr):
+    """A factor of `_dot`. The units cut float32 to TF32, which makes every factor smaller: what ought to cancel does
+    not, and the gradient of the value projection loses a digit. So what is computed here is rounded to TF32 first."""
+    if PRECISION == "tf32":
+        a = ((a.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return a.to(INNER)
+
+
+@triton.jit
+def _over_pixels(a, b, sums, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a b^T for a, [M, TILE], and b, [N, TILE]: as SPLIT sums, [SPLIT, M, N], over the pixels of one warp each.
+
+    Where the channels are too few to be divided among the warps, each would otherwise repeat the others' work: at 32
+    channels and 4 warps three times the instructions.
+    """
+    if SPLIT == 1:
+        return tl.reshape(_dot(a, tl.trans(b), tl.reshape(sums, [a.shape[0], b.shape[0]]), PRECISION), sums.shape)
+    a = tl.permute(tl.reshape(a, [a.shape[0], SPLIT, a.shape[1] // SPLIT]), (1, 0, 2))
+    b = tl.permute(tl.reshape(b, [b.shape[0], SPLIT, b.shape[1] // SPLIT]), (1, 2, 0))
+    return _dot(a, b, sums, PRECISION)
+
+
+@triton.jit
+def _matrix(pointer, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
+    """A matrix of ROWS x COLUMNS, row by row in memory, with zeros beyond."""
+    at = pointer + row[:, None] * COLUMNS + column[None, :]
+    if EXACT:
+        return tl.load(at)
+    return tl.load(at, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def _vector(pointer, index, LENGTH: tl.constexpr):
+    return tl.load(pointer + index, mask=index < LENGTH, other=0.0)
+
+
+@triton.jit
+def _tile(pointer, c, p, P, C: tl.constexpr, EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Channels c of pixels p of one image."""
+    at = pointer + (p[None, :] * C + c[:, None] if CHANNELS_LAST else c[:, None] * P + p[None, :])
+    if EXACT:
+        return tl.load(at)
+    return tl.load(at, mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tile(pointer, tile, c, p, P, C: tl.constexpr, EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    at = pointer + (p[None, :] * C + c[:, None] if CHANNELS_LAST else c[:, None] * P + p[None, :])
+    tile = tile.to(pointer.dtype.element_ty)
+    if EXACT:
+        tl.store(at, tile)
+    else:
+        tl.store(at, tile, mask=(c < C)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _weights(
+    filters, value_weight, k, co, c,
+    C: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The filters [K, C] of input channels c, what rounding them to the precision of x has lost, and the value
+    projection [C, C]: logits keep their digits even where x has 8 bits (row 11)."""
+    w = _matrix(value_weight, co, c, C, C, EXACT)
+    f = _matrix(filters, k, c, K, C, EXACT)
+    rounded = _operand(f, w.dtype, PRECISION)
+    return rounded, (f - rounded.to(tl.float32)).to(w.dtype), w
+
+
+@triton.jit
+def _raw_and_value(
+    x, filters, value_weight, f, rest, w, k, co, p, P,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+):  # fmt: skip
+    """filters x [K, TILE] and value_weight x [C, TILE]; in chunks of input channels where the weights f and w of all
+    of them do not fit beside the tile."""
+    if CHUNK == CP:
+        part = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST)
+        raw = _dot(f, part, None, PRECISION)
+        if part.dtype != tl.float32:
+            raw = _dot(rest, part, raw, PRECISION)
+        v = _dot(w, part, None, PRECISION)
+    else:
+        raw = tl.zeros([KP, TILE], tl.float32)
+        v = tl.zeros([CP, TILE], tl.float32)
+        for start in tl.range(0, CP, CHUNK, num_stages=CHUNK_STAGES):
+            c = start + tl.arange(0, CHUNK)
+            part = _tile(x, c, p, P, C, EXACT, CHANNELS_LAST)
+            f, rest, w = _weights(filters, value_weight, k, co, c, C, K, EXACT, PRECISION)
+            raw = _dot(f, part, raw, PRECISION)
+            if part.dtype != tl.float32:
+                raw = _dot(rest, part, raw, PRECISION)
+            v = _dot(w, part, v, PRECISION)
+    return raw, v
+
+
+@triton.jit
+def _softmax(raw, filter_offset, temperature, k, p, P, K: tl.constexpr, EXACT: tl.constexpr):
+    """Eq. 4 down the entities of a tile; pixels beyond the image belong to nothing."""
+    scale = temperature * LOG2_E
+    logit = raw * scale + (filter_offset * scale)[:, None]
+    if not EXACT:
+        logit = tl.where((k < K)[:, None], logit, float("-inf"))
+    power = tl.exp2(logit - tl.max(logit, 0)[None, :])
+    s = power * (1.0 / tl.sum(power, 0))[None, :]
+    if not EXACT:
+        s = tl.where((p < P)[None, :], s, 0.0)
+    return s
+
+
+@triton.jit
+def _statistics(
+    x, filters, filter_offset, value_weight, area_out, total_out, square_out, shift_out, mean_out,
+    temperature, P, J, tiles, filters_stride,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one block: sum S, sum S (v - shift), sum S (v - shift)^2; the shift; the mean of v over the block's pixels."""
+    program = tl.program_id(0)
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    x += n.to(tl.int64) * C * P
+    filters += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+
+    # One-pass variance loses all digits where |mean| >> sigma (row 11), so v is shifted by the mean of the block's
+    # first pixels. The blocks' moments are merged exactly, whatever the shifts.
+    sample = first + tl.arange(0, 16)
+    _, sampled = _raw_and_value(
+        x, filters, value_weight, f, rest, w, k, co, tl.minimum(sample, P - 1), P,
+        C, K, CP, KP, 16, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+    )  # fmt: skip
+    shift = tl.sum(sampled, 1) / 16
+
+    area = tl.zeros([KP, TILE], tl.float32)
+    total = tl.zeros([SPLIT, CP, KP], tl.float32)
+    square = tl.zeros([SPLIT, CP, KP], tl.float32)
+    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        raw, v = _raw_and_value(
+            x, filters, value_weight, f, rest, w, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+        )  # fmt: skip
+        s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+        area += s
+        v -= shift[:, None]
+        s = _operand(s, INNER, PRECISION)
+        total = _over_pixels(_operand(v, INNER, PRECISION), s, total, SPLIT, PRECISION)
+        square = _over_pixels(_operand(v * v, INNER, PRECISION), s, square, SPLIT, PRECISION)
+
+    total = tl.sum(total, 0)
+    square = tl.sum(square, 0)
+    count = tl.minimum(tiles * TILE, P - first)
+    tl.store(area_out + program * KP + k, tl.sum(area, 1))
+    tl.store(total_out + program * CP * KP + co[:, None] * KP + k[None, :], total)
+    tl.store(square_out + program * CP * KP + co[:, None] * KP + k[None, :], square)
+    tl.store(shift_out + program * CP + co, shift)
+    tl.store(mean_out + program * CP + co, tl.sum(total, 1) / count)  # less the shift, since sum_k S = 1
+
+
+@triton.jit
+def _summarize(
+    area_in, total_in, square_in, shift_in, mean_in, weight, bias, rho,
+    area_out, mean_out, rstd_out, centre_out, scale_out, offset_out,
+    eps, P, J, block_pixels,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
+    JP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Merge the blocks' moments for BC channels; fold Eq. 5 and 6 into a scale and an offset."""
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = tl.arange(0, KP)
+    first = tl.load(shift_in + n * J * CP + c)  # [C]
+
+    area = tl.zeros([KP], tl.float32)
+    mean = tl.zeros([BC, KP], tl.float32)
+    centre = tl.zeros([BC], tl.float32)
+    for start in range(0, J, JP):
+        j = start + tl.arange(0, JP)
+        there, block = j < J, n * J + j
+        area_j = tl.load(area_in + block[:, None] * KP + k[None, :], mask=there[:, None], other=0.0)  # [J, K]
+        shift = tl.load(shift_in + block[:, None] * CP + c[None, :], mask=there[:, None], other=0.0)  # [J, C]
+        shift = tl.where(there[:, None], shift - first[None, :], 0.0)
+        at = block[:, None, None] * (CP * KP) + c[None, :, None] * KP + k[None, None, :]
+        total = tl.load(total_in + at, mask=there[:, None, None], other=0.0)  # [J, C, K]
+        area += tl.sum(area_j, 0)
+        mean += tl.sum(total + area_j[:, None, :] * shift[:, :, None], 0)
+        # The mean of v over the image: what the next pass subtracts before it rounds anything.
+        count = tl.minimum(block_pixels, P - j * block_pixels).to(tl.float32)
+        block_mean = tl.load(mean_in + block[:, None] * CP + c[None, :], mask=there[:, None], other=0.0) + shift
+        centre += tl.sum(tl.where(there[:, None], block_mean * count[:, None], 0.0), 0) / P
+    area = tl.maximum(area, SMALLEST_AREA)
+    mean /= area[None, :]  # [C, K], less `first`
+
+    var = tl.zeros([BC, KP], tl.float32)
+    for start in range(0, J, JP):
+        j = start + tl.arange(0, JP)
+        there, block = j < J, n * J + j
+        area_j = tl.load(area_in + block[:, None] * KP + k[None, :], mask=there[:, None], other=0.0)
+        shift = tl.load(shift_in + block[:, None] * CP + c[None, :], mask=there[:, None], other=0.0) - first[None, :]
+        at = block[:, None, None] * (CP * KP) + c[None, :, None] * KP + k[None, None, :]
+        total = tl.load(total_in + at, mask=there[:, None, None], other=0.0)
+        square = tl.load(square_in + at, mask=there[:, None, None], other=0.0)
+        away = shift[:, :, None] - mean[None, :, :]
+        var += tl.sum(tl.where(there[:, None, None], square + away * (2 * total + away * area_j[:, None, :]), 0.0), 0)
+    rstd = tl.rsqrt(tl.maximum(var / area[None, :], 0.0) + eps)
+
+    ok = (k < K)[None, :] & (c < C)[:, None]
+    at_kc = k[None, :] * C + c[:, None]
+    r = tl.load(rho)
+    a = r * tl.load(weight + at_kc, mask=ok, other=0.0) * rstd
+    b = r * tl.load(bias + at_kc, mask=ok, other=0.0) - a * (mean - centre[:, None])
+    tl.store(mean_out + n * K * C + at_kc, mean + first[:, None], mask=ok)
+    tl.store(rstd_out + n * K * C + at_kc, rstd, mask=ok)
+    out = n * CP * KP + c[:, None] * KP + k[None, :]
+    tl.store(scale_out + out, a.to(scale_out.dtype.element_ty))
+    tl.store(offset_out + out, b.to(offset_out.dtype.element_ty))
+    tl.store(centre_out + n * CP + c, centre + first)
+    if tl.program_id(1) == 0:
+        tl.store(area_out + n * K + k, area, mask=k < K)
+
+
+@triton.jit
+def _apply(
+    x, filters, filter_offset, value_weight, centre, scale, offset, out,
+    temperature, P, J, tiles, filters_stride,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+):  # fmt: skip
+    """out = x + (v - centre) * (scale S) + offset S."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what `_statistics` read last is still in the cache
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    x += n.to(tl.int64) * C * P
+    out += n.to(tl.int64) * C * P
+    filters += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    middle = tl.load(centre + n * CP + co)
+    at = n * CP * KP + co[:, None] * KP + k[None, :]
+    a = _operand(tl.load(scale + at), INNER, PRECISION)
+    b = _operand(tl.load(offset + at), INNER, PRECISION)
+    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        raw, v = _raw_and_value(
+            x, filters, value_weight, f, rest, w, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+        )  # fmt: skip
+        s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
+        v -= middle[:, None]
+        y = v * _dot(a, s, None, PRECISION)
+        y = _dot(b, s, y, PRECISION)
+        y += _tile(x, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+        _store_tile(out, y, co, p, P, C, EXACT, CHANNELS_LAST)
+
+
+@triton.jit
+def _sums(
+    x, grad, filters, filter_offset, value_weight, area, mean, plain_out, weighted_out, centre_out,
+    temperature, P, J, tiles, filters_stride,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one block: sum S grad and sum S grad (v - centre)."""
+    program = tl.program_id(0)
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    x += n.to(tl.int64) * C * P
+    grad += n.to(tl.int64) * C * P
+    filters += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    areas = _vector(area + n * K, k, K)
+    centre = tl.sum(areas[:, None] * _matrix(mean + n * K * C, k, co, K, C, EXACT), 0) / tl.sum(areas)
+    tl.store(centre_out + n * CP + co, centre)  # the same from every block of the image
+    plain = tl.zeros([SPLIT, CP, KP], tl.float32)
+    weighted = tl.zeros([SPLIT, CP, KP], tl.float32)
+    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        raw, v = _raw_and_value(
+            x, filters, value_weight, f, rest, w, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+        )  # fmt: skip
+        g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST)
+        s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
+        v = (v - centre[:, None]) * g.to(tl.float32)
+        plain = _over_pixels(_operand(g, INNER, PRECISION), s, plain, SPLIT, PRECISION)
+        weighted = _over_pixels(_operand(v, INNER, PRECISION), s, weighted, SPLIT, PRECISION)
+    at = program * CP * KP + co[:, None] * KP + k[None, :]
+    tl.store(plain_out + at, tl.sum(plain, 0))
+    tl.store(weighted_out + at, tl.sum(weighted, 0))
+
+
+@triton.jit
+def _differentiate(
+    plain_in, weighted_in, area, mean, rstd, centre, weight, bias, rho,
+    affine_out, scale_out, offset_out, slope_out, level_out, constant_out,
+    eps, J,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
+    JP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """From the blocks' sums: this image's share of the gradients of beta, alpha and rho, and the coefficients of
+    dv = grad * (scale S) + (v - centre) * (slope S) + level S and of dS (see `_gradients`)."""
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = tl.arange(0, KP)
+    plain = tl.zeros([BC, KP], tl.float32)
+    weighted = tl.zeros([BC, KP], tl.float32)
+    for start in range(0, J, JP):
+        j = start + tl.arange(0, JP)
+        at = (n * J + j)[:, None, None] * (CP * KP) + c[None, :, None] * KP + k[None, None, :]
+        there = (j < J)[:, None, None]
+        plain += tl.sum(tl.load(plain_in + at, mask=there, other=0.0), 0)
+        weighted += tl.sum(tl.load(weighted_in + at, mask=there, other=0.0), 0)
+
+    ok = (k < K)[None, :] & (c < C)[:, None]
+    at_kc = k[None, :] * C + c[:, None]
+    r = tl.load(rho)
+    beta = tl.load(weight + at_kc, mask=ok, other=0.0)
+    alpha = tl.load(bias + at_kc, mask=ok, other=0.0)
+    inverse = tl.load(rstd + n * K * C + at_kc, mask=ok, other=1.0)
+    m = tl.load(mean + n * K * C + at_kc, mask=ok, other=0.0) - tl.load(centre + n * CP + c)[:, None]
+    share = 1.0 / tl.load(area + n * K + k, mask=k < K, other=1.0)[None, :]
+    centred = weighted - m * plain  # sum S grad (v - mean)
+    a = beta * inverse
+    d_rstd = r * beta * centred
+    d_var = -0.5 * inverse * inverse * inverse * d_rstd * share
+    d_mean = -r * a * plain * share
+    level = d_mean - 2 * d_var * m
+
+    affine_out += n * 3 * K * C + at_kc
+    tl.store(affine_out, r * inverse * centred, mask=ok)  # of beta
+    tl.store(affine_out + K * C, r * plain, mask=ok)  # of alpha
+    tl.store(affine_out + 2 * K * C, a * centred + alpha * plain, mask=ok)  # of rho
+    out = n * CP * KP + c[:, None] * KP + k[None, :]
+    tl.store(scale_out + out, (r * a).to(scale_out.dtype.element_ty))
+    tl.store(offset_out + out, (r * (alpha - a * m)).to(offset_out.dtype.element_ty))
+    tl.store(slope_out + out, (2 * d_var).to(slope_out.dtype.element_ty))
+    tl.store(level_out + out, level.to(level_out.dtype.element_ty))
+    var = 1.0 / (inverse * inverse) - eps
+    tl.store(constant_out + out, tl.where(ok, d_var * (m * m - var) - d_mean * m, 0.0))
+
+
+@triton.jit
+def _gradients(
+    x, grad, filters, filter_offset, value_weight, centre, scale, offset, slope, level, constant,
+    dx, dv_out, shares_out,
+    temperature, P, J, tiles, filters_stride,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+    KEEP_DV: tl.constexpr,
+):  # fmt: skip
+    """dx of one block, and its share of the gradients of filters, their offset and the value projection."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `_apply`
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    image = n.to(tl.int64) * C * P
+    x += image
+    grad += image
+    dx += image
+    dv_out += image
+    filters += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    middle = tl.load(centre + n * CP + co)
+    at = n * CP * KP + co[:, None] * KP + k[None, :]
+    a = _operand(tl.load(scale + at), INNER, PRECISION)
+    b = _operand(tl.load(offset + at), INNER, PRECISION)
+    e = _operand(tl.load(slope + at), INNER, PRECISION)
+    l = _operand(tl.load(level + at), INNER, PRECISION)  # noqa: E741
+    fixed = tl.sum(tl.load(constant + at), 0)
+
+    d_filters = tl.zeros([SPLIT, KP, CP], tl.float32)
+    d_offset = tl.zeros([KP, TILE], tl.float32)
+    if not KEEP_DV:
+        d_value = tl.zeros([SPLIT, CP, CP], tl.float32)
+    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        raw, v = _raw_and_value(
+            x, filters, value_weight, f, rest, w, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+        )  # fmt: skip
+        s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+        inner = _operand(s, INNER, PRECISION)
+        v -= middle[:, None]
+        g_in = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST)
+        g = g_in.to(tl.float32)
+
+        ds = _dot(tl.trans(a), _operand(g * v, INNER, PRECISION), None, PRECISION)
+        ds = _dot(tl.trans(b), _operand(g_in, INNER, PRECISION), ds, PRECISION)
+        ds = _dot(tl.trans(l), _operand(v, INNER, PRECISION), ds, PRECISION)
+        ds = 2 * ds
+        ds = _dot(tl.trans(e), _operand(v * v, INNER, PRECISION), ds, PRECISION)
+        ds = 0.5 * ds + fixed[:, None]
+        draw = temperature * s * (ds - tl.sum(s * ds, 0)[None, :])
+        d_offset += draw
+
+        dv = g * _dot(a, inner, None, PRECISION)
+        dv += v * _dot(e, inner, None, PRECISION)
+        dv = _dot(l, inner, dv, PRECISION)
+        if not EXACT:
+            dv = tl.where((p < P)[None, :], dv, 0.0)
+
+        dvi = _operand(dv, INNER, PRECISION)
+        drawi = _operand(draw, INNER, PRECISION)
+        if KEEP_DV:
+            _store_tile(dv_out, dv, co, p, P, C, EXACT, CHANNELS_LAST)
+        if CHUNK == CP:
+            y = _dot(tl.trans(w.to(INNER)), dvi, g, PRECISION)
+            y = _dot(tl.trans(f.to(INNER)), drawi, y, PRECISION)
+            _store_tile(dx, y, co, p, P, C, EXACT, CHANNELS_LAST)
+        else:
+            for start in tl.range(0, CP, CHUNK, num_stages=CHUNK_STAGES):
+                c = start + tl.arange(0, CHUNK)
+                f, rest, w = _weights(filters, value_weight, k, co, c, C, K, EXACT, PRECISION)
+                y = _tile(grad, c, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+                y = _dot(tl.trans(w.to(INNER)), dvi, y, PRECISION)
+                y = _dot(tl.trans(f.to(INNER)), drawi, y, PRECISION)
+                _store_tile(dx, y, c, p, P, C, EXACT, CHANNELS_LAST)
+        again = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST).to(INNER)
+        d_filters = _over_pixels(drawi, again, d_filters, SPLIT, PRECISION)
+        if not KEEP_DV:
+            d_value = _over_pixels(dvi, again, d_value, SPLIT, PRECISION)
+
+    shares_out += program * (KP * CP + KP + (0 if KEEP_DV else CP * CP))  # one row a block; see `backward`
+    tl.store(shares_out + k[:, None] * CP + co[None, :], tl.sum(d_filters, 0))
+    shares_out += KP * CP
+    tl.store(shares_out + k, tl.sum(d_offset, 1))
+    if not KEEP_DV:
+        shares_out += KP
+        tl.store(shares_out + co[:, None] * CP + co[None, :], tl.sum(d_value, 0))
+
+
+@triton.jit
+def _add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of J rows of LENGTH numbers for every image."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    shares += tl.program_id(0).to(tl.int64) * J * LENGTH
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, J, JP):
+        j = start + tl.arange(0, JP)
+        there = (j < J)[:, None] & (at < LENGTH)[None, :]
+        sums += tl.sum(tl.load(shares + j[:, None] * LENGTH + at[None, :], mask=there, other=0.0), 0)
+    tl.store(out + tl.program_id(0) * LENGTH + at, sums, mask=at < LENGTH)
+
+
+@triton.jit
+def _outer(
+    dv, x, out, P, tiles_of_image, num_tiles, J,
+    C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv x^T over a share of all pixels, one SIDE x SIDE square of it: for C x C sums that one program cannot hold."""
+    j = tl.program_id(0)
+    co = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    ci = tl.program_id(2) * SIDE + tl.arange(0, SIDE)
+    sums = tl.zeros([SIDE, SIDE], tl.float32)
+    for tile in range(j, num_tiles, J):
+        image = (tile // tiles_of_image).to(tl.int64) * C * P
+        p = (tile % tiles_of_image) * TILE + tl.arange(0, TILE)
+        left = _tile(dv + image, co, p, P, C, EXACT, CHANNELS_LAST)
+        right = _tile(x + image, ci, p, P, C, EXACT, CHANNELS_LAST).to(left.dtype)
+        sums = _dot(left, tl.trans(right), sums, PRECISION)
+    tl.store(out + j * CP * CP + co[:, None] * CP + ci[None, :], sums)
+
+
+class Plan(NamedTuple):
+    """How one pass is cut up."""
+
+    tile: int  # pixels
+    chunk: int  # input channels multiplied at a time
+    warps: int
+    stages: int  # tiles in flight
+    programs: int  # aimed at, over all images
+    split: int = 1  # of the pixels among the warps where a product sums over pixels
+    square: bool = True  # whether the C x C gradient of the value projection stays in registers
+
+
+def _plans(channels: int, bits: int) -> dict[str, Plan]:
+    """What was fastest on an H100 at 32, 128 and 256 channels (a power of two), by the bits of a value of x."""
+    outer = Plan(64, min(channels, 128), 4, 3, 264) if bits == 16 else Plan(32, min(channels, 128), 8, 3, 264)
+    if channels <= 32 and bits == 16:
+        return {
+            "statistics": Plan(128, channels, 4, 3, 264, split=4),
+            "apply": Plan(128, channels, 4, 3, 792),
+            "sums": Plan(128, channels, 4, 3, 264, split=4),
+            "gradients": Plan(64, channels, 4, 3, 264, split=4),
+            "outer": outer,
+        }
+    if channels <= 32:
+        return {
+            "statistics": Plan(128, channels, 4, 2, 396, split=4),
+            "apply": Plan(128, channels, 4, 2, 8192),
+            "sums": Plan(64, channels, 4, 3, 396, split=4),
+            "gradients": Plan(64, channels, 4, 3, 264, split=4),
+            "outer": outer,
+        }
+    if channels <= 128 and bits == 16:
+        first = Plan(64, channels, 4, 3, 264)
+        return {
+            "statistics": first,
+            "apply": first,
+            "sums": first,
+            "gradients": Plan(64, channels, 8, 1, 132),
+            "outer": outer,
+        }
+    if channels <= 128:
+        return {
+            "statistics": Plan(64, channels, 4, 2, 264),
+            "apply": Plan(128, channels, 8, 2, 132),
+            "sums": Plan(128, channels, 8, 2, 132),
+            "gradients": Plan(64, min(channels, 64), 8, 1, 132),
+            "outer": outer,
+        }
+    if bits == 16:
+        first = Plan(64, 256, 8, 2, 128)
+        return {
+            "statistics": first,
+            "apply": first,
+            "sums": first,
+            "gradients": Plan(64, 32, 8, 1, 128, square=False),
+            "outer": outer,
+        }
+    return {
+        "statistics": Plan(64, 64, 8, 2, 128),
+        "apply": Plan(64, 64, 8, 1, 128),
+        "sums": Plan(64, 64, 8, 1, 128),
+        "gradients": Plan(32, 64, 8, 1, 128, square=False),
+        "outer": outer,
+    }
+
+
+def _smaller(plan: Plan) -> Plan | None:
+    """The next plan that needs less of a multiprocessor."""
+    if plan.stages > 1:
+        return plan._replace(stages=1)
+    if plan.tile > 32 * max(plan.split // 2, 1):
+        return plan._replace(tile=plan.tile // 2)
+    if plan.square:
+        return plan._replace(square=False)
+    if plan.chunk > 16:
+        return plan._replace(chunk=plan.chunk // 2)
+    return None
+
+
+def obstacle(x: Tensor, num_entities: int) -> str | None:
+    """Why the kernels cannot run on a feature map `x`, [N, C, H, W]; None if they can.
+
+    The first call for a kind of feature map compiles the kernels and compares them with the plain form.
+    """
+    if x.device.type != "cuda" and not INTERPRETED.value:
+        return f"x is on {x.device}; it runs on CUDA devices"
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
+    channels, most = x.shape[1], MAX_ENTITIES if x.element_size() == 2 or x.shape[1] <= 128 else FEWEST
+    if channels > MAX_CHANNELS or num_entities > most:
+        return (
+            f"{channels} channels and {num_entities} entities of {x.dtype}; a multiprocessor holds the tiles of at "
+            f"most {MAX_CHANNELS} and {most}"
+        )
+    if not 0 < x[:1].numel() < 2**31:
+        return f"an image has {x[:1].numel()} values; expected at least 1 and fewer than 2^31"
+    if INTERPRETED.value or type(x) is not Tensor:  # slow; or a stand-in that torch.compile traces with
+        return None
+    is_even = x.shape[2] * x.shape[3] % 128 == 0
+    return disagreement(x.device, x.dtype, channels, num_entities, _is_channels_last(x), is_even, _precision(x))
+
+
+# ||got - expected|| / ||expected|| that is still rounding.
+ROUNDING = {"ieee": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+@functools.cache
+def disagreement(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_entities: int,
+    channels_last: bool,
+    is_even: bool,
+    precision: str,
+    side: int | None = None,
+) -> str | None:
+    """What the kernels get wrong on such a feature map, or None.
+
+    A compiler was seen to turn a right kernel into a wrong one for some tile sizes (docs/performance.md): no plan that
+    was right on one machine with one version of triton is trusted on another unseen. The map is large enough for every
+    program to walk over several tiles.
+    """
+    from attnorm.ops.attentive_norm import plain
+
+    side = side or (256 if num_channels <= 64 else 128)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (2, num_channels, side, side if is_even else side - 1)
+    x, grad = (draw(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    entities, offset = draw(num_entities, num_channels), torch.zeros(1, num_entities, device=device)
+    value_weight, value_bias = draw(num_channels, num_channels) / num_channels**0.5, draw(num_channels)
+    weight, bias = 1 + 0.1 * draw(num_entities, num_channels), draw(num_entities, num_channels)
+    rho = torch.tensor(0.7, device=device)
+    temperature, eps = 1.6 / num_channels**0.5, 1e-5  # a softmax that is neither flat nor hard
+    first = (x, entities[None], offset, value_weight, value_bias, weight, bias, rho)
+    out, area, mean, rstd = forward(*first, temperature, eps)
+    d_x, d_filters, _, *others = backward(grad, *first, area, mean, rstd, temperature, eps)
+    with torch.enable_grad():
+        leaves = [part.detach().float().requires_grad_() for part in (x, entities, *first[3:])]
+        expected = plain(*leaves, *[None] * 6, temperature=temperature, eps=eps)
+        gradients = torch.autograd.grad(expected, leaves, grad.float())
+    pairs = [("the output", out, expected)]
+    names = ("x", "the entities", "the value projection", "", "beta", "alpha", "rho")
+    for name, ours, theirs in zip(names, (d_x, d_filters[0], *others), gradients, strict=True):
+        pairs += [(f"the gradient of {name}", ours, theirs)] if name else []  # the value's bias has none
+    allowed = ROUNDING[precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")]
+    for name, ours, theirs in pairs:
+        error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+        if not error <= allowed:
+            return (
+                f"{name} is off by {error:.1e}, more than {allowed:g}, on {device} with triton {triton.__version__} "
+                f"for {num_channels} channels and {num_entities} entities of {dtype}"
+            )
+    return None
+
+
+class _Pass(NamedTuple):
+    """One pass over a feature map, cut up by its plan."""
+
+    plan: Plan
+    grid: tuple[int]
+    blocks: int  # J, of an image
+    tiles: int  # of a block
+    options: dict[str, object]
+
+
+def _cut(plan: Plan, x: Tensor, num_entities: int) -> _Pass:
+    num_images, channels, height, width = x.shape
+    padded, padded_entities = _padded(channels), _padded(num_entities)
+    tiles_of_image = triton.cdiv(height * width, plan.tile)
+    tiles = triton.cdiv(tiles_of_image, min(max(plan.programs // num_images, 1), tiles_of_image))
+    blocks = triton.cdiv(tiles_of_image, tiles)
+    options: dict[str, object] = {
+        "C": channels,
+        "K": num_entities,
+        "CP": padded,
+        "KP": padded_entities,
+        "TILE": plan.tile,
+        "CHUNK": plan.chunk,
+        "EXACT": channels == padded and num_entities == padded_entities and height * width % plan.tile == 0,
+        "CHANNELS_LAST": _is_channels_last(x),
+        "PRECISION": _precision(x),
+        "INNER": tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
+        "SPLIT": plan.split,
+        # One of two nested loops may have loads in flight: with both, Triton 3.6 was seen to overwrite what was in use.
+        "TILE_STAGES": plan.stages if plan.chunk == padded else 1,
+        "CHUNK_STAGES": plan.stages,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+    }
+    return _Pass(plan, (num_images * blocks,), blocks, tiles, options)
+
+
+_fits: dict[tuple[object, ...], Plan] = {}  # what was found to fit where the plan did not
+
+
+def _launch(name: str, x: Tensor, num_entities: int, run: Callable[[_Pass], None]) -> None:
+    """Run one pass by its plan, or by the first smaller one that the device has room for."""
+    padded = _padded(x.shape[1])
+    key = (name, padded, num_entities, x.dtype, _is_channels_last(x), _precision(x), x.device)
+    plan: Plan | None = _fits.get(key) or _plans(padded, 8 * x.element_size())[name]
+    while True:
+        assert plan is not None
+        try:
+            run(_cut(plan, x, num_entities))
+        except triton.OutOfResources:
+            plan = _smaller(plan)
+            if plan is None:
+                raise
+            _fits[key] = plan
+        else:
+            return
+
+
+def _merge(cut: _Pass) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and sizes of the kernel that merges what the blocks of every image left."""
+    sizes: dict[str, Any] = {name: cut.options[name] for name in ("C", "K", "CP", "KP")}
+    padded, padded_entities = sizes["CP"], sizes["KP"]
+    blocks = min(triton.next_power_of_2(cut.blocks), max(8192 // padded_entities, 1))
+    channels = min(padded, 8192 // (blocks * padded_entities))
+    return (cut.grid[0] // cut.blocks, padded // channels), sizes | {"JP": blocks, "BC": channels, "num_warps": 8}
+
+
+def _padded(count: int) -> int:
+    return max(int(triton.next_power_of_2(count)), FEWEST)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _precision(x: Tensor) -> str:
+    """float32 is multiplied as torch multiplies matrices: exactly unless TF32 is allowed there."""
+    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _narrow(x: Tensor) -> torch.dtype:
+    """Of what is multiplied inside: float16 has not the range for squares and gradients."""
+    return torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+
+
+def _rounded(weight: Tensor, x: Tensor) -> Tensor:
+    """As the matrix units take it: once here rather than for every tile."""
+    if _precision(x) == "tf32":
+        return ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return weight.to(x.dtype)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def forward(
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attnorm.ops.native.forward`, but that mean is that of v without its bias: (out, area, mean, rstd)."""
+    num_images, channels, height, width = x.shape
+    pixels, entities = height * width, filters.shape[1]
+    per_image = entities if filters.shape[0] > 1 else 0
+    padded, padded_entities = _padded(channels), _padded(entities)
+    value_weight = _rounded(value_weight, x)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    area, mean = empty(num_images, entities), empty(num_images, entities, channels)
+    rstd = torch.empty_like(mean)
+    centre = empty(num_images, padded)
+    scale, shifted = empty(2, num_images, padded, padded_entities, dtype=_narrow(x))
+    out = torch.empty_like(x)
+
+    def statistics(cut: _Pass) -> None:
+        areas, (totals, squares) = empty(*cut.grid, padded_entities), empty(2, *cut.grid, padded, padded_entities)
+        shifts, means = empty(2, *cut.grid, padded)
+        _statistics[cut.grid](
+            x, filters, offset, value_weight, areas, totals, squares, shifts, means,
+            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
+        )  # fmt: skip
+        grid, sizes = _merge(cut)
+        _summarize[grid](
+            areas, totals, squares, shifts, means, weight, bias, rho, area, mean, rstd, centre, scale, shifted,
+            eps, pixels, cut.blocks, cut.tiles * cut.plan.tile, **sizes,
+        )  # fmt: skip
+
+    def apply(cut: _Pass) -> None:
+        _apply[cut.grid](
+            x, filters, offset, value_weight, centre, scale, shifted, out,
+            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
+        )  # fmt: skip
+
+    with _on(x):
+        _launch("statistics", x, entities, statistics)
+        _launch("apply", x, entities, apply)
+    return out, area, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, filters, offset, value_weight, value_bias, weight, bias and rho, as `attnorm.ops.native`."""
+    num_images, channels, height, width = x.shape
+    pixels, entities = height * width, filters.shape[1]
+    per_image = entities if filters.shape[0] > 1 else 0
+    padded, padded_entities = _padded(channels), _padded(entities)
+    value_weight = _rounded(value_weight, x)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    def add(rows: Tensor, images: int) -> Tensor:
+        """The sum of the rows of every image."""
+        count, length = rows.shape[0] // images, rows[0].numel()
+        sums = empty(images, length)
+        block = 32 if count > 64 else 128
+        blocks = min(triton.next_power_of_2(count), 8192 // block)
+        _add[(images, triton.cdiv(length, block))](rows, sums, count, LENGTH=length, JP=blocks, BLOCK=block)
+        return sums
+
+    centre = empty(num_images, padded)
+    affine = empty(num_images, 3, entities, channels)
+    scale, shifted, slope, level = empty(4, num_images, padded, padded_entities, dtype=_narrow(x))
+    constant = empty(num_images, padded, padded_entities)
+    dx = torch.empty_like(x)
+    found: list[Tensor] = []  # d_filters, d_offset, d_value
+
+    def sums(cut: _Pass) -> None:
+        plain, weighted = empty(2, *cut.grid, padded, padded_entities)
+        _sums[cut.grid](
+            x, grad, filters, offset, value_weight, area, mean, plain, weighted, centre,
+            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
+        )  # fmt: skip
+        grid, sizes = _merge(cut)
+        _differentiate[grid](
+            plain, weighted, area, mean, rstd, centre, weight, bias, rho,
+            affine, scale, shifted, slope, level, constant, eps, cut.blocks, **sizes,
+        )  # fmt: skip
+
+    def gradients(cut: _Pass) -> None:
+        square = cut.plan.square
+        dv = dx if square else torch.empty_like(x)
+        # One row a block: gradients of the filters, of their offset and, where it fits, of the value projection.
+        lengths = [padded_entities * padded, padded_entities, padded * padded if square else 0]
+        shares = empty(*cut.grid, sum(lengths))
+        _gradients[cut.grid](
+            x, grad, filters, offset, value_weight, centre, scale, shifted, slope, level, constant,
+            dx, dv, shares, temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options, KEEP_DV=not square,
+        )  # fmt: skip
+        of_images = add(shares, num_images)
+        of_batch = add(of_images, 1) if num_images > 1 else of_images
+        d_filters, d_offset, _ = (of_images if per_image else of_batch).split(lengths, 1)
+        found[:] = [d_filters, d_offset, of_batch[0, lengths[0] + lengths[1] :]]
+        if not square:
+            _launch("outer", x, entities, functools.partial(outer, dv))
+
+    def outer(dv: Tensor, cut: _Pass) -> None:
+        side, tiles_of_image = cut.plan.chunk, triton.cdiv(pixels, cut.plan.tile)
+        tiles = tiles_of_image * num_images
+        blocks = min(max(cut.plan.programs // (padded // side) ** 2, 1), tiles)
+        shares = empty(blocks, padded, padded)
+        names = ("C", "CP", "TILE", "EXACT", "CHANNELS_LAST", "PRECISION", "num_warps", "num_stages")
+        _outer[(blocks, padded // side, padded // side)](
+            dv, x, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
+            **{name: cut.options[name] for name in names},
+        )  # fmt: skip
+        found[2] = add(shares, 1)[0]
+
+    with _on(x):
+        _launch("sums", x, entities, sums)
+        _launch("gradients", x, entities, gradients)
+        d_weight, d_bias, d_rho = (add(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
+    d_filters, d_offset, d_value = found
+    return (
+        dx,
+        d_filters.view(-1, padded_entities, padded)[:, :entities, :channels],
+        d_offset[:, :entities],
+        d_value.view(padded, padded)[:channels, :channels],
+        torch.zeros_like(value_bias),
+        d_weight,
+        d_bias,
+        d_rho.sum(),
+    )

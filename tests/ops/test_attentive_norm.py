@@ -1,0 +1,155 @@
+"""The operator over the fast implementations: the layer's own composition, and torch's machinery around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnorm import AttentiveNorm2d
+from attnorm.bench import peak_bytes
+from attnorm.ops import attentive_norm as operator
+from attnorm.ops import native
+from attnorm.ops.soft_layout import draw_positions
+
+IMPLEMENTATIONS = ("native", "triton")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation that can run here; the kernels by Triton's interpreter where there is no GPU."""
+    name: str = request.param
+    x = torch.ones(1, 16, 4, 4)
+    if reason := operator.obstacle(name, x, 4):
+        pytest.skip(f"{name}: {reason}")
+    if name == "triton":
+        try:
+            AttentiveNorm2d(16, 4, impl="triton")(x)
+        except Exception as error:
+            if type(error).__name__ != "InterpreterError":
+                raise
+            pytest.skip(f"Triton's interpreter does not work beside this numpy: {error}")
+    return name
+
+
+def make_layer(channels: int, entities: int, impl: str, **switches: object) -> AttentiveNorm2d:
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(channels, entities, reduction=2, temperature=0.3, impl=impl, **switches)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        layer.rho.fill_(0.7)
+    return layer
+
+
+def results(layer: nn.Module, x: Tensor, seed: int = 3) -> list[Tensor]:
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    torch.manual_seed(seed)  # of the sampled positions
+    out = layer(x)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    gradients = torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()], allow_unused=True)
+    return [out.detach(), *(part for part in gradients if part is not None)]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], limit: float) -> None:
+    assert len(got) == len(expected)
+    scale = max(part.norm().item() for part in expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours.double() - theirs.double()).norm() <= limit * max(theirs.norm().item(), 1e-2 * scale)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 6, 7), (1, 16, 5, 5), (2, 6, 3, 2)])
+@pytest.mark.parametrize("switches", [{}, {"affine": False}, {"self_sampling": False}, {"shared_sampling": True}])
+def test_the_layer_is_the_same_by_every_implementation(
+    impl: str, shape: tuple[int, ...], training: bool, switches: dict[str, bool]
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    fast, plain = make_layer(shape[1], 5, impl, **switches), make_layer(shape[1], 5, "reference", **switches)
+    expected = results(plain.double().train(training), x.double())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert_close(results(fast.train(training), x.contiguous(memory_format=layout)), expected, 1e-4)
+
+
+def test_one_entity_is_instance_normalization(impl: str) -> None:
+    layer = make_layer(8, 1, impl).eval()
+    x = torch.randn(2, 8, 6, 6)
+    assert layer.value is not None and layer.weight is not None and layer.bias is not None
+    normalized = nn.functional.instance_norm(layer.value(x), weight=layer.weight[0], bias=layer.bias[0])
+    torch.testing.assert_close(layer(x), 0.7 * normalized + x, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the check itself
+def test_torch_accepts_the_operators(impl: str) -> None:
+    c, k, d = 8, 4, 2
+    shapes = [(2, c, 5, 6), (k, c), (c, c), (c,), (k, c), (k, c), ()]
+    for sampling in ([(d, c), (d,), (d, c), (d,), (k,)], []):
+        random = torch.Generator().manual_seed(2)
+        drawn = [torch.randn(shape, generator=random).requires_grad_() for shape in (*shapes, *sampling)]
+        positions = draw_positions(drawn[0].detach(), k) if sampling else None
+        arguments = (*drawn, *([None] * 5 if not sampling else []), positions, 0.3, 1e-5, impl)
+        torch.library.opcheck(torch.ops.attnorm.attentive_norm.default, arguments, atol=1e-4, rtol=1e-4)
+
+
+def test_it_compiles_in_one_graph_for_maps_of_several_sizes(impl: str) -> None:
+    torch._dynamo.reset()
+    layer = make_layer(8, 4, impl)
+    for training in (True, False):
+        layer.train(training)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for side in (6, 9, 12):  # from the second on, the size is a variable of the graph
+            x = torch.randn(2, 8, side, side)
+            assert_close(results(compiled, x), results(layer, x), 1e-6)
+
+
+def test_second_derivatives_go_through_the_plain_form(impl: str) -> None:
+    x = torch.randn(2, 8, 6, 6)
+
+    def penalty(layer: AttentiveNorm2d, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        torch.manual_seed(5)
+        (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), [x, layer.entities.weight, layer.weight, layer.rho]))  # type: ignore[list-item]
+
+    expected = penalty(make_layer(8, 4, "reference").double(), x.double())
+    assert_close(penalty(make_layer(8, 4, impl), x), expected, 1e-4)
+
+
+def test_under_autocast_the_input_keeps_its_precision(impl: str) -> None:
+    layer, exact = make_layer(8, 4, impl).eval(), make_layer(8, 4, "reference").double().eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close([layer(x)], [exact(x.double())], 1e-5)
+        low = layer(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert_close([low], [exact(x.bfloat16().double())], 1e-2)
+
+
+def test_a_layout_that_is_asked_for_is_the_one_that_was_used(impl: str) -> None:
+    layer = make_layer(8, 4, impl)
+    x = torch.randn(2, 8, 6, 6)
+    torch.manual_seed(7)
+    out, layout = layer(x, return_layout=True)
+    assert layout.shape == (2, 4, 6, 6)
+    torch.testing.assert_close(layout.sum(1), torch.ones(2, 6, 6))
+    torch.manual_seed(7)
+    torch.testing.assert_close(layer(x), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(native.obstacle(torch.ones(1)) is not None, reason=f"native: {native.obstacle(torch.ones(1))}")
+def test_a_training_step_keeps_next_to_nothing() -> None:
+    """Beyond output and gradient of the input at most half the input; four matrix products keep 6 inputs (row 11)."""
+    x = torch.randn(1, 32, 128, 128, requires_grad=True)
+    beyond = {}
+    for impl in ("native", "fused"):
+        layer = make_layer(32, 16, impl)
+
+        def step(layer: AttentiveNorm2d = layer) -> None:
+            x.grad = None
+            layer(x).backward(x.detach())
+
+        step()
+        x.grad = None
+        beyond[impl] = peak_bytes(step) / (4 * x.numel()) - 2
+    assert beyond["native"] < 0.6
+    assert beyond["fused"] > 4  # the measure itself sees what is kept

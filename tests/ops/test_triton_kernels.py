@@ -1,0 +1,250 @@
+"""The GPU kernels, run by Triton's interpreter where there is no GPU, against the equations in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from attnorm.ops import triton_kernels  # noqa: E402
+from attnorm.ops.triton_kernels import Plan, backward, disagreement, forward, obstacle  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TEMPERATURE, EPS = 0.3, 1e-5
+NAMES = ("x", "filters", "offset", "value_weight", "value_bias", "weight", "bias", "rho")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> None:
+    """Triton 3.6's interpreter cannot index with numpy 2.4 or newer: that says nothing about the kernels."""
+    if DEVICE.type == "cpu":
+        x, parameters, _ = make(1, 16, 16, 4, 4, 1)
+        try:
+            forward(x, *parameters, TEMPERATURE, EPS)
+        except triton.runtime.errors.InterpreterError as error:
+            pytest.skip(f"Triton {triton.__version__}'s interpreter does not work beside this numpy: {error}")
+
+
+class Exact(NamedTuple):
+    out: Tensor
+    area: Tensor
+    mean: Tensor  # of v without its bias
+    rstd: Tensor
+
+
+def make(
+    n: int, c: int, k: int, h: int, w: int, m: int, dtype: torch.dtype = torch.float32, mean: float = 0.3
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(x, the other arguments, a gradient of the output)."""
+    random = torch.Generator().manual_seed(c * 1000 + k)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    x, grad = (draw(n, c, h, w) + mean).to(dtype), draw(n, c, h, w).to(dtype)
+    parameters = [draw(m, k, c), 3 * draw(m, k), draw(c, c) / c**0.5, draw(c), 1 + 0.3 * draw(k, c), draw(k, c)]
+    return x.to(DEVICE), [part.to(DEVICE) for part in (*parameters, torch.tensor(0.7))], grad.to(DEVICE)
+
+
+def literal(x: Tensor, parameters: list[Tensor], temperature: float = TEMPERATURE) -> Exact:
+    """Eq. 4 to 6 as they are written, with the tensor of n times the size of x."""
+    filters, offset, value_weight, value_bias, weight, bias, rho = parameters
+    flat = x.flatten(2)
+    s = torch.softmax(temperature * (filters @ flat + offset[..., None]), 1)[:, :, None]  # [N, K, 1, P]
+    v = (value_weight @ flat)[:, None]  # [N, 1, C, P]
+    area = s.sum(3).clamp_min(1e-12)
+    mean = (s * v).sum(3) / area
+    var = (s * (v - mean[..., None]) ** 2).sum(3) / area
+    rstd = (var + EPS).rsqrt()
+    normalized = (v - mean[..., None]) * rstd[..., None] * weight[..., None] + bias[..., None]
+    out = (rho * (normalized * s).sum(1) + flat).view_as(x) + 0 * value_bias.sum()
+    return Exact(out, area[..., 0], mean, rstd)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def errors_of(x: Tensor, parameters: list[Tensor], grad: Tensor, temperature: float = TEMPERATURE) -> dict[str, float]:
+    """Relative errors of every result of both functions."""
+    leaves = [part.double().requires_grad_() for part in (x, *parameters)]
+    exact = literal(leaves[0], leaves[1:], temperature)
+    gradients = torch.autograd.grad(exact.out, leaves, grad.double())
+    out, *moments = forward(x, *parameters, temperature, EPS)
+    got = backward(grad, x, *parameters, *moments, temperature, EPS)
+    found = {
+        name: error(ours, theirs) for name, ours, theirs in zip(exact._fields, (out, *moments), exact, strict=True)
+    }
+    found |= {f"d {name}": error(ours, theirs) for name, ours, theirs in zip(NAMES, got, gradients, strict=True)}
+    assert out.stride() == got[0].stride() == x.stride() and out.dtype == got[0].dtype == x.dtype
+    return found
+
+
+# A size each for: exact tiles; several images; odd everything; filters of their own; a border that is no multiple;
+# 1 x 1; many entities; channels that are no power of two, in chunks.
+CASES = [
+    (1, 16, 16, 8, 16, 1),
+    (2, 32, 16, 16, 32, 2),
+    (2, 5, 3, 7, 9, 1),
+    (2, 33, 5, 9, 11, 2),
+    (1, 32, 8, 33, 37, 1),
+    (1, 1, 1, 1, 1, 1),
+    (1, 3, 32, 5, 4, 1),
+    (1, 130, 17, 5, 9, 1),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
+def test_everything_agrees_with_the_equations(case: tuple[int, ...], channels_last: bool) -> None:
+    x, parameters, grad = make(*case)
+    if channels_last:
+        x, grad = (part.contiguous(memory_format=torch.channels_last) for part in (x, grad))
+    found = errors_of(x, parameters, grad)
+    # With one pixel v is its own mean, and what is left of 0 / sqrt(eps) is rounding.
+    single = {"d value_weight", "d weight", "d filters", "d offset", "d rho"} if case[3] * case[4] == 1 else set()
+    single |= {"d filters", "d offset"} if case[2] == 1 else set()  # one entity has no rival
+    assert {name: value for name, value in found.items() if value > 2e-5 and name not in single} == {}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+def test_low_precision(dtype: torch.dtype, limit: float) -> None:
+    found = errors_of(*make(2, 33, 5, 9, 11, 2, dtype))
+    assert max(found.values()) < limit
+    assert found["area"] < 1e-4  # the layout's logits keep what their filters lose in rounding
+
+
+def test_tf32_is_taken_where_torch_takes_it_and_errors_do_not_pile_up() -> None:
+    x, parameters, grad = make(1, 32, 16, 32, 32, 1, mean=1.5)
+    grad = grad + x.abs()  # sums over pixels then cancel, and a bias of the rounding would show
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rounded = errors_of(x, parameters, grad, 0.1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = errors_of(x, parameters, grad, 0.1)
+    assert max(exact.values()) < 2e-5 < rounded["out"] < 1e-3
+    assert max(rounded.values()) < 5e-3
+
+
+def test_a_mean_far_from_zero_costs_no_digits() -> None:
+    """Row 11: one-pass variance in float32 would leave nothing of sigma 1 at a mean of 1e4."""
+    x, parameters, grad = make(1, 32, 8, 24, 24, 1, mean=1e4)
+    leaves = [part.double() for part in (x, *parameters)]
+    exact = literal(leaves[0], leaves[1:], 1e-5)
+    out, _, mean, rstd = forward(x, *parameters, 1e-5, EPS)
+    assert error(mean, exact.mean) < 1e-6 and error(rstd, exact.rstd) < 1e-3
+    assert error(out.double() - x.double(), exact.out - leaves[0]) < 5e-3  # x itself has a rounding of 1e-3
+    assert torch.isfinite(backward(grad, x, *parameters, *forward(x, *parameters, 1e-5, EPS)[1:], 1e-5, EPS)[0]).all()
+
+
+def test_an_entity_without_pixels_and_a_constant_region_stay_finite() -> None:
+    x, parameters, grad = make(1, 16, 4, 8, 8, 1)
+    x = torch.ones_like(x)
+    parameters[1] = torch.tensor([[0.0, 0.0, 0.0, -4000.0]], device=DEVICE)  # exp underflows
+    out, *moments = forward(x, *parameters, TEMPERATURE, EPS)
+    assert moments[0][0, 3] == pytest.approx(1e-12)
+    for result in (out, *moments, *backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)):
+        assert torch.isfinite(result).all()
+
+
+def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote would show as NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make: Any) -> Any:
+        def function(*arguments: Any, **settings: Any) -> Tensor:
+            result: Tensor = make(*arguments, **settings)
+            return result.fill_(torch.nan) if result.is_floating_point() else result
+
+        return function
+
+    x, parameters, grad = make(2, 33, 5, 9, 11, 2)
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    out, *moments = forward(x, *parameters, TEMPERATURE, EPS)
+    for result in (out, *moments, *backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)):
+        assert torch.isfinite(result).all()
+
+
+def test_the_same_bits_every_time() -> None:
+    x, parameters, grad = make(2, 32, 16, 16, 32, 2)
+    runs = []
+    for _ in range(2):
+        out, *moments = forward(x, *parameters, TEMPERATURE, EPS)
+        runs.append([out, *moments, *backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_a_plan_that_does_not_fit_is_replaced_by_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, tried = triton_kernels._cut, []
+
+    def small_device(plan: Plan, x: Tensor, num_entities: int) -> Any:
+        tried.append(plan)
+        if plan.stages > 1 or plan.square:
+            raise triton.OutOfResources(300_000, 232_448, "shared memory")
+        return cut(plan, x, num_entities)
+
+    monkeypatch.setattr(triton_kernels, "_cut", small_device)
+    monkeypatch.setattr(triton_kernels, "_fits", {})
+    assert max(errors_of(*make(1, 16, 16, 8, 16, 1)).values()) < 2e-5
+    first = len(tried)
+    errors_of(*make(1, 16, 16, 8, 16, 1))
+    assert first > 5 and len(tried) == first + 5  # four passes and the outer product, each by the plan that fitted
+    monkeypatch.setattr(triton_kernels, "_smaller", lambda plan: None)
+    monkeypatch.setattr(triton_kernels, "_fits", {})
+    with pytest.raises(triton.OutOfResources):
+        forward(*make(1, 16, 16, 8, 16, 1)[:1], *make(1, 16, 16, 8, 16, 1)[1], TEMPERATURE, EPS)
+
+
+@pytest.mark.parametrize("is_even", [True, False])
+def test_right_kernels_are_found_right_and_wrong_ones_wrong(is_even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (DEVICE, torch.float32, 16, 4, False, is_even, "ieee")
+    disagreement.cache_clear()
+    assert disagreement(*arguments, side=12) is None
+    kernel = triton_kernels.backward
+
+    def wrong(*inputs: Any) -> tuple[Tensor, ...]:
+        dx, d_filters, *others = kernel(*inputs)
+        return (dx, d_filters * 1.01, *others)
+
+    monkeypatch.setattr(triton_kernels, "backward", wrong)
+    disagreement.cache_clear()
+    assert "the gradient of the entities is off by 1.0e-02" in str(disagreement(*arguments, side=12))
+    disagreement.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("x", "entities", "reason"),
+    [
+        (torch.empty(1, 300, 4, 4), 16, "300 channels and 16 entities of torch.float32"),
+        (torch.empty(1, 8, 4, 4), 33, "8 channels and 33 entities"),
+        (torch.empty(1, 200, 4, 4), 32, "at most 256 and 16"),
+        (torch.empty(1, 8, 4, 4, dtype=torch.float64), 16, "x is torch.float64"),
+        (torch.empty(1, 8, 0, 4), 16, "an image has 0 values"),
+    ],
+)
+def test_why_it_cannot_run(x: Tensor, entities: int, reason: str) -> None:
+    assert reason in str(obstacle(x.to(DEVICE), entities))
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    code = (
+        "import torch, attnorm\n"
+        "layer = attnorm.AttentiveNorm2d(4, impl='triton')\n"
+        "try: layer(torch.ones(1, 4, 2, 2))\n"
+        "except ValueError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}
+    )
+    assert "impl='triton' cannot run: x is on cpu; it runs on CUDA devices" in run.stdout, run.stderr

@@ -1,0 +1,460 @@
+"""The benchmark: nothing wrong gets a time, what is counted is counted exactly, and what is said follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from attnorm import bench, cli
+from attnorm.bench import Case, Cell
+from attnorm.checkpoint import CheckpointError
+from attnorm.config import ConfigError
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+
+SUBJECTS = {subject.name: subject for subject in bench.SUBJECTS}
+FUSED = SUBJECTS["an-fused"]
+ENVIRONMENT: dict[str, Any] = {
+    "device_name": "an abacus",
+    "threads": 1,
+    "dtype": "float32",
+    "precision": "float32",
+    "tolerances": (1e-5, 1e-4),
+    "attnorm": "0",
+    "torch": "2",
+    "triton": None,
+    "python": "3",
+    "platform": "wood",
+    "cache": "none",
+    "retain_memory": False,
+    "variables": {},
+    "preloaded": [],
+    "roofline": {"bytes_per_second": 2e9, "operations_per_second": 3e12},
+}
+
+
+def measured(case: str, subject: str, mode: bench.Mode, median: float, **values: Any) -> Cell:
+    between = {"p20_ms": 0.5 * median, "p80_ms": 3 * median, "repeats": 5, "peak_bytes": 4096, "beyond_bytes": 2048}
+    return Cell(case=case, subject=subject, mode=mode, status="measured", median_ms=median, **between | values)
+
+
+def report_of(times: dict[str, Callable[[int], float]]) -> bench.BenchReport:
+    """Table 5's sizes with invented times, of P pixels."""
+    cases = tuple(case for case in bench.CASES if case.name.startswith("table5-") or case.name == "gan-16")
+    cells = [
+        measured(case.name, name, mode, time(case.shape[2] * case.shape[3]))
+        for case, mode, (name, time) in itertools.product(cases, bench.MODES, times.items())
+    ]
+    return bench.BenchReport(environment=ENVIRONMENT, cases=cases, cells=bench.with_ratios(cells))
+
+
+# The gate
+
+
+@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("subject", bench.SUBJECTS, ids=lambda subject: subject.name)
+def test_every_subject_is_right_on_every_case(
+    case: Case, subject: bench.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a small crop of the case's own batch and channels."""
+    monkeypatch.setitem(bench.LARGEST_CHECKED_BYTES, "cpu", 8 * 2**20)
+    try:
+        found = bench.check(subject, case.shape)
+    except ValueError as error:  # an implementation for another device says so, and is no subject here
+        assert "cannot run" in str(error)
+        return
+    assert found.complaint("float32") == ""
+    assert found.shape[:2] == case.shape[:2]
+    assert (found.output > 0) == (subject.name != "copy")
+
+
+@pytest.mark.parametrize("subject", bench.SUBJECTS, ids=lambda subject: subject.name)
+def test_low_precision_is_within_its_own_tolerance_and_not_within_float32s(subject: bench.Subject) -> None:
+    try:
+        found = bench.check(subject, (2, 16, 12, 12), dtype=torch.bfloat16)
+    except ValueError as error:
+        assert "cannot run" in str(error)
+        return
+    assert found.complaint("bfloat16") == ""
+    assert bool(found.complaint("float32")) == (subject.name != "copy")
+
+
+def test_larger_cases_are_checked_on_a_crop_that_says_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.LARGEST_CHECKED_BYTES, "cpu", 8 * bench.NUM_ENTITIES * 4 * 12 * 10)
+    assert bench.check(FUSED, (1, 4, 12, 10)).shape == (1, 4, 12, 10)
+    assert bench.check(FUSED, (1, 4, 24, 20)).shape == (1, 4, 12, 10)
+    assert bench.check(FUSED, (1, 4, 24, 22)).shape == (1, 4, 6, 6)
+
+
+def off_in_the_output(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+    return original(self, x) * (1.01 if self.impl == "fused" else 1)
+
+
+def off_in_a_gradient(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+    """t comes out right and gets no gradient."""
+    if self.impl == "fused" and self.training:
+        with torch.no_grad():
+            kept = self.t.clone()
+        del self._parameters["t"]
+        self.t = kept
+        out = original(self, x)
+        del self.t
+        self.t = nn.Parameter(kept)
+        return out
+    return original(self, x)
+
+
+def broken(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+    if self.impl == "fused":
+        raise RuntimeError("no such kernel image\nand more")
+    return original(self, x)
+
+
+def not_a_number(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+    return original(self, x) * (math.nan if self.impl == "fused" else 1)
+
+
+def unable(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+    if self.impl == "fused":
+        raise ValueError("impl='fused' cannot run: it is Tuesday")
+    return original(self, x)
+
+
+@pytest.mark.parametrize(
+    ("defect", "status", "reason"),
+    [
+        (off_in_the_output, "failed", r"the output is off by 1\.0e-02, more than 1e-05"),
+        (off_in_a_gradient, "failed", r"the gradient of t is off by 1\.0e\+00, more than 0\.0001"),
+        (not_a_number, "failed", "the output is off by nan"),
+        (broken, "failed", "RuntimeError: no such kernel image$"),
+        (unable, "missing", "impl='fused' cannot run: it is Tuesday"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_wrong_gets_no_time(
+    monkeypatch: pytest.MonkeyPatch, defect: Callable[..., Tensor], status: str, reason: str
+) -> None:
+    original = AttentiveNorm2d.forward
+    monkeypatch.setattr(AttentiveNorm2d, "forward", lambda self, x: defect(self, x, original))
+    report = bench.run(cases="smoke", subjects="copy,an-reference,an-fused", device="cpu", seconds=1e-3)
+    for mode in bench.MODES:
+        cell = report.find("smoke", "an-fused", mode)
+        assert cell is not None and cell.status == status and re.search(reason, cell.reason)
+        assert cell.median_ms is None and cell.ratio_to_copy is None and cell.peak_bytes is None and cell.repeats == 0
+        for other in ("copy", "an-reference"):
+            cell = report.find("smoke", other, mode)
+            assert cell is not None and cell.status == "measured" and cell.median_ms
+    text = bench.markdown(report)
+    assert f"- smoke, an-fused, training: {status}: " in text and f"| {status} |" in text
+
+
+def test_the_sampled_positions_are_those_of_the_exact_form() -> None:
+    """Two draws differ by far more than the tolerance, so that agreement means the same draw."""
+    x, gradient = bench._tensors((1, 8, 16, 16), torch.device("cpu"), torch.float32)
+    layer = bench._build(FUSED.build, 8, torch.device("cpu")).train()
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs.append(layer(x).detach())
+    assert bench._relative(outputs[0], outputs[1].double()) > 1e-3
+    first, second = (bench._run(layer, x, gradient, "training", torch.float32)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_gradient_of_the_checked_layer_vanishes() -> None:
+    x, gradient = bench._tensors((2, 8, 16, 16), torch.device("cpu"), torch.float64)
+    layer = bench._build(FUSED.exact, 8, torch.device("cpu")).double()
+    gradients, _ = bench._run(layer, x, gradient, "training", torch.float64)
+    assert set(gradients) == {bench.INPUT, *dict(layer.named_parameters())}
+    small = {name for name, value in gradients.items() if value.abs().max() < 1e-6}
+    assert small == {"value.bias"}  # by mathematics: what follows takes the mean away
+
+
+# Memory and operations
+
+
+def test_peak_bytes_are_exact() -> None:
+    def known() -> None:
+        first = torch.empty(1000)  # 4000
+        second = torch.empty(500, dtype=torch.float64)  # 8000, the peak but for what comes
+        del first  # 4000
+        third = torch.empty(2001)  # 12004
+        del second, third
+
+    assert [bench.peak_bytes(known) for _ in range(3)] == [12004] * 3
+    assert bench.peak_bytes(lambda: None) == 0
+
+
+def test_peak_bytes_see_the_backward_pass_and_scratch_memory() -> None:
+    x = torch.ones(1000, requires_grad=True)
+
+    def step() -> None:
+        (x.exp() * x).backward(torch.ones(1000))
+
+    # At the end of the backward pass: exp(x) saved, and the gradients; before: output, product, the ones given.
+    x.grad = None
+    first = bench.peak_bytes(step)
+    x.grad = None
+    assert bench.peak_bytes(step) == first and first % 4000 == 0 and 3 * 4000 <= first <= 7 * 4000
+    # A sort's indices and values are two outputs; its scratch copies are more.
+    assert bench.peak_bytes(lambda: torch.arange(1000.0).sort()) >= 4000 + 4000 + 8000
+
+
+@pytest.mark.parametrize(("impl", "least", "most"), [("reference", 60, 200), ("fused", 4, 9)])
+def test_the_literal_form_needs_the_n_fold_tensor_and_the_fused_one_does_not(
+    impl: str, least: float, most: float
+) -> None:
+    subject = SUBJECTS[f"an-{impl}"]
+    x, gradient = bench._tensors((1, 32, 32, 32), torch.device("cpu"), torch.float32)
+    runner = bench._Runner(subject.build(32), [x], gradient, "training", torch.float32)
+    peak = runner.prepare()
+    assert runner.prepare() == peak
+    assert least < peak / x.nbytes < most
+    assert x.grad is None  # and nothing is left behind
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
+    assert bench.operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert bench.operations(lambda: (a @ b).sum().backward()) == 2 * (2 * 3 * 5 * 7)
+    assert bench.operations(lambda: a + a) == 0
+    convolution = nn.Conv2d(4, 6, 1, bias=False)
+    assert bench.operations(lambda: convolution(torch.ones(2, 4, 8, 8))) == 2 * 4 * 6 * 2 * 8 * 8
+
+
+def test_least_bytes_and_operations_are_those_of_the_formula() -> None:
+    shape = (2, 32, 8, 8)
+    assert bench.least_bytes(shape, "forward", 4) == 3 * 4 * 2 * 32 * 64
+    assert bench.least_bytes(shape, "training", 2) == 8 * 2 * 2 * 32 * 64
+    forward = 2 * (2 * 32 * 32 + 6 * 16 * 32)
+    backward = 2 * 32 * 32 + 6 * 16 * 32 + 6 * 32 * 32 + 20 * 16 * 32
+    assert bench.least_operations(shape, "forward") == 2 * 64 * forward
+    assert bench.least_operations(shape, "training") == 2 * 64 * (forward + backward)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is the GNU C library's")
+def test_retained_memory_is_not_paid_for_twice() -> None:
+    """In a process of its own: the setting cannot be taken back."""
+    program = """
+import resource, torch
+from attnorm import bench
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(3)))
+bench.retain_memory()
+faults()
+print(min(faults() for _ in range(3)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    left, retained = map(int, done.stdout.split())
+    assert retained == 0 < 30 <= left  # 64 MiB are 16384 faults, or 32 with huge pages
+
+
+# What follows from the measurements
+
+
+def test_ratios_are_those_of_the_medians() -> None:
+    cells = [
+        measured("a", "copy", "forward", 2.0, p20_ms=1.9, p80_ms=80.0),
+        measured("a", "an-fused", "forward", 10.0, p20_ms=9.0, p80_ms=11.0),
+        measured("a", bench.PAIR, "forward", 4.0),
+        measured("a", "an-fused", "training", 10.0),
+        measured("b", "copy", "forward", 1.0),
+        Cell(case="a", subject="self_attention", mode="forward", status="missing", reason="too large"),
+    ]
+    found = bench.with_ratios(cells)
+    assert [cell.ratio_to_copy for cell in found] == [1.0, 5.0, 2.0, None, 1.0, None]
+    assert [cell.ratio_to_pair for cell in found] == [0.5, 2.5, 1.0, None, None, None]
+    assert [dataclasses.replace(cell, ratio_to_copy=None, ratio_to_pair=None) for cell in found] == cells
+
+
+def test_a_machine_that_was_busy_is_noticed() -> None:
+    times = {("a", "forward"): 2.0, ("a", "training"): 1.1, ("b", "forward"): 1.0, ("b", "training"): 2.1}
+    cells = tuple(measured(case, "copy", mode, time) for (case, mode), time in times.items())  # type: ignore[arg-type]
+    cases = (Case("a", (1, 1, 1, 1), ""), Case("b", (1, 1, 1, 2), ""))
+    report = bench.BenchReport(environment=ENVIRONMENT, cases=cases, cells=cells)
+    (found,) = bench.disturbances(report)
+    assert found.startswith("b: the same copy took 1 ms (forward) and 2.1 ms (training)")
+    assert found in bench.markdown(report)
+    brief = tuple(dataclasses.replace(cell, median_ms=(cell.median_ms or 0) / 100) for cell in cells)
+    assert bench.disturbances(dataclasses.replace(report, cells=brief)) == []
+
+
+def test_slopes_of_the_plot_are_those_of_the_powers() -> None:
+    report = report_of({"an-fused": lambda p: 1e-5 * p, "self_attention": lambda p: 1e-10 * p**2})
+    for mode in bench.MODES:
+        lines = bench.series(report, mode)
+        assert [pixels for pixels, _ in lines["an-fused"]] == [n * n for n in (128, 256, 512, 1024)]  # and not gan-16
+        assert bench.slope(lines["an-fused"]) == pytest.approx(1)
+        assert bench.slope(lines["self_attention"]) == pytest.approx(2)
+    # At the large end: what a start costs must not make the growth look slower.
+    assert bench.slope([(1, 100.0), (100, 101.0), (400, 404.0)]) == pytest.approx(1)
+    assert bench.slope([(400, 404.0), (100, 101.0), (1, 100.0)]) == pytest.approx(1)
+    assert bench.slope([(64, 1.0)]) is None
+    paper = bench.PAPER_TABLE_5["AN"]
+    assert bench.slope([(size * size, ms) for size, ms in paper.items() if ms]) == pytest.approx(1.0, abs=0.01)
+    labels = [line.get_label() for line in bench.pixels_figure(report).axes[1].lines]
+    assert labels == ["an-fused, slope 1.00", "self_attention, slope 2.00"]
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    report = report_of({"copy": lambda p: 0.1, "an-fused": lambda p: 1e-5 * p})
+    gone = Cell(case="gan-16", subject="x", mode="training", status="failed", reason="off", checked_shape=(1, 2, 3, 4))
+    report = dataclasses.replace(report, cells=(*report.cells, gone))
+    files = bench.write_report(report, tmp_path / "new")
+    assert [file.name for file in files] == ["bench.json", "bench.md", "time-against-pixels.png"]
+    again = bench.read_report(files[0])
+    assert again == dataclasses.replace(report, environment=json.loads(json.dumps(ENVIRONMENT)))
+    assert bench.markdown(again) == files[1].read_text(encoding="utf-8") == bench.markdown(report)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1}', '{"format_version": 99}'])
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bench.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"bench\.json"):
+        bench.read_report(tmp_path / "bench.json")
+
+
+def test_tables_show_medians_ratios_memory_and_the_paper() -> None:
+    report = report_of({"copy": lambda p: 2.0, "an-fused": lambda p: p / 2**14 * 5, "self_attention": lambda p: 400.0})
+    time, memory, *_, paper = bench.tables(report)
+    assert time.header == ["case", "shape", "copy", "an-fused", "self_attention"]
+    assert time.rows[0] == ["table5-128", "1x32x128x128", "2 (1-6) 1x", "5 (2.5-15) 2.5x", "400 (200-1.2e+03) 200x"]
+    assert memory.rows[0][2] == "0.00, 0.00" and memory.rows[0][3] == f"{4096 / 2**21:.2f}, {2048 / 2**21:.2f}"
+    assert paper.rows[0] == ["AN (the paper)", "0.73", "2.24", "9.46", "37.68"]
+    assert paper.rows[1] == ["Self-attention (the paper)", "5.21", "79.42", "-", "-"]
+    assert paper.rows[2] == ["an-fused (here)", "5.00", "20.00", "80.00", "320.00"]
+
+
+def test_self_attention_is_left_out_where_it_cannot_be_borne() -> None:
+    case = next(case for case in bench.CASES if case.name == "table5-1024")
+    device = torch.device("cpu")
+    status, reason, checked = bench._gate(case, SUBJECTS["self_attention"], device, torch.float32, "float32", {})
+    assert (status, checked) == ("missing", None)
+    assert "1.8e+13 operations" in reason and "1 TiB" in reason  # 2^20 x 2^18 scores of 4 bytes
+
+
+def test_what_needs_more_memory_than_there_is_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_memory", lambda device: 30 * 4 * 2 * 8 * 16 * 16)
+    report = bench.run(cases="smoke", subjects="an", device="cpu", seconds=1e-3)
+    cells = [report.find("smoke", subject, "training") for subject in ("an-reference", "an-fused")]
+    assert [cell.status for cell in cells if cell] == ["missing", "measured"]
+    assert cells[0] and re.fullmatch(r"needs about [\d.]+ MiB, more than the 480 KiB allowed here", cells[0].reason)
+
+
+def test_every_subject_has_its_turn_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    class Pretended:
+        def __init__(self, number: int, cost: float) -> None:
+            self.number, self.cost, self.spent, self.times, self.graphs = number, cost, 0.0, [], []
+
+        def repeat(self) -> None:
+            turns.append(self.number)
+            self.spent += self.cost
+            self.times.append(self.cost)
+
+        def clear(self) -> None:
+            pass
+
+    done: list[int] = []
+    runners: Any = [Pretended(0, 1.0), Pretended(1, 10.0)]
+    bench._time_in_turn(runners, 5.0, lambda: done.append(turns[-1]))
+    assert turns == [0, 1, 0, 1, 0, 1, 0, 0]  # the slow one is repeated three times all the same
+    assert done == [1, 0]
+
+
+# The command
+
+
+def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    cli.main(["bench", "layer", "--cases", "smoke", "--seconds", "0.01", "--device", "cpu", "--out", str(out)])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-3:] == [str(out / n) for n in ("bench.json", "bench.md", "time-against-pixels.png")]
+    assert "smoke" in said.out and "2x8x16x16" in said.out and "an-fused" in said.out
+    report = bench.read_report(out / "bench.json")
+    subjects = [subject.name for subject in bench.SUBJECTS]
+    assert [(cell.mode, cell.subject) for cell in report.cells] == [
+        (mode, subject) for mode in bench.MODES for subject in subjects
+    ]
+    for cell in report.cells:
+        assert cell.status == "measured" or (cell.status == "missing" and "cannot run" in cell.reason), cell
+        if cell.status == "measured":
+            assert 0 < (cell.p20_ms or 0) <= (cell.median_ms or 0) <= (cell.p80_ms or 0)
+            assert cell.repeats >= bench.FEWEST_REPEATS and cell.checked_shape == (2, 8, 16, 16)
+            copied = report.find(cell.case, "copy", cell.mode)
+            assert copied is not None and copied.median_ms is not None
+            assert cell.ratio_to_copy == pytest.approx((cell.median_ms or 0) / copied.median_ms)
+            assert (cell.of_roofline is not None) == cell.subject.startswith("an-")
+    environment = report.environment
+    assert environment["torch"] == torch.__version__ and environment["device"] == "cpu" and environment["threads"] == 1
+    assert environment["roofline"]["bytes_per_second"] > 1e8
+    with Image.open(out / "time-against-pixels.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ("--cases table6", "expected some of smoke, table5-128, table5-256"),
+        ("--cases smoke,wid", "did you mean wide?"),
+        ("--cases ,", "no case was named"),
+        (
+            "--cases smoke --subjects an-fast",
+            "there is no subject 'an-fast'; did you mean an-fused? expected some of copy",
+        ),
+        ("--seconds 0", "expected more than 0"),
+        ("--seconds nan", "expected more than 0"),
+        ("--threads -1", "0 or more"),
+        ("--tf32 --device cpu", "--tf32 is for float32 on CUDA"),
+        ("--dtype float8", "--dtype"),
+        ("--device tpu", "expected auto, cpu, cuda"),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, remedy: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "layer", "--out", str(tmp_path / "out"), *arguments.split()])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == ""
+    assert remedy in " ".join(said.err.split())
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_occupied_folder_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(bench, "run", lambda **_: pytest.fail("it was run"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "layer", "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "already there; choose another --out, or say --overwrite" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_groups_of_names_stand_for_their_members() -> None:
+    assert [case.name for case in bench._named("case", "gan, smoke", bench.CASES)] == ["smoke", "gan-16", "gan-64"]
+    with pytest.raises(ConfigError, match="no case 'table'"):
+        bench._named("case", "table", bench.CASES)
+    assert set(bench.ON_CPU) < {case.name for case in bench.CASES}
+    sizes = [case.shape for case in bench.CASES if case.name.startswith("table5-")]
+    assert sizes == [(1, 32, size, size) for size in bench.PAPER_TABLE_5["AN"]]
