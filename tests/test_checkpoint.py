@@ -26,7 +26,9 @@ from attnorm.checkpoint import (
     write_json,
 )
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
-from attnorm.training.phases import ClassConditionalTask
+from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.presets import PRESETS
+from attnorm.training.phases import ClassConditionalTask, InpaintingTask
 
 CONFIG = override(
     Config(),
@@ -153,7 +155,7 @@ def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> N
 def test_a_checkpoint_without_newer_settings_is_read(tmp_path: Path) -> None:
     """What an older version did not know takes its default."""
     config = to_dict(CONFIG)
-    del config["model"]["site"], config["run"]
+    del config["model"]["site"], config["run"], config["inpainting"], config["task"], config["data"]["fit"]
     _, header = read_checkpoint(store(tmp_path / "x.safetensors", config=config))
     assert header.config == CONFIG and header.note == ""
 
@@ -288,6 +290,23 @@ def test_the_discriminator_loads_too(saved: tuple[Path, ClassConditionalTask]) -
     task.discriminator.eval()
     with torch.no_grad():
         assert torch.equal(loaded(images, labels).score, task.discriminator(images, labels).score)
+
+
+def test_an_inpainting_checkpoint_gives_its_generator_and_has_no_discriminator(tmp_path: Path) -> None:
+    config = override(PRESETS["inpaint-smoke"][1], ["model.context=contextual"])
+    torch.manual_seed(0)
+    task = InpaintingTask(config, torch.device("cpu"))
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, task.state.tensors(), replace(HEADER, config=config))
+    loaded = load(path)
+    assert isinstance(loaded.model, InpaintingGenerator) and loaded.header.config == config
+    assert not any(module.training for module in loaded.model.modules())
+    image, mask = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 1, 40, 48)
+    mask[..., 10:20, 10:20] = 1
+    with torch.no_grad():
+        assert torch.equal(loaded.model(image, mask).refined, task.average.network(image, mask).refined)
+    with pytest.raises(CheckpointError, match=r"was trained for inpainting, which has no class-conditional discrim"):
+        load_discriminator(path)
 
 
 def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -> None:

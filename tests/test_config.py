@@ -18,6 +18,8 @@ from attnorm.config import (
     Config,
     ConfigError,
     DataConfig,
+    InpaintingConfig,
+    InpaintingTaskConfig,
     OptimiserConfig,
     RunConfig,
     flatten,
@@ -73,14 +75,40 @@ runs = st.builds(
     device=words,
     precision=st.sampled_from(["float32", "bfloat16"]),
 )
-configs = st.builds(
-    Config,
-    preset=words,
-    model=models,
-    data=st.builds(DataConfig, source=words, flip=st.booleans()),
-    optim=optimisers,
-    run=runs,
+data = st.builds(
+    DataConfig,
+    source=words,
+    fit=st.sampled_from(["square", "street-view"]),
+    stored_size=st.just(0) | st.integers(256, 1024),
+    flip=st.booleans(),
+    held_out_every=st.just(0) | st.integers(2, 100),
 )
+weights = st.floats(min_value=0, max_value=1e6)
+inpainting = {
+    "task": st.just("inpainting"),
+    "model": st.builds(
+        InpaintingConfig,
+        image_size=st.integers(4, 32).map(lambda eighths: 8 * eighths),
+        width=count,
+        context=st.sampled_from(["an", "an-wide", "contextual", "self_attention", "none"]),
+        an=layers,
+    ),
+    "inpainting": st.builds(
+        InpaintingTaskConfig,
+        masks=st.sampled_from(["rectangle", "free-form", "mixed"]),
+        reconstruction_weight=weights,
+        adversarial_weight=weights,
+        gradient_penalty_weight=weights,
+        gp_mask=st.booleans(),
+        switch_images=st.integers(0, 10**9),
+        patience=count,
+        min_improvement=share,
+        validation_images=count,
+    ),
+}
+common = {"preset": words, "data": data, "optim": optimisers, "run": runs}
+configs = st.builds(Config, model=models, **common) | st.builds(Config, **inpainting, **common)
+INPAINTING = Config(task="inpainting", model=InpaintingConfig(), inpainting=InpaintingTaskConfig())
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,8 +123,10 @@ def test_every_leaf_can_be_set_from_text(config: Config) -> None:
     def text(value: Any) -> str:
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    changed = override(Config(), [f"{name}={text(value)}" for name, value in flatten(config).items()])
-    assert changed == config
+    # What is kept at a size holds for the model's, so that comes first.
+    leaves = sorted(flatten(config).items(), key=lambda leaf: leaf[0] == "data.stored_size")
+    start = INPAINTING if config.task == "inpainting" else Config()
+    assert override(start, [f"{name}={text(value)}" for name, value in leaves]) == config
 
 
 def test_to_dict_has_json_types_only() -> None:
@@ -108,6 +138,7 @@ def test_to_dict_has_json_types_only() -> None:
             assert type(value) in (str, int, float, bool, list, type(None)), value
 
     check(to_dict(Config()))
+    check(to_dict(INPAINTING))
     assert to_dict(Config())["model"]["an_blocks"] == [3]
 
 
@@ -123,6 +154,46 @@ def test_flatten_names_every_leaf() -> None:
     assert "model.an" not in leaves and "model" not in leaves
     groups = (AttentiveNormConfig, ClassConditionalConfig, DataConfig, OptimiserConfig, RunConfig, Config)
     assert len(leaves) == sum(len(dataclasses.fields(group)) for group in groups) - 5
+    assert leaves["task"] == "class_conditional" and leaves["inpainting"] is None
+    leaves = flatten(INPAINTING)
+    assert leaves["model.an.affine"] is False and leaves["inpainting.reconstruction_weight"] == 1.2
+    groups = (*groups[:1], InpaintingConfig, InpaintingTaskConfig, *groups[2:])
+    assert len(leaves) == sum(len(dataclasses.fields(group)) for group in groups) - 6
+
+
+def test_a_task_and_its_settings_go_together() -> None:
+    settings = InpaintingTaskConfig()
+    for values in (
+        {"task": "inpainting"},
+        {"task": "inpainting", "model": InpaintingConfig()},
+        {"task": "inpainting", "inpainting": settings},
+        {"model": InpaintingConfig()},
+        {"inpainting": settings},
+    ):
+        with pytest.raises(ConfigError, match="but the other settings are not; choose a preset of that task"):
+            Config(**values)
+    with pytest.raises(ConfigError, match="task is class_conditional, but the other settings are not"):
+        override(INPAINTING, ["task=class_conditional"])
+    with pytest.raises(ConfigError, match=r"task is 'painting'; expected one of .*; did you mean inpainting\?"):
+        from_dict(Config, {"task": "painting", "model": {}})
+    with pytest.raises(ConfigError, match=r"there is no setting model\.latent_dim"):
+        from_dict(Config, {"task": "inpainting", "model": {"latent_dim": 3}, "inpainting": {}})
+    with pytest.raises(ConfigError, match=r"there is no setting model\.latent_dim"):
+        override(INPAINTING, ["model.latent_dim=3"])
+    with pytest.raises(ConfigError, match=r"inpainting is '3'; expected a group of settings or none"):
+        override(Config(), ["inpainting=3"])
+    with pytest.raises(ConfigError, match="inpainting is 3; expected a group of settings"):
+        from_dict(Config, {"task": "inpainting", "model": {}, "inpainting": 3})
+
+
+def test_what_was_written_before_there_were_two_tasks_is_read() -> None:
+    values = to_dict(Config())
+    del values["inpainting"], values["run"]["validate_every_images"]
+    for name in ("fit", "stored_size", "held_out_every"):
+        del values["data"][name]
+    assert from_dict(Config, values) == Config()
+    del values["task"]
+    assert from_dict(Config, values) == Config()
 
 
 def test_what_may_change_on_resume_exists() -> None:
@@ -309,6 +380,10 @@ def test_whole_numbers_of_json_are_numbers() -> None:
         ("run.checkpoint_every_images=0", "run.checkpoint_every_images is 0; expected at least 1"),
         ("run.max_minutes=-1", "run.max_minutes is -1.0; expected 0"),
         ("run.seed=-1", "run.seed is -1; expected 0 or more"),
+        ("run.validate_every_images=0", "run.validate_every_images is 0; expected at least 1"),
+        ("data.held_out_every=1", r"data.held_out_every is 1; expected 0 \(none\) or at least 2"),
+        ("data.stored_size=-1", "data.stored_size is -1; expected 0"),
+        ("data.stored_size=127", r"data.stored_size is 127; expected 0 or at least model.image_size \(128\)"),
     ],
 )
 def test_setting_that_cannot_be_meant_is_refused(setting: str, message: str) -> None:
@@ -316,8 +391,33 @@ def test_setting_that_cannot_be_meant_is_refused(setting: str, message: str) -> 
         override(Config(), [setting])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.image_size=100", "model.image_size is 100; expected a multiple of 8, at least 32"),
+        ("model.image_size=24", "model.image_size is 24; expected a multiple of 8, at least 32"),
+        ("model.width=0", "model.width is 0; expected at least 1"),
+        ("model.context=attention", "model.context is 'attention'; expected one of an, an-wide, contextual"),
+        ("inpainting.masks=circle", "inpainting.masks is 'circle'; expected one of rectangle, free-form, mixed"),
+        ("inpainting.gradient_penalty_weight=-1", "gradient_penalty_weight is -1.0; expected 0 or more"),
+        ("inpainting.reconstruction_weight=-1", "reconstruction_weight is -1.0; expected 0 or more"),
+        ("inpainting.adversarial_weight=-1", "adversarial_weight is -1.0; expected 0 or more"),
+        ("inpainting.switch_images=-1", "switch_images is -1; expected 0 or more"),
+        ("inpainting.patience=0", "patience is 0; expected at least 1"),
+        ("inpainting.validation_images=0", "validation_images is 0; expected at least 1"),
+        ("inpainting.min_improvement=1", "min_improvement is 1.0; expected a share"),
+    ],
+)
+def test_setting_of_inpainting_that_cannot_be_meant_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(INPAINTING, [setting])
+
+
 def test_temperature_follows_the_width_unless_it_is_set() -> None:
     """Row 7: the paper's 0.1 at the paper's width; a quarter of the channels halves the spread of the logits."""
     assert ClassConditionalConfig(width=64).temperature == pytest.approx(0.1)
     assert ClassConditionalConfig(width=16).temperature == pytest.approx(0.2)
     assert ClassConditionalConfig(width=16, an=AttentiveNormConfig(temperature=0.1)).temperature == 0.1
+    assert InpaintingConfig(width=32).temperature == pytest.approx(0.1)
+    assert InpaintingConfig(width=8).temperature == pytest.approx(0.2)
+    assert InpaintingConfig(width=8, an=AttentiveNormConfig(temperature=0.1)).temperature == 0.1

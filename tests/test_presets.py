@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from attnorm.config import Config, flatten, from_dict, to_dict
-from attnorm.presets import FAMILIES, PRESETS
+from attnorm.presets import FAMILIES, INPAINTING_FAMILIES, PRESETS
 
 ROWS: dict[str, dict[str, Any]] = {
     "an": {},
@@ -22,6 +22,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "an-bn": {"model.an.moments": "batch"},
 }
 
+INPAINTING: dict[str, tuple[str, ...]] = {
+    "paper-streetview256": ("an", "contextual", "none"),
+    "inpaint128": ("an", "an-wide", "contextual", "self_attention", "none"),
+    "inpaint64": ("an", "an-wide", "contextual", "self_attention", "none"),
+}
+
 
 @pytest.mark.parametrize("family", ["paper-imagenet128", "cifar10", "imagenette64", "imagenette128"])
 def test_a_family_has_every_row_and_rows_differ_in_what_they_say(family: str) -> None:
@@ -34,8 +40,10 @@ def test_a_family_has_every_row_and_rows_differ_in_what_they_say(family: str) ->
 
 
 def test_there_are_no_others() -> None:
-    assert set(PRESETS) == {f"{family}-{row}" for family in FAMILIES for row in ROWS} | {"demo", "smoke"}
-    assert len(PRESETS) == 42
+    inpainting = {f"{family}-{row}" for family, rows in INPAINTING.items() for row in rows}
+    conditional = {f"{family}-{row}" for family in FAMILIES for row in ROWS}
+    assert set(PRESETS) == conditional | inpainting | {"demo", "smoke", "inpaint-smoke"}
+    assert len(PRESETS) == 56
     descriptions = [description for description, _ in PRESETS.values()]
     assert all(descriptions) and not any("\n\n" in description for description in descriptions)
 
@@ -60,7 +68,7 @@ def test_families_have_their_size(family: str, image_size: int, flip: bool) -> N
 
 def test_only_demo_and_smoke_have_data_of_their_own() -> None:
     for name, (_, config) in PRESETS.items():
-        assert config.data.source == ("builtin" if name in ("demo", "smoke") else ""), name
+        assert config.data.source == ("builtin" if name in ("demo", "smoke", "inpaint-smoke") else ""), name
 
 
 def test_demo_stops_within_five_minutes_and_smoke_is_tiny() -> None:
@@ -68,6 +76,36 @@ def test_demo_stops_within_five_minutes_and_smoke_is_tiny() -> None:
     assert 0 < demo.run.max_minutes <= 5
     assert smoke.run.duration_images // smoke.run.batch_size <= 50 and smoke.model.width <= 8
     assert smoke.run.checkpoint_every_images < smoke.run.duration_images  # resuming is tried too
+
+
+@pytest.mark.parametrize("family", INPAINTING)
+def test_the_arms_of_an_inpainting_family_differ_in_their_context_block_alone(family: str) -> None:
+    assert INPAINTING_FAMILIES[family][1] == INPAINTING[family]
+    base = flatten(PRESETS[f"{family}-an"][1])
+    for row in INPAINTING[family]:
+        values = flatten(PRESETS[f"{family}-{row}"][1])
+        assert values.pop("preset") == f"{family}-{row}" and values.pop("model.context") == row
+        assert values.items() <= base.items(), row
+
+
+def test_inpainting_has_the_papers_losses_and_optimiser() -> None:
+    for name, (_, config) in PRESETS.items():
+        if config.task != "inpainting":
+            continue
+        assert config.inpainting is not None and not config.model.an.affine, name  # row 3
+        assert config.inpainting.reconstruction_weight == 1.2 and config.inpainting.adversarial_weight == 1e-3, name
+        assert config.inpainting.gradient_penalty_weight == 10 and not config.inpainting.gp_mask, name
+        assert (config.optim.g_lr, config.optim.d_lr) == (1e-4, 1e-4) and config.optim.d_steps == 5, name
+        assert (config.optim.beta1, config.optim.beta2) == (0.5, 0.9), name
+        switch, duration = config.inpainting.switch_images, config.run.duration_images
+        assert (switch == 0) == name.startswith("paper-") and switch < duration, name
+        assert config.data.held_out_every >= 2, name
+    paper = PRESETS["paper-streetview256-an"][1]
+    assert paper.model.image_size == 256 and paper.model.width == 32 and paper.data.fit == "street-view"
+    assert paper.model.temperature == pytest.approx(0.1)
+    assert PRESETS["inpaint64-an"][1].model.width == 16
+    for family in ("inpaint64", "inpaint128"):
+        assert PRESETS[f"{family}-an"][1].data.held_out_every == 10
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from attnorm import config as configuration
-from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
+from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, ConfigError, UserError
 from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.models.inpainting import InpaintingGenerator
 
 HEADER_KEY = "attnorm"
 
@@ -221,7 +222,7 @@ def find_checkpoint(path: Path | str) -> Path:
 class Loaded:
     """A generator in evaluation mode, and where it comes from."""
 
-    model: Generator
+    model: Generator | InpaintingGenerator  # as header.config.task says
     header: Header
     path: Path
 
@@ -242,7 +243,10 @@ def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
     """
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
-    model = Generator(header.config.model)
+    settings = header.config.model
+    model: Generator | InpaintingGenerator = (
+        Generator(settings) if isinstance(settings, ClassConditionalConfig) else InpaintingGenerator(settings)
+    )
     _fill(model, tensors, file)
     return Loaded(model.to(find_device(device)).eval(), header, file)
 
@@ -251,6 +255,10 @@ def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminato
     """The discriminator that belongs to the same checkpoint, in evaluation mode."""
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file, prefix="discriminator.")
+    if not isinstance(header.config.model, ClassConditionalConfig):
+        raise CheckpointError(
+            f"{file} was trained for {header.config.task}, which has no class-conditional discriminator"
+        )
     model = Discriminator(header.config.model)
     _fill(model, tensors, file)
     return model.to(find_device(device)).eval()

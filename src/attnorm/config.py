@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 FORMAT_VERSION = 1
 
+Task = Literal["class_conditional", "inpainting"]
 Context = Literal["an", "self_attention", "none"]
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class AttentiveNormConfig:
     shared_sampling: bool = False
     clamp_t: bool = False
     eps: float = 1e-5
-    impl: Literal["auto", "reference", "fused"] = "auto"
+    impl: Literal["auto", "reference", "fused", "native", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         _require(self.num_entities >= 1, f"num_entities is {self.num_entities}; expected at least 1")
@@ -99,9 +100,72 @@ class ClassConditionalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InpaintingConfig:
+    """Two-stage generator and critic of the inpainting task (paper, section 4; docs/paper.md, rows 3 and 7)."""
+
+    image_size: int = 256  # side of a training square in pixels: a multiple of 8, at least 32; inference takes any
+    width: int = 32  # channels of the first convolution; every other width is a multiple of it
+    context: Literal["an", "an-wide", "contextual", "self_attention", "none"] = "an"  # in the refinement stage
+    an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False))
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size >= 32 and self.image_size % 8 == 0,
+            f"model.image_size is {self.image_size}; expected a multiple of 8, at least 32",
+        )
+        _require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
+
+    @property
+    def temperature(self) -> float:
+        """tau of Eq. 4: as set, or the paper's 0.1 with the logits' spread at the paper's width kept (row 7)."""
+        return self.an.temperature if self.an.temperature is not None else 0.1 * math.sqrt(32 / self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintingTaskConfig:
+    """Masks, losses (Eq. 9 and 10) and phases of the inpainting task; docs/paper.md, rows 17 and 18."""
+
+    masks: Literal["rectangle", "free-form", "mixed"] = "rectangle"  # mixed: one of each in turn
+    reconstruction_weight: float = 1.2  # lambda_rec of Eq. 9, on the mean L1 of both stages
+    adversarial_weight: float = 1e-3  # lambda_adv of Eq. 9, from the second phase on
+    gradient_penalty_weight: float = 10.0  # lambda_gp of Eq. 10
+    gp_mask: bool = False  # penalise the gradient inside the hole only
+    # The first phase, reconstruction alone, lasts so many images; 0: until the validation L1 has not fallen by the
+    # share `min_improvement` for `patience` validations.
+    switch_images: int = 0
+    patience: int = 5
+    min_improvement: float = 0.01
+    validation_images: int = 200  # at most so many of the held-out images, spread evenly
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction_weight", "gradient_penalty_weight", "adversarial_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"inpainting.{name} is {value}; expected 0 or more")
+        _require(self.switch_images >= 0, f"inpainting.switch_images is {self.switch_images}; expected 0 or more")
+        for name in ("patience", "validation_images"):
+            _require(getattr(self, name) >= 1, f"inpainting.{name} is {getattr(self, name)}; expected at least 1")
+        _require(
+            0 <= self.min_improvement < 1,
+            f"inpainting.min_improvement is {self.min_improvement}; expected a share, 0 <= min_improvement < 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     source: str = ""  # "builtin", a folder, a zip, or CIFAR-10's binary files
+    # square: the centre square of each image. street-view: Paris StreetView's originals, whose width is kept too.
+    fit: Literal["square", "street-view"] = "square"
+    # Height in pixels at which images are kept; training cuts random squares of model.image_size. 0: model.image_size.
+    stored_size: int = 0
     flip: bool = False  # mirror half of the training images
+    held_out_every: int = 0  # 10: the tenth, twentieth, ... image by name is never trained on; 0: all are
+
+    def __post_init__(self) -> None:
+        _require(self.stored_size >= 0, f"data.stored_size is {self.stored_size}; expected 0 (as the model) or more")
+        _require(
+            self.held_out_every == 0 or self.held_out_every >= 2,
+            f"data.held_out_every is {self.held_out_every}; expected 0 (none) or at least 2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +200,7 @@ class RunConfig:
     max_minutes: float = 0.0  # stop cleanly after so many minutes of training; 0: no limit
     log_every_images: int = 3_200
     layout_every_images: int = 16_000  # entropy and usage of the layouts
+    validate_every_images: int = 16_000  # on the held-out images, where the task uses them
     grid_every_images: int = 64_000
     checkpoint_every_images: int = 64_000
     keep_checkpoints: int = 2
@@ -148,11 +213,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_images", "keep_checkpoints", "log_every_images", "layout_every_images"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("grid_every_images", "checkpoint_every_images"):
+        for name in ("grid_every_images", "checkpoint_every_images", "validate_every_images"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
         _require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
         _require(self.seed >= 0, f"run.seed is {self.seed}; expected 0 or more")
 
+
+MODELS: dict[Task, type[ClassConditionalConfig | InpaintingConfig]] = {
+    "class_conditional": ClassConditionalConfig,
+    "inpainting": InpaintingConfig,
+}
 
 # What may differ when a run goes on: how long it is, how it reports, where it runs. All else makes another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -175,11 +245,23 @@ class Config:
     """A whole run, resolved: what `--dry-run` prints and what the run directory keeps."""
 
     preset: str = ""
-    task: Literal["class_conditional"] = "class_conditional"
-    model: ClassConditionalConfig = field(default_factory=ClassConditionalConfig)
+    task: Task = "class_conditional"
+    model: ClassConditionalConfig | InpaintingConfig = field(default_factory=ClassConditionalConfig)  # the task's
+    inpainting: InpaintingTaskConfig | None = None  # that task's own settings
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.model, MODELS[self.task]) and (self.inpainting is not None) == (self.task == "inpainting"),
+            f"task is {self.task}, but the other settings are not; choose a preset of that task",
+        )
+        _require(
+            self.data.stored_size == 0 or self.data.stored_size >= self.model.image_size,
+            f"data.stored_size is {self.data.stored_size}; expected 0 or at least model.image_size "
+            f"({self.model.image_size}), of which squares are cut from it",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -201,13 +283,21 @@ def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
         path = prefix + key
         if key not in hints:
             raise ConfigError(_unknown(path, [prefix + name for name in hints]))
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, dict), f"{path} is {value!r}; expected a group of settings")
-            arguments[key] = from_dict(typing.cast(type, hint), value, prefix=path + ".")
+        group = _group(hints[key], values)
+        if group is None or (value is None and type(None) in _alternatives(hints[key])):
+            arguments[key] = _checked(value, hints[key], path)
         else:
-            arguments[key] = _checked(value, hint, path)
+            _require(isinstance(value, dict), f"{path} is {value!r}; expected a group of settings")
+            arguments[key] = from_dict(group, value, prefix=path + ".")
     return cls(**arguments)
+
+
+def _group(hint: Any, values: dict[str, Any]) -> type | None:
+    """The dataclass that `hint` means, of several that of the task which `values` name; None for a plain value."""
+    groups = [option for option in _alternatives(hint) if dataclasses.is_dataclass(option)]
+    if len(groups) > 1:
+        return MODELS[_checked(values.get("task", Config.task), Task, "task")]
+    return typing.cast(type, groups[0]) if groups else None
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -310,4 +400,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {_describe(typing.get_args(hint)[0])}, comma between"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    return " or ".join(names.get(option, str(option)) for option in _alternatives(hint))
+    return " or ".join(
+        "a group of settings" if dataclasses.is_dataclass(option) else names.get(option, str(option))
+        for option in _alternatives(hint)
+    )

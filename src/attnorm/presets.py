@@ -1,4 +1,4 @@
-"""Named runs, deriving from one another: every row of Tables 1 and 4, at the paper's scale and at smaller ones.
+"""Named runs, deriving from one another: every row of Tables 1, 3 and 4, at the paper's scale and at smaller ones.
 
 In a family all runs have one recipe, so that only what the name says differs.
 """
@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from attnorm.config import AttentiveNormConfig, ClassConditionalConfig, Config, DataConfig, OptimiserConfig, RunConfig
+from attnorm.config import (
+    AttentiveNormConfig,
+    ClassConditionalConfig,
+    Config,
+    DataConfig,
+    InpaintingConfig,
+    InpaintingTaskConfig,
+    OptimiserConfig,
+    RunConfig,
+)
 
 
 def imagenet128() -> Config:
@@ -87,6 +96,88 @@ def smoke() -> Config:
     )
 
 
+def streetview256() -> Config:
+    """The paper's inpainting (section 4): Paris StreetView at 256 pixels. It names no batch and no number of steps."""
+    return Config(
+        task="inpainting",
+        model=InpaintingConfig(image_size=256, width=32),
+        inpainting=InpaintingTaskConfig(),  # the first phase ends when the validation L1 is flat
+        data=DataConfig(fit="street-view", flip=True, held_out_every=100),
+        optim=OptimiserConfig(g_lr=1e-4, d_lr=1e-4, beta1=0.5, beta2=0.9, d_steps=5),
+        run=RunConfig(
+            batch_size=16,
+            duration_images=150_000 * 16,
+            log_every_images=1_600,
+            layout_every_images=16_000,
+            validate_every_images=16_000,
+            grid_every_images=80_000,
+            checkpoint_every_images=80_000,
+        ),
+    )
+
+
+def inpaint128() -> Config:
+    """Squares of 128 pixels from photographs of 224: both phases of a fixed length, so that runs compare."""
+    base = streetview256()
+    return replace(
+        base,
+        model=replace(base.model, image_size=128),
+        inpainting=InpaintingTaskConfig(switch_images=10_000 * 16),
+        data=DataConfig(stored_size=224, flip=True, held_out_every=10),
+        run=replace(
+            base.run,
+            duration_images=20_000 * 16,
+            layout_every_images=8_000,
+            validate_every_images=8_000,
+            grid_every_images=16_000,
+            checkpoint_every_images=16_000,
+        ),
+    )
+
+
+def inpaint64() -> Config:
+    """The same at half the width and half the size: about 25 minutes on two CPU cores."""
+    base = inpaint128()
+    return replace(
+        base,
+        model=InpaintingConfig(image_size=64, width=16),
+        inpainting=InpaintingTaskConfig(switch_images=3_000 * 8),
+        data=replace(base.data, stored_size=112),
+        run=replace(
+            base.run,
+            batch_size=8,
+            duration_images=3_700 * 8,
+            precision="auto",
+            channels_last=True,
+            log_every_images=80,
+            layout_every_images=800,
+            validate_every_images=800,
+            grid_every_images=1_600,
+            checkpoint_every_images=1_600,
+        ),
+    )
+
+
+def inpaint_smoke() -> Config:
+    """Both phases of inpainting in well under a minute on two CPU cores, for tests: nothing is learnt."""
+    return Config(
+        task="inpainting",
+        model=InpaintingConfig(image_size=32, width=4, an=AttentiveNormConfig(num_entities=4, affine=False)),
+        inpainting=InpaintingTaskConfig(masks="mixed", switch_images=10 * 8, validation_images=8),
+        data=DataConfig(source="builtin", stored_size=40, flip=True, held_out_every=10),
+        optim=streetview256().optim,
+        run=RunConfig(
+            batch_size=8,
+            duration_images=20 * 8,
+            log_every_images=16,
+            layout_every_images=80,
+            validate_every_images=40,
+            grid_every_images=80,
+            checkpoint_every_images=40,
+        ),
+    )
+
+
 def _model(**changes: object) -> Callable[[Config], Config]:
     return lambda config: replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
 
@@ -117,6 +208,20 @@ ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     ),
     "an-bn": ("AN with batch moments (Table 4, 'w BN')", _an(moments="batch")),
 }
+# The rows of Table 3, and the other blocks for context.
+INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
+    "an": ("Attentive Normalization in place of contextual attention (Table 3)", lambda config: config),
+    "an-wide": ("AN in the authors' released layout, whose encoders are wider", _model(context="an-wide")),
+    "contextual": ("DeepFill v1's contextual attention (Table 3)", _model(context="contextual")),
+    "self_attention": ("SAGAN's self-attention", _model(context="self_attention")),
+    "none": ("no block for context", _model(context="none")),
+}
+# Families of the inpainting task, and which rows they have.
+INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
+    "paper-streetview256": (streetview256, ("an", "contextual", "none")),
+    "inpaint128": (inpaint128, tuple(INPAINTING_ROWS)),
+    "inpaint64": (inpaint64, tuple(INPAINTING_ROWS)),
+}
 FAMILIES: dict[str, Callable[[], Config]] = {
     "paper-imagenet128": imagenet128,
     "cifar10": cifar10,
@@ -131,9 +236,17 @@ def _build() -> dict[str, tuple[str, Config]]:
         for row, (description, change) in ROWS.items():
             name = f"{family}-{row}"
             presets[name] = (description, replace(change(base()), preset=name))
-    for single in (demo, smoke):
+    for family, (base, rows) in INPAINTING_FAMILIES.items():
+        for row in rows:
+            description, change = INPAINTING_ROWS[row]
+            presets[f"{family}-{row}"] = (
+                f"inpainting: {description}",
+                replace(change(base()), preset=f"{family}-{row}"),
+            )
+    for single in (demo, smoke, inpaint_smoke):
+        name = single.__name__.replace("_", "-")
         description = (single.__doc__ or "").strip().rstrip(".")
-        presets[single.__name__] = (description, replace(single(), preset=single.__name__))
+        presets[name] = (description, replace(single(), preset=name))
     return presets
 
 

@@ -14,7 +14,16 @@ from PIL import Image
 
 from attnorm.data import cache, sources
 from attnorm.data import images as module
-from attnorm.data.images import ImageSet, load_images, shuffled_indices, to_float, to_uint8
+from attnorm.data.images import (
+    ImageSet,
+    cut_centres,
+    cut_squares,
+    held_out_indices,
+    load_images,
+    shuffled_indices,
+    to_float,
+    to_uint8,
+)
 
 SIZE = 8
 
@@ -614,6 +623,107 @@ def test_stream_refuses_nonsense():
         shuffled_indices(0, 0, 1, seed=0)
     with pytest.raises(ValueError, match="seed=-1"):
         shuffled_indices(5, 0, 1, seed=-1)
+
+
+# Squares, and what is held out
+
+
+def test_squares_are_cut_where_they_are_asked_for():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 7, 9), np.uint8))
+    tops, lefts = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
+    squares = cut_squares(images, tops, lefts, 4)
+    for i, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        assert torch.equal(squares[i], images[i, :, top : top + 4, left : left + 4])
+    assert torch.equal(cut_centres(images, 5), images[:, :, 1:6, 2:7])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "every", "expected"), [(25, 10, [9, 19]), (4, 2, [1, 3]), (9, 10, []), (9, 0, [])]
+)
+def test_every_so_manieth_image_is_held_out(num_images, every, expected):
+    assert held_out_indices(num_images, every).tolist() == expected
+
+
+# Paris StreetView
+
+
+def street(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A picture with detail at every scale, so that neither a shift nor another filter goes unseen."""
+    small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height // 9, width // 9, 3), np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def area_reduced(image: np.ndarray, size: int, left: float, side: int) -> np.ndarray:
+    """[size, size, 3]: the mean over the part of the square that each pixel covers, from integrals up to its edges."""
+    for axis, start in ((0, 0.0), (1, left)):
+        edges = np.linspace(start, start + side, size + 1)
+        integral = np.insert(np.cumsum(image, axis, dtype=float), 0, 0, axis)
+        whole, part = edges.astype(int), edges % 1
+        shape = [-1 if a == axis else 1 for a in range(3)]
+        after = np.minimum(whole + 1, image.shape[axis])
+        at_edges = integral.take(whole, axis) * (1 - part).reshape(shape) + integral.take(after, axis) * part.reshape(
+            shape
+        )
+        image = np.diff(at_edges, axis=axis) * size / side
+    return image
+
+
+@pytest.mark.parametrize("size", [256, 64])
+def test_street_view_squares_are_those_of_the_original_reduced_by_area(tmp_path, size):
+    original = street(936, 537)
+    save(tmp_path / "set" / "a.png", original)
+    data = load_images(tmp_path / "set", size, fit="street-view")
+    assert data.images.shape == (1, 3, size, {256: 446, 64: 110}[size])
+    assert "936x537" in data.note and "random 537 squares" in data.note
+    centre = cut_centres(data.batch(np.array([0]))[0], size)[0].permute(1, 2, 0).numpy()
+    assert np.abs(centre - area_reduced(original, size, (936 - 537) / 2, 537)).max() <= 0.51  # rounded
+    assert np.abs(centre - area_reduced(original, size, 199, 537)).max() > 2
+    # A square at another place is a 537 square too: eight pixels to the left are 8 * 537 / size there.
+    left = (data.images.shape[3] - size) // 2 - 8
+    square = data.images[0, :, :, left : left + size].transpose(1, 2, 0)
+    assert np.abs(square - area_reduced(original, size, (936 - 537) / 2 - 8 * 537 / size, 537)).max() <= 0.51
+
+
+def test_the_small_street_view_is_told_apart_and_labelled(tmp_path):
+    original = street(227, 227)
+    save(tmp_path / "set" / "a.png", original)
+    data = load_images(tmp_path / "set", 256, fit="street-view")
+    expected = np.asarray(Image.fromarray(original).resize((256, 256), Image.Resampling.BICUBIC))
+    assert np.array_equal(data.images[0], chw(expected))
+    assert "227x227" in data.note and "not comparable" in data.note
+
+
+def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tmp_path):
+    save(tmp_path / "set" / "b.png", street(936, 537))
+    save(tmp_path / "set" / "c.png", street(227, 227))
+    (tmp_path / "set" / "a.png").write_bytes(b"broken")
+    data = load_images(tmp_path / "set", 64, fit="street-view")
+    assert len(data) == 1
+    assert data.skipped[0].startswith("a.png") and data.skipped[1].startswith("c.png: 227x227 pixels, unlike")
+    save(tmp_path / "other" / "a.png", pixels(1))
+    with pytest.raises(
+        ValueError, match="is not Paris StreetView: its first image is 8x8; expected 936x537 or 227x227"
+    ):
+        load_images(tmp_path / "other", 64, fit="street-view")
+    with pytest.raises(ValueError, match="built-in photographs are not Paris StreetView"):
+        load_images("builtin", 64, fit="street-view")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="no readable image"):
+        load_images(tmp_path / "none", 64, fit="street-view")
+
+
+def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path, monkeypatch):
+    for seed in range(3):
+        save(tmp_path / "set" / f"{seed}.png", street(936, 537, seed))
+    square = load_images(tmp_path / "set", 64)
+    first = load_images(tmp_path / "set", 64, fit="street-view")
+    forbid_decoding(monkeypatch)
+    again = load_images(tmp_path / "set", 64, fit="street-view", max_memory_bytes=10)
+    assert isinstance(again.images, np.memmap) and equal(first, again) and again.note == first.note
+    assert square.images.shape == (3, 3, 64, 64) and equal(load_images(tmp_path / "set", 64), square)
+    seen, _ = again.batch(np.array([2, 0]))
+    assert np.array_equal(seen.numpy(), first.images[[2, 0]])
 
 
 @pytest.mark.parametrize("as_zip", [False, True])

@@ -1,4 +1,4 @@
-"""Eq. 1, 7 and 8 and AC-GAN's classifier term, against numbers worked out by hand."""
+"""Eq. 1 and 7-10 and AC-GAN's classifier term, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm import AttentiveNorm2d
 from attnorm.training.losses import (
     classifier_loss,
+    gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
     orthogonality_loss,
+    reconstruction_loss,
+    wasserstein_critic_loss,
+    wasserstein_generator_loss,
 )
 
 
@@ -64,3 +69,67 @@ def test_classifier_loss_is_the_mean_negative_log_probability(dtype: torch.dtype
     loss = classifier_loss(logits, torch.tensor([1, 0]))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert classifier_loss(logits, torch.tensor([1, 1])).item() == pytest.approx(expected + 1, rel=1e-6)
+
+
+# Inpainting
+
+
+def test_reconstruction_is_the_mean_over_the_stages_of_the_mean_difference() -> None:
+    truth = torch.zeros(2, 3, 2, 2)
+    coarse, refined = torch.full_like(truth, 0.5), torch.zeros_like(truth)
+    refined[0, 0, 0, 0] = -2.4  # one of 24 values
+    assert reconstruction_loss((coarse, refined), truth).item() == pytest.approx((0.5 + 0.1) / 2)
+    assert reconstruction_loss((refined,), truth).item() == pytest.approx(0.1)
+
+
+def test_wasserstein_losses_equal_the_hand_computed_numbers() -> None:
+    real, fake = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 0.0])
+    assert wasserstein_critic_loss(real, fake).item() == -2.5  # real images high: low loss
+    assert wasserstein_critic_loss(fake, real).item() == 2.5
+    assert wasserstein_generator_loss(fake).item() == 0.5
+
+
+def test_gradient_penalty_of_a_linear_critic_is_the_closed_form() -> None:
+    """D(x) = w . x has the gradient w everywhere: (|w| - 1)^2, whose derivative is 2 (|w| - 1) w / |w|."""
+    w = torch.tensor([0.0, 3.0, 4.0], requires_grad=True)
+    images = torch.randn(5, 3, 1, 1, requires_grad=True)
+    penalty = gradient_penalty(images.flatten(1) @ w, images)
+    assert penalty.item() == pytest.approx(16.0)
+    penalty.backward()
+    assert w.grad is not None and w.grad.tolist() == pytest.approx([0.0, 8 * 0.6, 8 * 0.8])
+    # Inside the mask the gradient is (0, 0, 4) for one image and nothing for the other.
+    mask = torch.tensor([[[[0.0, 0.0, 1.0]]], [[[0.0, 0.0, 0.0]]]])
+    wide = torch.randn(2, 1, 1, 3, requires_grad=True)
+    assert gradient_penalty(wide.flatten(1) @ w, wide, mask).item() == pytest.approx((9 + 1) / 2)
+
+
+def test_gradient_penalty_is_per_image() -> None:
+    """D(x) = a |x|^2 / 2 has the gradient a x: the mean of (a |x_i| - 1)^2, not the square of a mean."""
+    a = torch.tensor(2.0, requires_grad=True)
+    images = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.5]]).reshape(3, 1, 1, 2).requires_grad_()
+    penalty = gradient_penalty(a * images.square().sum((1, 2, 3)) / 2, images)
+    assert penalty.item() == pytest.approx((81 + 1 + 0) / 3)
+    penalty.backward()
+    assert a.grad is not None and a.grad.item() == pytest.approx((2 * 9 * 5 + 2 * 1 * 1 + 0) / 3)
+
+
+def test_gradient_penalty_trains_a_critic_as_finite_differences_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 2, 5, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    first = torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    second = torch.randn(1, 4, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def penalty(first: Tensor, second: Tensor) -> Tensor:
+        hidden = F.softplus(F.conv2d(images, first))
+        return gradient_penalty(F.conv2d(hidden, second).sum((1, 2, 3)), images)
+
+    assert torch.autograd.gradcheck(penalty, (first, second))
+
+
+def test_a_critic_without_slope_costs_one_and_gives_no_nan() -> None:
+    w = torch.zeros(3, requires_grad=True)
+    images = torch.randn(2, 3, 1, 1, requires_grad=True)
+    penalty = gradient_penalty(images.flatten(1) @ w, images)
+    assert penalty.item() == 1.0
+    penalty.backward()
+    assert w.grad is not None and w.grad.isfinite().all()

@@ -20,8 +20,9 @@ from attnorm.training.phases import Batch, ClassConditionalTask, Phase
 from attnorm.training.trainer import run_phase
 
 CPU = torch.device("cpu")
-SMALL_PRESETS = [name for name in PRESETS if not name.startswith("paper-")]
-PAPER_PRESETS = [name for name in PRESETS if name.startswith("paper-")]
+CONDITIONAL_PRESETS = [name for name, (_, config) in PRESETS.items() if config.task == "class_conditional"]
+SMALL_PRESETS = [name for name in CONDITIONAL_PRESETS if not name.startswith("paper-")]
+PAPER_PRESETS = [name for name in CONDITIONAL_PRESETS if name.startswith("paper-")]
 TINY = ("model.width=2", "model.latent_dim=4", "model.an.num_entities=3", "model.num_classes=3", "run.batch_size=3")
 
 
@@ -297,7 +298,7 @@ def test_orthogonality_enters_each_loss_with_its_weight(network: str) -> None:
 def test_a_step_has_its_discriminator_updates_and_one_of_the_generator() -> None:
     task = tiny_task("optim.d_steps=3")
     assert [phase.network for phase in task.phases(0)] == ["discriminator"] * 3 + ["generator"]
-    assert task.batches_per_step == 4
+    assert (task.position(0), task.position(3)) == (0, 12)
 
 
 def test_gradients_are_float32_under_bfloat16() -> None:

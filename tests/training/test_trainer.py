@@ -516,19 +516,12 @@ def test_a_line_of_progress_names_speed_and_time_left(tmp_path: Path) -> None:
 # Batches
 
 
-class TwoBatches:
-    """The one thing that `_batch` asks of a task."""
-
-    batches_per_step = 2
-
-
 def test_flip_mirrors_about_half_of_the_images() -> None:
     images = random_images(64)
     mirrored = {}
     for flip in (False, True):
-        trainer.seed_step(0, 0)
         config = tiny("run.batch_size=64", f"data.flip={flip}")
-        batch = trainer._batch(config, images, 0, 0, TwoBatches(), torch.device("cpu"))
+        batch = trainer.Stream(config, images, torch.device("cpu")).batch(0)
         originals = to_float(torch.from_numpy(images.images))
         same = [any(torch.equal(image, original) for original in originals) for image in batch.images]
         turned = [any(torch.equal(image.flip(2), original) for original in originals) for image in batch.images]
@@ -539,14 +532,13 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
 
 def test_batches_of_a_step_follow_one_another_through_the_epochs() -> None:
     """Two steps of three discriminator updates and one of the generator see each of 32 images once."""
-
-    class Four:
-        batches_per_step = 4
-
     images, seen = random_images(32), []
+    config = tiny("optim.d_steps=3", "model.num_classes=3")
+    task = phases.ClassConditionalTask(config, torch.device("cpu"))
+    stream = trainer.Stream(config, images, torch.device("cpu"))
     for images_seen in (0, 4):
         for index in range(4):
-            batch = trainer._batch(tiny(), images, images_seen, index, Four(), torch.device("cpu"))
+            batch = stream.batch(task.position(images_seen) + 4 * index)
             pixels = ((batch.images + 1) * 127.5).round().to(torch.uint8).numpy()
             for image, label in zip(pixels, batch.labels.tolist(), strict=True):
                 (number,) = np.flatnonzero((images.images == image).all((1, 2, 3)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,9 +22,10 @@ from attnorm.data.sources import KINDS, Contents, find_source
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when decoding changes, so that no older cache is taken for a new one
+_FORMAT = 2  # raise it when decoding changes, so that no older cache is taken for a new one
 
 Progress = Callable[[int, int], None]
+Fit = Literal["square", "street-view"]
 _Labelling = tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]  # labels, classes, skipped
 
 
@@ -39,28 +40,36 @@ class Decoded:
     fingerprint: str
 
 
+class _Frame(NamedTuple):
+    """What every image of a source becomes: `cut` makes uint8 [3, S, width] of an RGB image, S high."""
+
+    width: int
+    cut: Callable[[Image.Image], np.ndarray]
+
+
 def load_decoded(
-    source: str, image_size: int, cache_dir: Path | None, max_memory_bytes: int, progress: Progress | None
+    source: str, image_size: int, fit: Fit, cache_dir: Path | None, max_memory_bytes: int, progress: Progress | None
 ) -> Decoded:
     """Read the images of `source` from the cache, or decode them; arguments as for `load_images`."""
     path = Path(source).expanduser()
     found = find_source(path)
     folder = cache_dir or _default_cache_dir()
-    key = json.dumps([_FORMAT, str(path.resolve()), image_size, found.stamp])
+    key = json.dumps([_FORMAT, str(path.resolve()), image_size, fit, found.stamp])
     stem = folder / f"images{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if decoded := _read(stem, source, max_memory_bytes):
         return decoded
 
     with found.open() as contents:
-        decode = functools.partial(_decode_all, contents, source, image_size, progress)
+        frame = _street_view_frame(contents, source, image_size) if fit == "street-view" else _square_frame(image_size)
+        decode = functools.partial(_decode_all, contents, source, frame, progress)
         try:
-            _write(stem, image_size, decode)
+            _write(stem, (3, image_size, frame.width), decode)
             if decoded := _read(stem, source, max_memory_bytes):
                 return decoded
         except OSError as error:
             _log.warning("decoded images cannot be kept in %s (%s): decoding into memory", folder, error)
 
-        needed = len(contents.files) * 3 * image_size**2
+        needed = len(contents.files) * 3 * image_size * frame.width
         if needed > max_memory_bytes:
             raise ValueError(
                 f"{source} needs {needed} bytes, more than the {max_memory_bytes} allowed in memory, and the cache "
@@ -68,12 +77,12 @@ def load_decoded(
             )
         buffer = bytearray()
         labels, classes, skipped = decode(buffer.extend)
-        images = np.frombuffer(buffer, np.uint8).reshape(-1, 3, image_size, image_size)
+        images = np.frombuffer(buffer, np.uint8).reshape(-1, 3, image_size, frame.width)
         return Decoded(images, labels, classes, skipped, fingerprint(images, labels, classes))
 
 
 def fingerprint(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
-    """SHA-256 (hex) of images (uint8 [N, 3, S, S], which may be memory-mapped), labels (int [N]) and class names."""
+    """SHA-256 (hex) of images (uint8 [N, 3, H, W], which may be memory-mapped), labels (int [N]) and class names."""
     digest = hashlib.sha256(json.dumps([images.shape, list(classes)]).encode())
     digest.update(labels.astype("<i8").tobytes())
     for start in range(0, len(images), 256):
@@ -93,13 +102,13 @@ def _default_cache_dir() -> Path:
 
 
 def _decode_all(
-    contents: Contents, source: str, image_size: int, progress: Progress | None, write: Callable[[bytes], object]
+    contents: Contents, source: str, frame: _Frame, progress: Progress | None, write: Callable[[bytes], object]
 ) -> _Labelling:
     """Decode every file in order on a few threads, passing each one's pixels to `write`."""
 
     def pixels_or_reason(index: int) -> bytes | str:
         try:
-            return _square(contents.load(index), image_size).tobytes()
+            return frame.cut(contents.load(index)).tobytes()
         except UnidentifiedImageError:
             return "not an image that can be read"
         except Exception as error:  # a damaged file makes decoders fail in any way at all
@@ -135,22 +144,75 @@ def _decode_all(
     return np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped)
 
 
-def _square(image: Image.Image, image_size: int) -> np.ndarray:
-    """Centre crop and resize an RGB image: uint8 [3, S, S]."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side))
-    # Pillow does not resample what has the size already.
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+def _square_frame(image_size: int) -> _Frame:
+    def cut(image: Image.Image) -> np.ndarray:
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+        # Pillow does not resample what has the size already.
+        return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+    return _Frame(image_size, cut)
 
 
-def _write(stem: Path, image_size: int, decode: Callable[[Callable[[bytes], object]], _Labelling]) -> None:
+# Originals of Paris StreetView, and the smaller version that circulates: width and height in pixels.
+STREET_VIEW_SIZES = (936, 537), (227, 227)
+
+
+def _street_view_frame(contents: Contents, source: str, image_size: int) -> _Frame:
+    """The first readable file tells which version it is; files of another size are then skipped by name.
+
+    936x537 is reduced by area to S high, its width kept: a square cut from the result is a 537 square reduced to S,
+    without keeping four times the pixels. 227x227 is enlarged bicubically to S x S.
+    """
+    size = next((size for index in range(len(contents.files)) if (size := _size_of(contents, index))), None)
+    if size not in (None, *STREET_VIEW_SIZES):
+        raise ValueError(
+            f"{source} is not Paris StreetView: its first image is {size[0]}x{size[1]}; expected 936x537 or 227x227. "
+            "Read other photographs with data.fit=square"
+        )
+    width, height = size or STREET_VIEW_SIZES[0]
+    kept_width = image_size + (image_size * width // height - image_size) // 2 * 2  # even room beside a centre square
+    margin = (width - kept_width * height / image_size) / 2  # left off, so that nothing is distorted
+    rows = _area_weights(height, image_size, 0.0)
+    columns = _area_weights(width, kept_width, margin)
+
+    def cut(image: Image.Image) -> np.ndarray:
+        if image.size != (width, height):
+            raise ValueError(f"{image.width}x{image.height} pixels, unlike the others of {width}x{height}")
+        if image_size >= height:
+            box = (margin, 0.0, width - margin, float(height))
+            return np.asarray(image.resize((kept_width, image_size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+        planes = np.asarray(image, np.float32).transpose(2, 0, 1)
+        return np.rint(rows @ planes @ columns.T).clip(0, 255).astype(np.uint8)
+
+    return _Frame(kept_width, cut)
+
+
+def _area_weights(length: int, size: int, margin: float) -> np.ndarray:
+    """float32 [size, length]: by how much each of `length` pixels counts in the mean over each of `size` equal parts of
+    what is between the margins. Pillow's box filter counts pixels as a whole or not at all.
+    """
+    edges = np.linspace(margin, length - margin, size + 1)
+    pixels = np.arange(length)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (covered.clip(0) / (edges[1] - edges[0])).astype(np.float32)
+
+
+def _size_of(contents: Contents, index: int) -> tuple[int, int] | None:
+    try:
+        return contents.load(index).size
+    except Exception:  # reported by name when all are decoded
+        return None
+
+
+def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[bytes], object]], _Labelling]) -> None:
     """Decode into the cache. Any number of processes may do so at once: each replaces whole files by equal ones."""
 
     def write_header(num_images: int) -> int:
         file.seek(0)
-        shape = (num_images, 3, image_size, image_size)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
         return file.tell()
 
     stem.parent.mkdir(parents=True, exist_ok=True)

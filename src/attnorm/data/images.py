@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnorm.data.cache import Fit, load_decoded
 from attnorm.data.cache import fingerprint as fingerprint
-from attnorm.data.cache import load_decoded
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled square images, in memory or memory-mapped.
+    """Labelled images of one size, in memory or memory-mapped.
 
     Attributes:
-        images: RGB pixels, uint8 [N, 3, S, S]; a read-only `np.memmap` where they are too large for memory.
+        images: RGB pixels, uint8 [N, 3, H, W], square but for Paris StreetView; a read-only `np.memmap` where they are
+            too large for memory.
         labels: int64 [N], indices into `classes`.
         classes: Class names, sorted; each has at least one image.
         source: What the user named.
@@ -45,7 +46,7 @@ class ImageSet:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Copy the images at `indices` (int [B]) and their labels: uint8 [B, 3, S, S] and int64 [B]."""
+        """Copy the images at `indices` (int [B]) and their labels: uint8 [B, 3, H, W] and int64 [B]."""
         return torch.from_numpy(np.asarray(self.images[indices])), torch.from_numpy(self.labels[indices])
 
 
@@ -61,6 +62,29 @@ def to_uint8(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"got {images.dtype} pixels, expected floats in [-1, 1]; integers are not converted")
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def cut_squares(images: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
+    """Squares [B, C, side, side] of images [B, C, H, W], their corners at tops and lefts (int64 [B], same device)."""
+    steps = torch.arange(side, device=images.device)
+    rows, columns = (tops[:, None] + steps)[:, None, :, None], (lefts[:, None] + steps)[:, None, None, :]
+    numbers = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return images[numbers, channels, rows, columns]
+
+
+def cut_centres(images: Tensor, side: int) -> Tensor:
+    """Centre squares [B, C, side, side] of images [B, C, H, W]."""
+    top, left = (images.shape[2] - side) // 2, (images.shape[3] - side) // 2
+    return images[:, :, top : top + side, left : left + side]
+
+
+def held_out_indices(num_images: int, every: int) -> np.ndarray:
+    """Images that are never trained on (int64): number 10, 20, ... in the set's order if `every` is 10; 0: none.
+
+    The set's order is that of the names of the files that can be read, class by class.
+    """
+    return np.arange(every - 1, num_images, every) if every else np.empty(0, np.int64)
 
 
 def shuffled_indices(num_images: int, start: int, count: int, *, seed: int) -> np.ndarray:
@@ -102,11 +126,15 @@ def load_images(
     source: str | Path,
     image_size: int,
     *,
+    fit: Fit = "square",
     cache_dir: Path | None = None,
     max_memory_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
     """Load images as squares of `image_size` pixels, decoding them only the first time.
+
+    Paris StreetView (fit="street-view") keeps its width: `image_size` high, so that squares can be cut at any place;
+    which of its two versions was found is in the set's `note`. All else:
 
     Larger sides are cropped at the centre, and the square is resized with Lanczos unless it has the size already. Files
     that cannot be read are listed in `skipped`. Class folders are searched to any depth; where there are some, images
@@ -116,6 +144,7 @@ def load_images(
         source: "builtin"; a folder of class folders; a folder of images (one class); a .zip of either; the folder or
             the .tar.gz of CIFAR-10's binary version (its training images). A `Path` is always a place, never "builtin".
         image_size: Side in pixels, at least 1.
+        fit: "square", or "street-view" for images of 936x537 or of 227x227 pixels.
         cache_dir: Where decoded pixels are kept; by default $ATTNORM_CACHE, $XDG_CACHE_HOME/attnorm or
             ~/.cache/attnorm. If it cannot be written, images are decoded into memory each time.
         max_memory_bytes: Pixels beyond this stay memory-mapped; by default half of the memory that is available.
@@ -126,14 +155,30 @@ def load_images(
     if image_size < 1:
         raise ValueError(f"got image_size={image_size}, expected at least 1 pixel")
     if source == "builtin":
+        if fit != "square":
+            raise ValueError("the built-in photographs are not Paris StreetView; name its folder, or fit=square")
         from attnorm.data.builtin import builtin_images
 
         return builtin_images(image_size)
 
     if max_memory_bytes is None:
         max_memory_bytes = _available_memory() // 2
-    decoded = load_decoded(str(source), image_size, cache_dir, max_memory_bytes, progress)
-    return ImageSet(source=str(source), **vars(decoded))
+    decoded = load_decoded(str(source), image_size, fit, cache_dir, max_memory_bytes, progress)
+    note = _street_view_note(decoded.images) if fit == "street-view" else ""
+    return ImageSet(source=str(source), note=note, **vars(decoded))
+
+
+def _street_view_note(images: np.ndarray) -> str:
+    height, width = images.shape[2:]
+    if width > height:
+        return (
+            f"Paris StreetView, originals of 936x537: random 537 squares reduced by area to {height} for training, "
+            "the centre square for tests."
+        )
+    return (
+        f"Paris StreetView in its version of 227x227, resized to {height}: results are not comparable with those "
+        "on the originals of 936x537."
+    )
 
 
 def _available_memory() -> int:

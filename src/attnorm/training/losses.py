@@ -1,6 +1,8 @@
-"""The objectives of the paper as pure functions: Eq. 1, 7 and 8, and AC-GAN's classifier term."""
+"""The objectives of the paper as pure functions: Eq. 1 and 7-10, and AC-GAN's classifier term."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,37 @@ def hinge_generator_loss(fake_scores: Tensor) -> Tensor:
 def hinge_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Eq. 8 as it must be meant: mean(relu(1 - D(real))) + mean(relu(1 + D(fake))); see docs/paper.md, row 16."""
     return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
+
+
+def reconstruction_loss(stages: Sequence[Tensor], truth: Tensor) -> Tensor:
+    """First term of Eq. 9 without its weight: mean |x - truth| over the whole image, averaged over the outputs x of the
+    stages; all [N, 3, H, W].
+    """
+    return torch.stack([F.l1_loss(stage.float(), truth) for stage in stages]).mean()
+
+
+def wasserstein_generator_loss(fake_scores: Tensor) -> Tensor:
+    """Second term of Eq. 9 without its weight: -mean(D(fake)). Scores are [N], high = real."""
+    return -fake_scores.mean()
+
+
+def wasserstein_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """The first two terms of Eq. 10: mean(D(fake)) - mean(D(real)), minus the estimated distance."""
+    return fake_scores.mean() - real_scores.mean()
+
+
+def gradient_penalty(scores: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Third term of Eq. 10 without its weight: mean((|dD(x) / dx| - 1)^2), to be differentiated once more.
+
+    Args:
+        scores: D(x), [N], one for each image, computed from `images` in float32.
+        images: x, the interpolates, [N, 3, H, W], a leaf that requires its gradient (docs/paper.md, row 17).
+        mask: [N, 1, H, W]; only the gradient where it is 1 counts, as in DeepFill's code. None: all of it.
+    """
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    if mask is not None:
+        gradient = gradient * mask
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 def orthogonality_loss(network: nn.Module) -> Tensor:

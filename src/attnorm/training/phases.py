@@ -4,22 +4,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attnorm.config import Config
-from attnorm.layers.attentive_norm import AttentiveNorm2d, observe_layouts
+from attnorm.config import ClassConditionalConfig, Config, InpaintingConfig, InpaintingTaskConfig
+from attnorm.data.images import to_float
+from attnorm.data.masks import DrawnMask, free_form_mask, rectangle_mask
+from attnorm.layers.attentive_norm import AttentiveNorm2d, Observation, no_autocast, observe_layouts
 from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.models.inpainting import Critic, InpaintingGenerator, crop_around, paste
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.training.losses import (
     classifier_loss,
+    gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
     orthogonality_loss,
+    reconstruction_loss,
+    wasserstein_critic_loss,
+    wasserstein_generator_loss,
 )
 from attnorm.training.state import ExponentialAverage, TrainingState
 
@@ -27,6 +34,7 @@ from attnorm.training.state import ExponentialAverage, TrainingState
 class Batch(NamedTuple):
     images: Tensor  # float32 [N, 3, S, S] in [-1, 1]
     labels: Tensor  # int64 [N]
+    position: int = 0  # of the first image in the stream of training images
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,11 @@ class ClassConditionalTask:
     """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config
+        assert isinstance(config.model, ClassConditionalConfig)
+        self.config, self.model = config, config.model
         # Built on the CPU, so that a seed gives the same start on every device.
-        self.generator = Generator(config.model).to(device)
-        self.discriminator = Discriminator(config.model).to(device)
+        self.generator = Generator(self.model).to(device)
+        self.discriminator = Discriminator(self.model).to(device)
         if config.run.channels_last:
             self.generator.to(memory_format=torch.channels_last)
             self.discriminator.to(memory_format=torch.channels_last)
@@ -57,7 +66,10 @@ class ClassConditionalTask:
             },
             averages={"ema": self.average},
         )
-        self.batches_per_step = config.optim.d_steps + 1
+
+    def position(self, images_seen: int) -> int:
+        """Where in the stream of training images the step that begins at `images_seen` takes its first batch."""
+        return images_seen * (self.config.optim.d_steps + 1)
 
     def phases(self, images_seen: int) -> Sequence[Phase]:
         """The updates of the step that begins at `images_seen`, each of which gets a batch of its own."""
@@ -69,7 +81,7 @@ class ClassConditionalTask:
         self.average.update(self.generator, step)
 
     def _latents(self, labels: Tensor) -> Tensor:
-        return torch.randn(len(labels), self.config.model.latent_dim, device=labels.device)
+        return torch.randn(len(labels), self.model.latent_dim, device=labels.device)
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -108,8 +120,8 @@ class ClassConditionalTask:
     def grid(self, *, rows: int = 10, columns: int = 8) -> Tensor:
         """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, a fixed latent a column."""
         device = next(self.generator.parameters()).device
-        rows = min(rows, self.config.model.num_classes)
-        latents = torch.randn(columns, self.config.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        rows = min(rows, self.model.num_classes)
+        latents = torch.randn(columns, self.model.latent_dim, generator=torch.Generator().manual_seed(0))
         labels = torch.arange(rows).repeat_interleave(columns).to(device)
         return self.average.network(latents.repeat(rows, 1).to(device), labels).float()
 
@@ -119,30 +131,251 @@ class ClassConditionalTask:
 
         The averaged generator is observed on fixed latents with the batch's labels, the discriminator on its images.
         """
-        latents = torch.randn(
-            len(batch.labels), self.config.model.latent_dim, generator=torch.Generator().manual_seed(0)
-        )
-        statistics: dict[str, float | list[float]] = {}
+        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
         self.discriminator.eval()
         with observe_layouts(self.average.network) as seen_by_g:
             self.average.network(latents.to(batch.labels.device), batch.labels)
         with observe_layouts(self.discriminator) as seen_by_d:
             self.discriminator(batch.images, batch.labels)
         self.discriminator.train()
-        for name, network, seen in (
-            ("generator", self.average.network, seen_by_g),
-            ("discriminator", self.discriminator, seen_by_d),
-        ):
-            for site, observation in seen.items():
-                layer = network.get_submodule(site)
-                assert isinstance(layer, AttentiveNorm2d)
-                key = f"layout/{name}.{site}"
-                statistics[f"{key}/entropy"] = layout_entropy(observation.layout).item()
-                statistics[f"{key}/usage"] = entity_usage(observation.layout).tolist()
-                statistics[f"{key}/rho"] = layer.rho.item()
-                if layer.self_sampling:
-                    statistics[f"{key}/t"] = layer.t.tolist()
-        return statistics
+        return {
+            **_describe_layouts("generator", self.average.network, seen_by_g),
+            **_describe_layouts("discriminator", self.discriminator, seen_by_d),
+        }
+
+    def validate(self, images_seen: int) -> dict[str, float]:
+        """Nothing: samples are judged by scores, which take far more images."""
+        return {}
+
+
+class PhaseSwitch:
+    """When the second phase of inpainting begins: after a fixed number of images, or once the validation L1 is flat
+    (docs/paper.md, row 18). All that it remembers is in `numbers`, which go into the checkpoint.
+    """
+
+    def __init__(self, settings: InpaintingTaskConfig) -> None:
+        self.settings = settings
+        self.numbers = {  # 0: not known yet, or none yet
+            "second_phase_at": torch.tensor(float(settings.switch_images), dtype=torch.float64),
+            "best_l1": torch.zeros((), dtype=torch.float64),
+            "without_improvement": torch.zeros((), dtype=torch.float64),
+        }
+
+    @property
+    def second_phase_at(self) -> int | None:
+        """In images seen; None as long as the validation L1 has not been found flat."""
+        return int(self.numbers["second_phase_at"].item()) or None
+
+    def observe(self, l1: float, images_seen: int) -> None:
+        """Takes a validation L1 into account. The best one must fall by the share `min_improvement` to count."""
+        if self.second_phase_at is not None:
+            return
+        best = self.numbers["best_l1"].item()
+        if best == 0 or l1 < best * (1 - self.settings.min_improvement):
+            self.numbers["best_l1"].fill_(l1)
+            self.numbers["without_improvement"].zero_()
+            return
+        self.numbers["without_improvement"].add_(1)
+        if self.numbers["without_improvement"].item() >= self.settings.patience:
+            self.numbers["second_phase_at"].fill_(images_seen)
+
+
+class Holes(NamedTuple):
+    """Which part of each image of a batch is missing."""
+
+    masks: Tensor  # float32 [N, 1, S, S], 1 = missing
+    corners: Tensor  # int64 [N, 2], top and left of the squares of S // 2 pixels that the local critic sees
+
+
+class InpaintingTask:
+    """The two-stage generator with a local and a global critic (section 4, Eq. 9 and 10).
+
+    First phase: the reconstruction alone, for both stages. Second phase, once `PhaseSwitch` says so: `d_steps` updates
+    of the critic, then one of the generator with the adversarial term.
+
+    Args:
+        held_out: uint8 [V, 3, S, S] on the CPU, never trained on: for validation and the sample sheet.
+    """
+
+    _VALIDATION_SEED = 2020  # of the masks of the held-out images, the same for every run
+
+    def __init__(self, config: Config, device: torch.device, held_out: Tensor | None = None) -> None:
+        assert isinstance(config.model, InpaintingConfig) and config.inpainting is not None
+        self.config, self.settings, self.image_size = config, config.inpainting, config.model.image_size
+        self.held_out = torch.empty(0, 3, self.image_size, self.image_size) if held_out is None else held_out
+        # The critic first, so that its start does not depend on the generator's context block.
+        self.critic = Critic(config.model).to(device)
+        self.generator = InpaintingGenerator(config.model).to(device)
+        if config.run.channels_last:
+            self.generator.to(memory_format=torch.channels_last)
+            self.critic.to(memory_format=torch.channels_last)
+        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
+        self.switch = PhaseSwitch(self.settings)
+        self.state = TrainingState(
+            networks={"generator": self.generator, "critic": self.critic},
+            optimisers={
+                "generator": _adam(self.generator, config.optim.g_lr, config),
+                "critic": _adam(self.critic, config.optim.d_lr, config),
+            },
+            averages={"ema": self.average},
+            numbers=self.switch.numbers,
+        )
+
+    def _is_adversarial(self, images_seen: int) -> bool:
+        begin = self.switch.second_phase_at
+        return begin is not None and images_seen >= begin
+
+    def position(self, images_seen: int) -> int:
+        """Where in the stream of training images the step that begins at `images_seen` takes its first batch."""
+        begin = self.switch.second_phase_at
+        if begin is None or images_seen < begin:
+            return images_seen
+        return begin + (images_seen - begin) * (self.config.optim.d_steps + 1)
+
+    def phases(self, images_seen: int) -> Sequence[Phase]:
+        """The updates of the step that begins at `images_seen`, each of which gets a batch of its own."""
+        if not self._is_adversarial(images_seen):
+            return [Phase("generator", self._reconstruction_loss)]
+        criticise = Phase("critic", self._critic_loss)
+        return [*[criticise] * self.config.optim.d_steps, Phase("generator", self._generator_loss)]
+
+    def finish_step(self, step: int) -> None:
+        """After all phases of step number `step`, counted from 1."""
+        self.average.update(self.generator, step)
+
+    def _holes(self, seed: int, position: int, count: int, device: torch.device) -> Holes:
+        """The masks of `count` images from `position` on: a function of these and the seed alone."""
+        drawn = [self._mask(seed, position + index) for index in range(count)]
+        masks = torch.stack([mask for mask, _ in drawn])
+        corners = torch.tensor([box for _, box in drawn])
+        if device.type == "cuda":  # so that the copy need not wait for the work that is queued
+            masks, corners = masks.pin_memory(), corners.pin_memory()
+        return Holes(masks.to(device, non_blocking=True).float(), corners.to(device, non_blocking=True))
+
+    def _mask(self, seed: int, index: int) -> DrawnMask:
+        kind = self.settings.masks
+        if kind == "free-form" or (kind == "mixed" and index % 2):
+            return free_form_mask(self.image_size, seed=seed, index=index)
+        return rectangle_mask(self.image_size, seed=seed, index=index)
+
+    def _holes_of(self, batch: Batch) -> Holes:
+        return self._holes(self.config.run.seed, batch.position, len(batch.images), batch.images.device)
+
+    def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        filled = self.generator(batch.images, self._holes_of(batch).masks)
+        return self._weighted(reconstruction_loss(filled, batch.images))
+
+    def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        masks, corners = self._holes_of(batch)
+        filled = self.generator(batch.images, masks)
+        fake = paste(batch.images, filled.refined, masks)
+        scores = self.critic(fake, crop_around(fake, corners, self.image_size // 2))
+        adversarial = torch.stack([wasserstein_generator_loss(score.float()) for score in scores]).sum()
+        return self._weighted(reconstruction_loss(filled, batch.images), adversarial)
+
+    def _weighted(self, reconstruction: Tensor, adversarial: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 9, plus Eq. 1 with its weight; `adversarial` only in the second phase."""
+        loss = self.settings.reconstruction_weight * reconstruction
+        logged = {"generator/reconstruction": reconstruction}
+        if adversarial is not None:
+            loss = loss + self.settings.adversarial_weight * adversarial
+            logged["generator/adversarial"] = adversarial
+        orthogonality = orthogonality_loss(self.generator)
+        logged |= {"generator/loss": loss, "generator/orthogonality": orthogonality}
+        return loss + self.config.optim.orthogonality_weight * orthogonality, logged
+
+    def _critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 10 for the whole image plus Eq. 10 for the local crop."""
+        (masks, corners), side = self._holes_of(batch), self.image_size // 2
+        with torch.no_grad():
+            fake = paste(batch.images, self.generator(batch.images, masks).refined, masks)
+        both = torch.cat([batch.images, fake.to(batch.images.dtype)])
+        scores = self.critic(both, crop_around(both, corners.repeat(2, 1), side))
+        distance = -torch.stack([wasserstein_critic_loss(*score.float().chunk(2)) for score in scores]).sum()
+
+        with no_autocast(both):  # the gradient of a gradient keeps its precision
+            real, fake = both.chunk(2)
+            shares = torch.rand(len(real), 1, 1, 1, device=real.device)
+            mixed = shares * fake + (1 - shares) * real
+            # Leaves of their own, so that each critic answers for what it was shown.
+            crops = crop_around(mixed, corners, side).requires_grad_()
+            mixed.requires_grad_()
+            whole, local = self.critic(mixed, crops)
+            inside = (masks, crop_around(masks, corners, side)) if self.settings.gp_mask else (None, None)
+            penalty = gradient_penalty(whole, mixed, inside[0]) + gradient_penalty(local, crops, inside[1])
+        loss = -distance + self.settings.gradient_penalty_weight * penalty
+        return loss, {"critic/loss": loss, "critic/distance": distance, "critic/gradient_penalty": penalty}
+
+    def _held_out_batches(self, count: int) -> Iterator[tuple[Tensor, Holes]]:
+        """The first `count` held-out images with their masks, as many at a time as in training."""
+        device = next(self.generator.parameters()).device
+        size = self.config.run.batch_size
+        for start in range(0, min(count, len(self.held_out)), size):
+            pixels = self.held_out[start : min(start + size, count)]
+            images = to_float(pixels.to(device))
+            yield images, self._holes(self._VALIDATION_SEED, start, len(images), device)
+
+    @torch.no_grad()
+    def validate(self, images_seen: int) -> dict[str, float]:
+        """Mean L1 in [-1, 1] of the averaged generator on the held-out images, which may end the first phase.
+
+        l1: the refined image as it is, the whole of it; coarse_l1: the same of the first stage; hole_l1: the refined
+        one, inside the holes.
+        """
+        if not len(self.held_out):
+            return {}
+        sums = torch.zeros(3, dtype=torch.float64)
+        for images, (masks, _) in self._held_out_batches(len(self.held_out)):
+            coarse, refined = self.average.network(images, masks)
+            coarse_error, error = ((stage.float() - images).abs().mean(1, keepdim=True) for stage in (coarse, refined))
+            hole = (error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))
+            means = (error.mean((1, 2, 3)), coarse_error.mean((1, 2, 3)), hole)
+            sums += torch.stack([mean.sum() for mean in means]).cpu()
+        l1, coarse_l1, hole_l1 = (sums / len(self.held_out)).tolist()
+        self.switch.observe(l1, images_seen)
+        phase = 2 if self._is_adversarial(images_seen) else 1
+        return {
+            "validation/l1": l1,
+            "validation/coarse_l1": coarse_l1,
+            "validation/hole_l1": hole_l1,
+            "validation/phase": phase,
+        }
+
+    @torch.no_grad()
+    def grid(self, *, columns: int = 8) -> Tensor:
+        """A held-out image a column: with its hole, coarse, refined, pasted, and the truth; [5 * columns, 3, S, S].
+
+        Columns for which there is no image are grey.
+        """
+        rows: list[list[Tensor]] = [[] for _ in range(5)]
+        for images, (masks, _) in self._held_out_batches(columns):
+            coarse, refined = (stage.float() for stage in self.average.network(images, masks))
+            sheet = (images * (1 - masks) + masks, coarse, refined, paste(images, refined, masks), images)
+            for row, part in zip(rows, sheet, strict=True):
+                row += part
+        missing = [torch.zeros(3, self.image_size, self.image_size)] * (columns - len(rows[0]))
+        return torch.stack([image.cpu() for row in rows for image in [*row, *missing]])
+
+    @torch.no_grad()
+    def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
+        """As `ClassConditionalTask.layout_statistics`, of the averaged generator on the batch with its masks."""
+        with observe_layouts(self.average.network) as seen:
+            self.average.network(batch.images, self._holes_of(batch).masks)
+        return _describe_layouts("generator", self.average.network, seen)
+
+
+def _describe_layouts(name: str, network: nn.Module, seen: Mapping[str, Observation]) -> dict[str, float | list[float]]:
+    statistics: dict[str, float | list[float]] = {}
+    for site, observation in seen.items():
+        layer = network.get_submodule(site)
+        assert isinstance(layer, AttentiveNorm2d)
+        key = f"layout/{name}.{site}"
+        statistics[f"{key}/entropy"] = layout_entropy(observation.layout).item()
+        statistics[f"{key}/usage"] = entity_usage(observation.layout).tolist()
+        statistics[f"{key}/rho"] = layer.rho.item()
+        if layer.self_sampling:
+            statistics[f"{key}/t"] = layer.t.tolist()
+    return statistics
 
 
 def _adam(network: nn.Module, learning_rate: float, config: Config) -> torch.optim.Adam:

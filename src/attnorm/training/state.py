@@ -46,6 +46,7 @@ class TrainingState:
     Args:
         networks: By the names under which a checkpoint holds them; optimisers[name] belongs to networks[name].
         averages: By name; a checkpoint holds their networks beside the trained ones.
+        numbers: What else the task must remember, by name: tensors on the CPU, which it changes in place.
     """
 
     def __init__(
@@ -53,14 +54,16 @@ class TrainingState:
         networks: Mapping[str, nn.Module],
         optimisers: Mapping[str, torch.optim.Optimizer],
         averages: Mapping[str, ExponentialAverage],
+        numbers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.networks, self.optimisers, self.averages = dict(networks), dict(optimisers), dict(averages)
+        self.numbers = dict(numbers or {})
         self.images_seen = 0
         self.seconds = 0.0  # of training, over all legs
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint."""
-        out = {}
+        out = {f"number.{name}": tensor for name, tensor in self.numbers.items()}
         modules = self.networks | {name: average.network for name, average in self.averages.items()}
         for name, network in modules.items():
             out.update({f"{name}.{key}": tensor for key, tensor in network.state_dict().items()})
@@ -72,6 +75,11 @@ class TrainingState:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`: raises RuntimeError where names or shapes differ."""
+        numbers = _below(tensors, "number.")
+        if numbers.keys() != self.numbers.keys():
+            raise RuntimeError(f"it remembers {sorted(numbers)}; expected {sorted(self.numbers)}")
+        for name, number in self.numbers.items():
+            number.copy_(numbers[name])
         modules = self.networks | {name: average.network for name, average in self.averages.items()}
         for name, network in modules.items():
             network.load_state_dict(_below(tensors, f"{name}."))

@@ -25,9 +25,16 @@ from attnorm.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError
-from attnorm.data.images import ImageSet, shuffled_indices, to_float
-from attnorm.training.phases import Batch, ClassConditionalTask, Phase
+from attnorm.config import MAY_CHANGE_ON_RESUME, ClassConditionalConfig, Config, ConfigError, InpaintingTaskConfig
+from attnorm.data.images import (
+    ImageSet,
+    cut_centres,
+    cut_squares,
+    held_out_indices,
+    shuffled_indices,
+    to_float,
+)
+from attnorm.training.phases import Batch, ClassConditionalTask, InpaintingTask, Phase
 from attnorm.training.reporting import Report
 from attnorm.training.state import TrainingState
 
@@ -42,11 +49,12 @@ class Task(Protocol):
     """What the loop needs to know of a task."""
 
     state: TrainingState
-    batches_per_step: int
 
+    def position(self, images_seen: int) -> int: ...
     def phases(self, images_seen: int) -> Sequence[Phase]: ...
     def finish_step(self, step: int) -> None: ...
-    def grid(self, *, rows: int = 10, columns: int = 8) -> Tensor: ...
+    def validate(self, images_seen: int) -> dict[str, float]: ...
+    def grid(self, *, columns: int = 8) -> Tensor: ...
     def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]: ...
 
 
@@ -72,12 +80,30 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     device = find_device(config.run.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
     torch.manual_seed(config.run.seed)
-    task = ClassConditionalTask(config, device)
+    task = _task(config, images, device)
     _open(run, config, images, task.state)
     config = replace(config, run=replace(config.run, precision=find_precision(config.run.precision, device)))
     at = f", from {task.state.images_seen:,} images on" if task.state.images_seen else ""
     console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
     return _loop(task, config, images, run, device, console)
+
+
+def _task(config: Config, images: ImageSet, device: torch.device) -> Task:
+    if config.inpainting is not None:
+        return InpaintingTask(config, device, _held_out(config, config.inpainting, images))
+    return ClassConditionalTask(config, device)
+
+
+def _held_out(config: Config, settings: InpaintingTaskConfig, images: ImageSet) -> Tensor:
+    """Centre squares of the images that validate, uint8 [V, 3, S, S]."""
+    indices = held_out_indices(len(images), config.data.held_out_every)
+    if not len(indices):
+        raise ConfigError(
+            f"data.held_out_every is {config.data.held_out_every}: of the {len(images)} images of {images.source} none "
+            "is held out to validate on; give more images, or a smaller number from 2 on"
+        )
+    spread = np.unique(np.linspace(0, len(indices) - 1, settings.validation_images).astype(np.int64))
+    return cut_centres(images.batch(indices[spread])[0], config.model.image_size).clone()
 
 
 def find_precision(
@@ -95,6 +121,14 @@ def find_precision(
 
 def resolve(config: Config, images: ImageSet) -> Config:
     """The configuration with what the data decide filled in."""
+    height, width = images.images.shape[2:]
+    if min(height, width) < config.model.image_size:
+        raise ConfigError(
+            f"{images.source} was read at {width}x{height} pixels, less than model.image_size "
+            f"({config.model.image_size}); read it at that size or a larger one"
+        )
+    if not isinstance(config.model, ClassConditionalConfig):
+        return config
     num_classes = len(images.classes)
     if config.model.num_classes not in (0, num_classes):
         raise ConfigError(
@@ -145,9 +179,11 @@ def _loop(
     console: Console,
 ) -> Outcome:
     state, settings = task.state, config.run
+    stream = Stream(config, images, device)
     intervals = (
         settings.log_every_images,
         settings.layout_every_images,
+        settings.validate_every_images,
         settings.grid_every_images,
         settings.checkpoint_every_images,
     )
@@ -169,7 +205,7 @@ def _loop(
 
     def look() -> None:
         seed_step(settings.seed, state.images_seen)
-        statistics = task.layout_statistics(_batch(config, images, state.images_seen, 0, task, device))
+        statistics = task.layout_statistics(stream.batch(task.position(state.images_seen)))
         if statistics:
             report.row(state.images_seen, statistics)
         for key, value in statistics.items():
@@ -180,6 +216,11 @@ def _loop(
                         f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is "
                         "instance normalization; a larger model.an.temperature sharpens it"
                     )
+
+    def validate() -> None:
+        values = task.validate(state.images_seen)
+        if values:
+            report.row(state.images_seen, values)
 
     def draw() -> None:
         grid = task.grid()
@@ -208,6 +249,7 @@ def _loop(
     ):
         if state.images_seen == 0:
             look()
+            validate()
             draw()
         clock = time.perf_counter()
         while state.images_seen < settings.duration_images and not stop and not is_out_of_time():
@@ -215,7 +257,7 @@ def _loop(
             seed_step(settings.seed, state.images_seen)
             logged: dict[str, Tensor] = {}
             for index, phase in enumerate(task.phases(state.images_seen)):
-                batch = _batch(config, images, state.images_seen, index, task, device)
+                batch = stream.batch(task.position(state.images_seen) + index * settings.batch_size)
                 loss, values = run_phase(phase, state, batch, settings.precision)
                 first_bad_step = torch.where((first_bad_step == 0) & ~loss.isfinite(), step, first_bad_step)
                 logged |= values
@@ -234,6 +276,8 @@ def _loop(
                 report.row(state.images_seen, numbers | extra)
             if is_due(settings.layout_every_images):
                 look()
+            if is_due(settings.validate_every_images):
+                validate()
             if is_due(settings.grid_every_images):
                 draw()
             if is_due(settings.checkpoint_every_images):
@@ -268,22 +312,47 @@ def run_phase(
 
 def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
     """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
-    state = np.random.SeedSequence((seed, images_seen, rank)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(state >> np.uint64(1)))
+    torch.manual_seed(_seed_of(seed, images_seen, rank))
 
 
-def _batch(config: Config, images: ImageSet, images_seen: int, index: int, task: Task, device: torch.device) -> Batch:
-    """Batch number `index` of the step that begins at `images_seen`, from the endless stream of shuffled epochs."""
-    size = config.run.batch_size
-    start = images_seen * task.batches_per_step + index * size
-    pixels, labels = images.batch(shuffled_indices(len(images), start, size, seed=config.run.seed))
-    real = to_float(pixels.to(device))
-    if config.data.flip:
-        mirrored = torch.rand(size, device=device) < 0.5
-        real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
-    if config.run.channels_last:
-        real = real.to(memory_format=torch.channels_last)
-    return Batch(real, labels.to(device))
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Stream:
+    """The endless stream of training images: shuffled epochs, squares cut at random, mirrored if that is set.
+
+    It depends on seed and position alone, so that runs of different models see the same images.
+    """
+
+    def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
+        self.config, self.images, self.device = config, images, device
+        everything = np.arange(len(images))
+        self.indices = np.delete(everything, held_out_indices(len(images), config.data.held_out_every))
+
+    def batch(self, position: int) -> Batch:
+        """The images from `position` on."""
+        settings, side = self.config.run, self.config.model.image_size
+        size = settings.batch_size
+        order = shuffled_indices(len(self.indices), position, size, seed=settings.seed)
+        random = torch.Generator().manual_seed(_seed_of(settings.seed, position, 0, 1))  # not one of a step's
+        pixels, labels = (self._to_device(part) for part in self.images.batch(self.indices[order]))
+        room = [length - side for length in pixels.shape[2:]]
+        if any(room):
+            tops, lefts = (self._to_device(torch.randint(most + 1, (size,), generator=random)) for most in room)
+            pixels = cut_squares(pixels, tops, lefts, side)
+        real = to_float(pixels)
+        if self.config.data.flip:
+            mirrored = self._to_device(torch.rand(size, generator=random) < 0.5)
+            real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
+        if settings.channels_last:
+            real = real.to(memory_format=torch.channels_last)
+        return Batch(real, labels, position)
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # pinned, so that the copy need not wait for the work that is queued
+            return part.pin_memory().to(self.device, non_blocking=True)
+        return part.to(self.device)
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""Contextual attention (Yu et al., 2018, "DeepFill v1"): the baseline that AN is measured against in inpainting."""
+
+# N batch, C channels, P = (H/2) * (W/2) patches.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnorm.layers.attentive_norm import no_autocast
+
+
+class ContextualAttention(nn.Module):
+    """Rebuilds every pixel of a feature map from patches of its known region. No parameters.
+
+    1. Patches of 3x3 are compared at half resolution (even rows and columns), every one with every one:
+       score[q, p] = f_q . f_p / max(|f_p|, 1e-4), zeros beyond the border. Only the source p is normalized.
+    2. Neighbours are fused: a match counts more if the next patch matches the next source. Along the diagonal of the
+       score matrix, score'[q, p] = score[q-1, p-1] + score[q, p] + score[q+1, p+1], with patches numbered row by row,
+       then the same again with patches numbered column by column. The numbering runs on from one row into the next.
+    3. Weights are the softmax over p of 10 * score'[q, p] * known[p], times known[p], where a source is known if no
+       pixel of it is missing. So sources that are not known add nothing, though they share in the softmax.
+    4. Sources are pasted with these weights as patches of 4x4 at full resolution with stride 2, and the sum is divided
+       by 4, the number of patches on a pixel.
+
+    DeepFill's own code applies the first image's mask to the whole batch; here every image has its own. And where it
+    may reduce the mask by nearest neighbour, here a pixel at half resolution is missing if one of its four is: then no
+    pixel that is missing is ever pasted.
+
+    Time and memory grow with (H*W)^2: see `score_bytes`.
+    """
+
+    matched_size, pasted_size, softmax_scale, norm_floor = 3, 4, 10.0, 1e-4
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` is [N, C, H, W], floating, H and W even; `mask` [N, 1, H, W], 0 = known. Returns the shape of `x`.
+
+        Zeros come back for an image without a known patch. Scores and weights are float32 at least.
+        """
+        _check(x, mask)
+        height, width = x.shape[2:]
+        half = height // 2, width // 2
+        with no_autocast(x):
+            features = x if x.dtype == torch.float64 else x.float()
+            matched = F.unfold(features[:, :, ::2, ::2], self.matched_size, padding=1)  # [N, 9C, P]
+            norms = torch.linalg.vector_norm(matched, dim=1, keepdim=True)
+            scores = matched.mT @ (matched / norms.clamp_min(self.norm_floor))  # [N, P, P]: query, source
+            scores = _fuse(scores)
+            scores = _renumber(_fuse(_renumber(scores, *half)), *half[::-1])
+
+            missing = F.max_pool2d((mask != 0).to(features.dtype), 2)
+            # Padding is not missing: it is part of what is compared and pasted at the border.
+            missing = F.max_pool2d(missing, self.matched_size, stride=1, padding=1).flatten(2)  # [N, 1, P]
+            known = 1 - missing
+            weights = torch.softmax(self.softmax_scale * scores * known, dim=2) * known
+
+            sources = F.unfold(features, self.pasted_size, stride=2, padding=1)  # [N, 16C, P]
+            pasted = F.fold(sources @ weights.mT, (height, width), self.pasted_size, stride=2, padding=1)
+            return (pasted / 4).to(x.dtype)
+
+
+def score_bytes(height: int, width: int) -> int:
+    """Bytes of one image's score matrix in float32, for a feature map of `height` x `width` (of the layer's input).
+
+    In the inpainting generator that map has a quarter of the image's sides: 4 MiB for 256 pixels, 16 GiB for 2048. The
+    layer holds several such matrices at once.
+    """
+    return 4 * (height // 2 * (width // 2)) ** 2
+
+
+def _fuse(scores: Tensor) -> Tensor:
+    """Sums of three along the diagonal; beyond the matrix are zeros. [N, P, P]."""
+    padded = F.pad(scores, (1, 1, 1, 1))
+    return padded[:, :-2, :-2] + scores + padded[:, 2:, 2:]
+
+
+def _renumber(scores: Tensor, height: int, width: int) -> Tensor:
+    """From patches numbered row by row to column by column, for both queries and sources. [N, P, P]."""
+    scores = scores.unflatten(2, (height, width)).unflatten(1, (height, width))
+    return scores.permute(0, 2, 1, 4, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _check(x: Tensor, mask: Tensor) -> None:
+    is_map = x.ndim == 4 and x.is_floating_point() and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    if not is_map or mask.shape != (x.shape[0], 1, *x.shape[2:]):
+        raise ValueError(
+            f"got {x.dtype} {tuple(x.shape)} and a mask {tuple(mask.shape)}; "
+            "expected a floating feature map [N, C, H, W] with even H and W and a mask [N, 1, H, W]"
+        )

@@ -1,0 +1,222 @@
+"""ContextualAttention against the same rule written out in loops over patches."""
+
+# N batch, C channels, P patches.
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
+
+# (rtol, atol): the same sums in another order.
+TOLERANCES = {torch.float64: (1e-9, 1e-11)}
+
+attend = ContextualAttention()
+
+
+def feature_map(*shape: int, seed: int = 1) -> Tensor:
+    # Small, so that the softmax is not decided: logits are 90 times as large as a patch.
+    return 0.01 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mask_of(num: int, height: int, width: int, *missing: tuple[int, int, int]) -> Tensor:
+    """`missing` are (image, row, column)."""
+    mask = torch.zeros(num, 1, height, width, dtype=torch.float64)
+    for image, row, column in missing:
+        mask[image, 0, row, column] = 1
+    return mask
+
+
+def pixel(x: Tensor, row: int, column: int) -> Tensor:
+    """x[:, row, column], zeros beyond the border."""
+    is_inside = 0 <= row < x.shape[1] and 0 <= column < x.shape[2]
+    return x[:, row, column] if is_inside else torch.zeros(len(x), dtype=x.dtype)
+
+
+def patch(x: Tensor, top: int, left: int, side: int) -> Tensor:
+    return torch.cat([pixel(x, top + i, left + j) for i in range(side) for j in range(side)])
+
+
+def fused(scores: dict, order: list[tuple[int, int]]) -> dict:
+    """Every score plus those of the next and the previous pair in `order`."""
+    position = {place: number for number, place in enumerate(order)}
+    out = {}
+    for q, p in itertools.product(order, order):
+        total = scores[q, p]
+        for step in (-1, 1):
+            i, j = position[q] + step, position[p] + step
+            if 0 <= i < len(order) and 0 <= j < len(order):
+                total = total + scores[order[i], order[j]]
+        out[q, p] = total
+    return out
+
+
+def literal_image(x: Tensor, mask: Tensor) -> Tensor:
+    """One image, [C, H, W], with its mask [H, W]."""
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    small = torch.stack([torch.stack([x[:, 2 * i, 2 * j] for j in range(width)], 1) for i in range(height)], 1)
+    row_by_row = [(i, j) for i in range(height) for j in range(width)]
+    column_by_column = [(i, j) for j in range(width) for i in range(height)]
+
+    compared = {(i, j): patch(small, i - 1, j - 1, 3) for i, j in row_by_row}
+    scores = {}
+    for q, p in itertools.product(row_by_row, row_by_row):
+        norm = compared[p].square().sum().sqrt()
+        scores[q, p] = torch.dot(compared[q], compared[p]) / (norm if norm > 1e-4 else 1e-4)
+    scores = fused(fused(scores, row_by_row), column_by_column)
+
+    # The 3x3 patch of (i, j) at half resolution covers 6x6 pixels, and the 4x4 pixels that are pasted are among them.
+    known = {
+        (i, j): float(
+            not any(
+                mask[row, column] != 0
+                for row in range(max(2 * i - 2, 0), min(2 * i + 4, 2 * height))
+                for column in range(max(2 * j - 2, 0), min(2 * j + 4, 2 * width))
+            )
+        )
+        for i, j in row_by_row
+    }
+    sources = {(i, j): patch(x, 2 * i - 1, 2 * j - 1, 4) for i, j in row_by_row}
+    out = [[torch.zeros(len(x), dtype=x.dtype) for _ in range(2 * width)] for _ in range(2 * height)]
+    for q in row_by_row:
+        exponentials = {p: torch.exp(10 * scores[q, p] * known[p]) for p in row_by_row}
+        total = sum(exponentials.values())
+        pasted = sum(exponentials[p] / total * known[p] * sources[p] for p in row_by_row)
+        for number, (i, j) in enumerate(itertools.product(range(4), range(4))):
+            row, column = 2 * q[0] - 1 + i, 2 * q[1] - 1 + j
+            if 0 <= row < 2 * height and 0 <= column < 2 * width:
+                out[row][column] = out[row][column] + pasted[number * len(x) : (number + 1) * len(x)] / 4
+    return torch.stack([torch.stack(line, 1) for line in out], 1)
+
+
+def literal(x: Tensor, mask: Tensor) -> Tensor:
+    """Patches here list pixels first, then channels: the order within a patch does not matter."""
+    return torch.stack([literal_image(image, one[0]) for image, one in zip(x, mask, strict=True)])
+
+
+CASES: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]] = {
+    "all-known": ((1, 2, 6, 8), []),
+    "one-mask-each": ((3, 2, 8, 10), [(0, 7, 9), (1, 0, 0), (1, 1, 1), (1, 3, 2)]),
+    "odd-pixel": ((1, 2, 8, 8), [(0, 5, 5)]),  # which reducing the mask by nearest neighbour would lose
+    "tall": ((2, 3, 10, 4), [(1, 0, 3)]),
+    "one-patch": ((1, 2, 2, 2), []),
+    "one-row-of-patches": ((2, 1, 2, 8), [(0, 1, 7)]),
+    "nothing-known-in-one": ((2, 2, 4, 4), [(0, 1, 2)]),
+}
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3], ids=["", "below-the-floor-of-the-norm"])
+@pytest.mark.parametrize(("shape", "missing"), CASES.values(), ids=CASES)
+def test_equals_loops_over_patches_with_gradient(
+    shape: tuple[int, int, int, int], missing: list[tuple[int, int, int]], scale: float
+) -> None:
+    mask = mask_of(shape[0], shape[2], shape[3], *missing)
+    x, x_literal = ((scale * feature_map(*shape)).requires_grad_() for _ in range(2))
+    out, expected = attend(x, mask), literal(x_literal, mask)
+    rtol, atol = TOLERANCES[torch.float64][0], scale * TOLERANCES[torch.float64][1]
+    torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+    assert expected.abs().amax((1, 2, 3)).max() > scale * 1e-4
+    projection = feature_map(*shape, seed=2)
+    (gradient,) = torch.autograd.grad(out, x, projection)
+    (expected_gradient,) = torch.autograd.grad(expected, x_literal, projection)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=atol / scale)
+
+
+def test_each_image_has_its_own_mask() -> None:
+    x = feature_map(1, 3, 8, 8).expand(3, -1, -1, -1)
+    mask = mask_of(3, 8, 8, (0, 0, 0), (1, 7, 7))
+    out = attend(x, mask)
+    for image in range(3):
+        torch.testing.assert_close(out[image : image + 1], attend(x[:1], mask[image : image + 1]), rtol=0, atol=1e-15)
+    assert (out[0] - out[1]).abs().max() > 1e-4 and (out[1] - out[2]).abs().max() > 1e-4
+
+
+def test_a_sharp_match_copies_what_is_known() -> None:
+    """In a picture that repeats every 8 pixels, a hole is filled with what is 8 pixels beside it."""
+    tile = 400 * feature_map(8, 8, 8)
+    x = tile.repeat(1, 3, 3)[None]
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 8:12, 8:12] = 1
+    out = attend(x, mask)
+    # Away from the border, where patches are partly zeros.
+    torch.testing.assert_close(out[..., 4:20, 4:20], x[..., 4:20, 4:20], rtol=1e-6, atol=1e-6)
+
+
+def test_missing_pixels_are_never_pasted() -> None:
+    """Half of the map is missing and holds another constant than what is known: only the latter comes back."""
+    x = torch.ones(1, 1, 16, 16, dtype=torch.float64)
+    x[..., 8:] = -5
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    out = attend(x, mask)
+    assert out.min() >= 0 and out.max() > 1e-3
+
+
+def test_no_known_patch_gives_zeros_and_a_finite_gradient() -> None:
+    x = feature_map(1, 2, 4, 4).requires_grad_()
+    out = attend(x, torch.ones(1, 1, 4, 4))
+    assert not out.any()
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_constant_zero_map_has_a_finite_gradient() -> None:
+    """As behind a ReLU that lets nothing through: the norm of a patch is 0 there."""
+    x = torch.zeros(1, 2, 6, 6, requires_grad=True)
+    attend(x, torch.zeros(1, 1, 6, 6)).sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
+
+
+def test_a_mask_may_be_of_any_type() -> None:
+    x, mask = feature_map(2, 3, 8, 8), mask_of(2, 8, 8, (0, 3, 3), (1, 6, 1))
+    for other in (mask.bool(), mask.to(torch.uint8) * 255, mask.float()):
+        assert torch.equal(attend(x, other), attend(x, mask))
+
+
+def test_scores_keep_their_precision_under_autocast() -> None:
+    x, mask = feature_map(1, 4, 8, 8).to(torch.bfloat16), mask_of(1, 8, 8, (0, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(x, mask)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attend(x.float(), mask).to(torch.bfloat16))
+
+
+def test_score_bytes_are_those_of_the_matrix() -> None:
+    """For maps of a quarter of an image's sides: 4 MiB at 256 pixels, 64 at 512, 16 GiB at 2048."""
+    assert [score_bytes(side // 4, side // 4) for side in (256, 512, 2048)] == [4 * 2**20, 64 * 2**20, 16 * 2**30]
+    seen = []
+    x = feature_map(1, 2, 6, 10).float().requires_grad_()
+    out = attend(x, mask_of(1, 6, 10))
+    stack = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name().startswith("Softmax"):
+            seen.append(node._saved_result)
+        stack += [parent for parent, _ in node.next_functions]
+    (weights,) = seen
+    assert weights.shape == (1, 15, 15) and weights.numel() * weights.element_size() == score_bytes(6, 10)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask"),
+    [
+        (torch.zeros(1, 2, 5, 4), torch.zeros(1, 1, 5, 4)),
+        (torch.zeros(1, 2, 4, 5), torch.zeros(1, 1, 4, 5)),
+        (torch.zeros(2, 4, 4), torch.zeros(1, 4, 4)),
+        (torch.zeros(2, 2, 4, 4), torch.zeros(1, 1, 4, 4)),
+        (torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 2, 2)),
+        (torch.zeros(1, 2, 4, 4, dtype=torch.int64), torch.zeros(1, 1, 4, 4)),
+    ],
+    ids=["odd-height", "odd-width", "3-D", "one-mask-for-two", "half-the-size", "integer"],
+)
+def test_wrong_input_is_told_what_was_expected(x: Tensor, mask: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"got torch\.\w+ \(.*\) and a mask \(.*\); expected a floating .* even H and W"
+    ):
+        attend(x, mask)

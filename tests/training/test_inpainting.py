@@ -1,0 +1,645 @@
+"""The inpainting task: Eq. 9 and 10 against loops over images, the two phases, masks, validation, and whole runs."""
+
+# N batch, S image size.
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from attnorm import AttentiveNorm2d, cli
+from attnorm.checkpoint import RunDirectory, load, read_checkpoint
+from attnorm.config import Config, ConfigError, InpaintingTaskConfig, override
+from attnorm.data.images import ImageSet, cut_centres, fingerprint, held_out_indices, to_float
+from attnorm.data.masks import free_form_mask, rectangle_mask
+from attnorm.models.inpainting import InpaintingGenerator, Scores
+from attnorm.presets import PRESETS
+from attnorm.training import trainer
+from attnorm.training.phases import Batch, InpaintingTask, PhaseSwitch
+from attnorm.training.trainer import TrainingError, run_phase, train
+
+CPU = torch.device("cpu")
+TINY = (
+    "model.width=2",
+    "inpainting.masks=rectangle",
+    "inpainting.switch_images=8",
+    "data.source=",
+    "data.stored_size=0",
+    "data.held_out_every=4",
+    "run.device=cpu",
+    "run.precision=float32",
+    "run.batch_size=2",
+    "run.duration_images=16",
+    "run.log_every_images=2",
+    "run.layout_every_images=4",
+    "run.validate_every_images=2",
+    "run.grid_every_images=8",
+    "run.checkpoint_every_images=4",
+    "run.keep_checkpoints=9",
+)
+
+
+def tiny(*settings: str) -> Config:
+    return override(PRESETS["inpaint-smoke"][1], [*TINY, *settings])
+
+
+def tiny_task(*settings: str, held_out: Tensor | None = None) -> InpaintingTask:
+    torch.manual_seed(0)
+    return InpaintingTask(tiny(*settings), CPU, held_out)
+
+
+def random_batch(size: int = 2, position: int = 0) -> Batch:
+    images = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(position)) * 2 - 1
+    return Batch(images, torch.zeros(size, dtype=torch.int64), position)
+
+
+def random_images(num: int = 16, height: int = 32, width: int = 32) -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (num, 3, height, width), dtype=np.uint8)
+    labels = np.zeros(num, np.int64)
+    return ImageSet(pixels, labels, ("all",), "by hand", fingerprint(pixels, labels, ("all",)))
+
+
+def copies(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def is_changed(network: nn.Module, before: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def masks_and_corners(count: int, *, seed: int = 0, position: int = 0) -> list[tuple[Tensor, tuple[int, int]]]:
+    return [tuple(rectangle_mask(32, seed=seed, index=position + i)) for i in range(count)]
+
+
+# The losses
+
+
+def test_the_first_phase_minimizes_the_reconstruction_of_both_stages() -> None:
+    task, batch = tiny_task("model.context=none", "inpainting.reconstruction_weight=3"), random_batch()
+    (phase,) = task.phases(0)
+    loss, logged = phase.loss(batch)
+    with torch.no_grad():
+        masks = torch.stack([mask.float() for mask, _ in masks_and_corners(2)])
+        coarse, refined = task.generator(batch.images, masks)
+    expected = ((coarse - batch.images).abs().mean() + (refined - batch.images).abs().mean()) / 2
+    torch.testing.assert_close(logged["generator/reconstruction"], expected)
+    torch.testing.assert_close(loss, 3 * expected)
+    assert "generator/adversarial" not in logged
+
+
+def pasted_and_crops(task: InpaintingTask, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(truth, its crop, pasted, its crop, mask) of every image, one at a time."""
+    out = []
+    for image, (mask, (top, left)) in zip(
+        batch.images, masks_and_corners(len(batch.images), position=batch.position), strict=True
+    ):
+        with torch.no_grad():
+            refined = task.generator(image[None], mask[None].float()).refined[0]
+        pasted = torch.where(mask, refined, image)
+        part = (slice(None), slice(top, top + 16), slice(left, left + 16))
+        out.append((image, image[part], pasted, pasted[part], mask))
+    return out
+
+
+def test_the_generator_loss_is_equation_9() -> None:
+    settings = ("model.context=none", "inpainting.adversarial_weight=0.5")
+    task, batch = tiny_task(*settings), random_batch(3, position=6)
+    with torch.no_grad():
+        loss, logged = task.phases(8)[-1].loss(batch)
+        scores = [task.critic(pasted[None], crop[None]) for _, _, pasted, crop, _ in pasted_and_crops(task, batch)]
+        masks = torch.stack([mask.float() for mask, _ in masks_and_corners(3, position=6)])
+        filled = task.generator(batch.images, masks)
+    reconstruction = torch.stack([(stage - batch.images).abs().mean() for stage in filled]).mean()
+    adversarial = -torch.stack([whole + local for whole, local in scores]).mean()
+    assert adversarial.abs() > 1e-4
+    torch.testing.assert_close(logged["generator/adversarial"], adversarial, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(loss, 1.2 * reconstruction + 0.5 * adversarial)
+
+
+@pytest.mark.parametrize("gp_mask", [False, True], ids=["whole-gradient", "masked-gradient"])
+def test_the_critic_loss_is_equation_10_for_the_image_and_for_the_crop(gp_mask: bool) -> None:
+    task, batch = tiny_task("model.context=none", f"inpainting.gp_mask={gp_mask}"), random_batch(3, position=6)
+    torch.manual_seed(5)
+    loss, logged = task.phases(8)[0].loss(batch)
+    torch.manual_seed(5)
+    shares = torch.rand(3, 1, 1, 1)
+    distances, penalties = [], []
+    corners = [corner for _, corner in masks_and_corners(3, position=6)]
+    for share, (top, left), (real, real_crop, fake, fake_crop, mask) in zip(
+        shares, corners, pasted_and_crops(task, batch), strict=True
+    ):
+        real_scores, fake_scores = task.critic(real[None], real_crop[None]), task.critic(fake[None], fake_crop[None])
+        distances.append(sum(real_scores) - sum(fake_scores))
+        penalty: Any = 0.0
+        for index, (a, b) in enumerate(((fake, real), (fake_crop, real_crop))):  # one share for both
+            inputs = [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 16, 16)]
+            inputs[index] = (share * a + (1 - share) * b)[None].requires_grad_()
+            (gradient,) = torch.autograd.grad(task.critic(*inputs)[index], inputs[index])
+            if gp_mask:
+                gradient = gradient * (mask if index == 0 else mask[:, top : top + 16, left : left + 16])
+            penalty += (gradient.square().sum().sqrt() - 1) ** 2
+        penalties.append(penalty)
+    torch.testing.assert_close(logged["critic/distance"], torch.stack(distances).mean(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(logged["critic/gradient_penalty"], torch.stack(penalties).mean())
+    torch.testing.assert_close(loss, -logged["critic/distance"] + 10 * logged["critic/gradient_penalty"])
+
+
+def test_gp_mask_changes_the_penalty() -> None:
+    penalties = []
+    for gp_mask in (False, True):
+        torch.manual_seed(5)
+        task = tiny_task(f"inpainting.gp_mask={gp_mask}")
+        penalties.append(task.phases(8)[0].loss(random_batch())[1]["critic/gradient_penalty"].item())
+    assert penalties[0] != penalties[1]
+
+
+def test_the_critics_see_pasted_images_and_the_hole_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, batch = tiny_task(), random_batch(4, position=4)
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = task.critic.forward
+
+    def spy(images: Tensor, crops: Tensor) -> Scores:
+        seen.append((images.detach(), crops.detach()))
+        return original(images, crops)
+
+    monkeypatch.setattr(task.critic, "forward", spy)
+    task.phases(8)[0].loss(batch)
+    (both, crops), (mixed, mixed_crops) = seen
+    real, fake = both.chunk(2)
+    assert torch.equal(real, batch.images)
+    for i, (mask, (top, left)) in enumerate(masks_and_corners(4, position=4)):
+        known = ~mask.expand(3, -1, -1)
+        assert torch.equal(fake[i][known], real[i][known]) and not torch.equal(fake[i], real[i])
+        part = (slice(None), slice(top, top + 16), slice(left, left + 16))
+        assert torch.equal(crops[i], real[i][part]) and torch.equal(crops[4 + i], fake[i][part])
+        assert torch.equal(mixed_crops[i], mixed[i][part])
+        assert mask[part].sum() == mask.sum()  # a rectangle lies in its crop
+        shares = ((mixed[i] - real[i]) / (fake[i] - real[i]))[(fake[i] - real[i]).abs() > 0.1]
+        torch.testing.assert_close(shares, shares[0].expand_as(shares), atol=1e-4, rtol=1e-4)
+        assert 0 <= shares[0] <= 1
+
+
+@pytest.mark.parametrize("images_seen", [0, 8])
+def test_orthogonality_enters_with_its_weight(images_seen: int) -> None:
+    losses = []
+    for weight in (0.0, 0.5):
+        task = tiny_task(f"optim.orthogonality_weight={weight}")
+        torch.manual_seed(1)
+        loss, logged = task.phases(images_seen)[-1].loss(random_batch())
+        losses.append(loss.item())
+    assert logged["generator/orthogonality"].item() > 0.1
+    assert losses[1] == pytest.approx(losses[0] + 0.5 * logged["generator/orthogonality"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("context", ["an", "an-wide", "contextual", "self_attention", "none"])
+def test_every_parameter_gets_a_gradient(context: str) -> None:
+    task = tiny_task(f"model.context={context}", "model.width=4")
+    with torch.no_grad():  # away from the start, where the inner gradients of the blocks are 0
+        for name, parameter in task.generator.named_parameters():
+            if name in ("context.rho", "context.gate"):
+                parameter.fill_(0.5)
+            elif name == "context.t":
+                parameter.copy_(torch.linspace(0.5, 2.0, 4))
+    for phase in task.phases(8)[-2:]:
+        run_phase(phase, task.state, random_batch(3))
+        network = task.state.networks[phase.network]
+        # A shift of value(X) is taken out with each region's mean; one of all scores is no distance.
+        zero = {"context.value.bias", *(name for name, _ in task.critic.named_parameters() if is_last_bias(task, name))}
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert name in zero or parameter.grad.abs().max() > 0, name
+
+
+def is_last_bias(task: InpaintingTask, name: str) -> bool:
+    module, _, kind = name.rpartition(".")
+    return kind == "bias" and isinstance(task.critic.get_submodule(module), nn.Linear)
+
+
+def test_gradients_are_float32_and_finite_under_bfloat16() -> None:
+    task = tiny_task("run.channels_last=true")
+    batch = random_batch()
+    batch = Batch(batch.images.to(memory_format=torch.channels_last), batch.labels)
+    for phase in (*task.phases(0), *task.phases(8)):
+        loss, _ = run_phase(phase, task.state, batch, "bfloat16")
+        assert loss.isfinite() and loss.dtype == torch.float32
+        for name, parameter in task.state.networks[phase.network].named_parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_the_penalty_is_computed_in_float32_under_bfloat16() -> None:
+    """With the same interpolates: the generator is left out of it by a hole that it fills with the truth."""
+    penalties = {}
+    for precision in ("float32", "bfloat16"):
+        task = tiny_task("model.context=none")
+        task.generator = Truth(random_batch().images)
+        torch.manual_seed(5)
+        _, logged = run_phase(task.phases(8)[0], task.state, random_batch(), precision)
+        penalties[precision] = logged["critic/gradient_penalty"].item()
+    assert penalties["bfloat16"] == penalties["float32"]
+
+
+class Truth(nn.Module):
+    """A generator that knows."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+
+    def forward(self, _: Tensor, mask: Tensor) -> Any:
+        return type("Filled", (), {"refined": self.images})
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_critic_can_be_trained_in_parallel() -> None:
+    """The penalty's gradient of a gradient goes through DistributedDataParallel, which sees every parameter used."""
+    gradients = []
+    for is_parallel in (False, True):
+        task = tiny_task()
+        if is_parallel:
+            task.critic = DistributedDataParallel(task.critic)
+        torch.manual_seed(5)
+        task.generator.requires_grad_(False)
+        task.phases(8)[0].loss(random_batch())[0].backward()
+        gradients.append([parameter.grad for parameter in task.critic.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# Phases
+
+
+def test_the_second_phase_has_critic_updates_and_one_of_the_generator() -> None:
+    task = tiny_task("optim.d_steps=3")
+    for images_seen, names in ((0, []), (6, []), (8, ["critic"] * 3), (400, ["critic"] * 3)):
+        assert [phase.network for phase in task.phases(images_seen)] == [*names, "generator"]
+    # Every training image of the stream is used once: 1 batch a step, then 4.
+    assert [task.position(n) for n in (0, 2, 6, 8, 10)] == [0, 2, 6, 8, 16]
+
+
+def test_the_critic_is_not_touched_in_the_first_phase() -> None:
+    task = tiny_task()
+    critic, generator = copies(task.critic), copies(task.generator)
+    for step in range(1, 5):
+        for phase in task.phases(2 * step - 2):
+            run_phase(phase, task.state, random_batch(position=2 * step - 2))
+        task.finish_step(step)
+    assert not is_changed(task.critic, critic) and is_changed(task.generator, generator)
+    assert not task.state.optimisers["critic"].state
+    assert not any(name.startswith("optimiser.critic.") for name in task.state.tensors())
+    for phase in task.phases(8):
+        before = {name: copies(network) for name, network in task.state.networks.items()}
+        run_phase(phase, task.state, random_batch(position=8))
+        for name, network in task.state.networks.items():
+            assert is_changed(network, before[name]) == (name == phase.network)
+
+
+def switch_of(l1s: list[float], **settings: Any) -> list[int | None]:
+    """When the second phase begins, as known after each validation, made every 100 images."""
+    switch = PhaseSwitch(InpaintingTaskConfig(**settings))
+    out = []
+    for number, l1 in enumerate(l1s):
+        switch.observe(l1, 100 * number)
+        out.append(switch.second_phase_at)
+    return out
+
+
+def test_a_plateau_begins_the_second_phase() -> None:
+    falling = [1.0, 0.8, 0.6, 0.5]
+    assert switch_of(falling * 1, patience=2, min_improvement=0.01) == [None] * 4
+    # 0.499 is less than 1 % below the best: after `patience` of such the phase ends, and stays ended.
+    flat = [*falling, 0.499, 0.51, 0.2, 0.1]
+    assert switch_of(flat, patience=2, min_improvement=0.01) == [None] * 5 + [500] * 3
+    assert switch_of(flat, patience=3, min_improvement=0.01) == [None] * 8
+    # The best of all counts, not the last one: a slow fall of small steps is an improvement once they add up.
+    slow = [1.0, 0.995, 0.989, 0.985, 0.979]
+    assert switch_of(slow, patience=2, min_improvement=0.01) == [None] * 5
+    assert switch_of([1.0, 2.0, 1.5, 1.2], patience=3, min_improvement=0.0) == [None] * 3 + [300]
+    assert switch_of([0.5, 0.5], patience=1, min_improvement=0.0) == [None, 100]
+
+
+def test_a_fixed_switch_does_not_look_at_the_validation() -> None:
+    assert switch_of([1.0, 1.0, 1.0, 1.0], switch_images=700, patience=1) == [700] * 4
+
+
+def test_arms_of_a_comparison_start_alike() -> None:
+    """Of one seed: critics, and generators around the context block. The images are those of the position."""
+    tasks = {context: tiny_task(f"model.context={context}") for context in ("an", "contextual", "none")}
+    plain = tasks.pop("none")
+    for task in tasks.values():
+        for network, theirs in ((task.critic, plain.critic), (task.generator, plain.generator)):
+            ours = {name: value for name, value in network.state_dict().items() if not name.startswith("context.")}
+            assert ours.keys() == theirs.state_dict().keys() and not is_changed(theirs, ours)
+
+
+# Masks
+
+
+def test_every_image_has_a_mask_of_its_own_from_seed_and_position() -> None:
+    task = tiny_task("run.seed=3")
+    holes = task._holes_of(random_batch(4, position=10))
+    assert holes.masks.shape == (4, 1, 32, 32) and holes.masks.unique().tolist() == [0, 1]
+    for i in range(4):
+        mask, corner = rectangle_mask(32, seed=3, index=10 + i)
+        assert torch.equal(holes.masks[i], mask.float()) and tuple(holes.corners[i].tolist()) == corner
+    assert len({mask.numpy().tobytes() for mask in holes.masks}) == 4
+
+
+def test_the_kind_of_the_masks_is_a_setting() -> None:
+    batch = random_batch(4, position=10)
+    free = [free_form_mask(32, seed=0, index=10 + i).mask for i in range(4)]
+    rectangles = [rectangle_mask(32, seed=0, index=10 + i).mask for i in range(4)]
+    assert torch.equal(tiny_task("inpainting.masks=free-form")._holes_of(batch).masks, torch.stack(free).float())
+    mixed = tiny_task("inpainting.masks=mixed")._holes_of(batch).masks
+    assert torch.equal(mixed, torch.stack([rectangles[0], free[1], rectangles[2], free[3]]).float())
+
+
+# Validation, and what is shown
+
+
+@pytest.fixture
+def held_out() -> Tensor:
+    return torch.from_numpy(random_images(5).images)
+
+
+def test_validation_is_the_error_of_the_averaged_generator(held_out: Tensor) -> None:
+    task = tiny_task(held_out=held_out)
+    with torch.no_grad():  # another network than the one that trains
+        for parameter in task.average.network.parameters():
+            parameter.add_(0.05)
+    values = task.validate(0)
+    l1, coarse_l1, hole_l1 = [], [], []
+    for index, image in enumerate(to_float(held_out)):
+        mask = rectangle_mask(32, seed=InpaintingTask._VALIDATION_SEED, index=index).mask
+        with torch.no_grad():
+            coarse, refined = task.average.network(image[None], mask[None])
+        l1.append((refined[0] - image).abs().mean())
+        coarse_l1.append((coarse[0] - image).abs().mean())
+        hole_l1.append((refined[0] - image).abs()[mask.expand(3, -1, -1)].mean())
+    for name, errors in (("l1", l1), ("coarse_l1", coarse_l1), ("hole_l1", hole_l1)):
+        assert values[f"validation/{name}"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4), name
+    assert values["validation/phase"] == 1 and task.validate(8)["validation/phase"] == 2
+    torch.manual_seed(99)  # nothing is drawn, and the run's seed does not matter
+    again = tiny_task("run.seed=9", held_out=held_out)
+    again.average.network.load_state_dict(task.average.network.state_dict())
+    assert again.validate(0) == values
+
+
+def test_the_sheet_shows_hole_coarse_refined_pasted_and_truth(held_out: Tensor) -> None:
+    task = tiny_task(held_out=held_out)
+    sheet = task.grid(columns=8)
+    assert sheet.shape == (40, 3, 32, 32)
+    with_hole, coarse, refined, pasted, truth = sheet.chunk(5)
+    assert torch.equal(truth[:5], to_float(held_out)) and not truth[5:].any()
+    for i in range(5):
+        mask = rectangle_mask(32, seed=InpaintingTask._VALIDATION_SEED, index=i).mask.expand(3, -1, -1)
+        assert (with_hole[i][mask] == 1).all() and torch.equal(with_hole[i][~mask], truth[i][~mask])
+        assert torch.equal(pasted[i][mask], refined[i][mask]) and torch.equal(pasted[i][~mask], truth[i][~mask])
+        assert not torch.equal(coarse[i], refined[i])
+    assert torch.equal(sheet, task.grid(columns=8))
+    assert task.grid(columns=3).shape == (15, 3, 32, 32)
+
+
+def test_layout_statistics_describe_the_layer(held_out: Tensor) -> None:
+    task = tiny_task(held_out=held_out)
+    site = "layout/generator.context"
+    statistics = task.layout_statistics(random_batch())
+    assert statistics.keys() == {f"{site}/{part}" for part in ("entropy", "usage", "rho", "t")}
+    assert 0 < statistics[f"{site}/entropy"] <= 1 and sum(statistics[f"{site}/usage"]) == pytest.approx(1)
+    assert tiny_task("model.context=contextual").layout_statistics(random_batch()) == {}
+
+
+# Whole runs
+
+
+def run(config: Config, out: Path, images: ImageSet | None = None) -> trainer.Outcome:
+    return train(config, images or random_images(), out, console=Console(file=io.StringIO()))
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what no two runs share: times."""
+    lines = RunDirectory(out).metrics_file.read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "images_per_second")}
+        for line in lines
+    ]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """The last checkpoint and all that was reported."""
+    ours, theirs = (read_checkpoint(RunDirectory(out).checkpoints()[-1])[0] for out in (first, second))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert rows_of(first) == rows_of(second)
+
+
+PLATEAU = ("inpainting.switch_images=0", "inpainting.patience=2", "inpainting.min_improvement=0.9")
+
+
+@pytest.mark.parametrize("stop", [4, 8, 12], ids=["before", "at", "after"])
+@pytest.mark.parametrize("switch", [("inpainting.switch_images=8",), PLATEAU], ids=["fixed", "plateau"])
+def test_resume_is_bit_exact_across_the_switch(
+    tmp_path: Path, whole_runs: dict[str, Path], switch: tuple[str, ...], stop: int
+) -> None:
+    whole = whole_runs[switch[0]]
+    run(tiny(*switch, f"run.duration_images={stop}"), tmp_path / "parts")
+    run(tiny(*switch), tmp_path / "parts")
+    assert_equal_runs(whole, tmp_path / "parts")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs without a stop: the second phase begins at 8 images, and where the validation says so."""
+    runs = {}
+    for switch in (("inpainting.switch_images=8",), PLATEAU):
+        runs[switch[0]] = tmp_path_factory.mktemp("whole") / "run"
+        assert run(tiny(*switch), runs[switch[0]]).reason == "finished"
+    return runs
+
+
+def test_a_plateau_switches_a_run_and_the_checkpoint_knows(whole_runs: dict[str, Path]) -> None:
+    rows = rows_of(whole_runs["inpainting.switch_images=0"])
+    # Nothing falls by 90 %: the first validation is the best one, two more end the phase at 4 images.
+    assert [row["validation/phase"] for row in rows if "validation/l1" in row] == [1, 1, *[2] * 7]
+    assert [row["images_seen"] for row in rows if "critic/loss" in row] == [6, 8, 10, 12, 14, 16]
+    for checkpoint in RunDirectory(whole_runs["inpainting.switch_images=0"]).checkpoints():
+        tensors, _ = read_checkpoint(checkpoint)
+        assert tensors["number.second_phase_at"].item() == 4
+        assert tensors["number.without_improvement"].item() == 2
+
+
+def test_a_fixed_switch_leaves_the_critic_alone_until_then(whole_runs: dict[str, Path]) -> None:
+    out = whole_runs["inpainting.switch_images=8"]
+    first, last = (read_checkpoint(out / f"checkpoints/{n:09d}.safetensors")[0] for n in (8, 16))
+    torch.manual_seed(tiny().run.seed)
+    start = InpaintingTask(tiny(), CPU).critic.state_dict()
+    for name, tensor in start.items():
+        assert torch.equal(first[f"critic.{name}"], tensor), name
+        assert not torch.equal(last[f"critic.{name}"], tensor) or name.endswith("bias"), name
+    assert not any(name.startswith("optimiser.critic.") for name in first)
+    assert last["optimiser.critic.whole.0.bias.step"].item() == 4 * 5
+    assert last["optimiser.generator.coarse.0.bias.step"].item() == 8
+
+
+def test_rows_hold_losses_validation_and_what_the_layouts_do(whole_runs: dict[str, Path]) -> None:
+    rows = rows_of(whole_runs["inpainting.switch_images=8"])
+    for row in (row for row in rows if "step" in row):
+        assert math.isfinite(row["generator/loss"]) and row["generator/reconstruction"] > 0
+        assert ("critic/loss" in row) == ("generator/adversarial" in row) == (row["images_seen"] > 8)
+    validations = [row["images_seen"] for row in rows if "validation/l1" in row]
+    assert validations == list(range(0, 17, 2))
+    looks = [row for row in rows if "layout/generator.context/entropy" in row]
+    assert [row["images_seen"] for row in looks] == [0, 4, 8, 12, 16]
+    assert looks[0]["layout/generator.context/rho"] == 0 != looks[-1]["layout/generator.context/rho"]
+
+
+def test_a_checkpoint_rebuilds_the_generator(whole_runs: dict[str, Path]) -> None:
+    out = whole_runs["inpainting.switch_images=8"]
+    batch = random_batch()
+    masks = torch.stack([mask for mask, _ in masks_and_corners(2)])
+    loaded, raw = load(out), load(out, ema=False)
+    for one in (loaded, raw):
+        assert isinstance(one.model, InpaintingGenerator) and not any(part.training for part in one.model.modules())
+    task = tiny_task()
+    task.state.load_tensors(read_checkpoint(loaded.path)[0])
+    with torch.no_grad():
+        ours = loaded.model(batch.images, masks).refined
+        assert torch.equal(ours, task.average.network(batch.images, masks).refined)
+        task.generator.eval()
+        assert torch.equal(raw.model(batch.images, masks).refined, task.generator(batch.images, masks).refined)
+        assert torch.equal(ours, loaded.model(batch.images, masks).refined)  # draws nothing
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("run.channels_last=true", "data.flip=true", "inpainting.masks=mixed"),
+        ("run.precision=bfloat16", "model.context=contextual"),
+        ("model.context=self_attention", "inpainting.gp_mask=true", "optim.d_steps=1"),
+    ],
+    ids=["channels_last-flip-mixed", "bfloat16-contextual", "self_attention-gp_mask"],
+)
+def test_resume_is_bit_exact_whatever_the_settings(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """With squares cut at random from larger images."""
+    images, quick = random_images(height=40, width=48), ("run.layout_every_images=1000", "run.grid_every_images=1000")
+    settings = (*settings, *quick, "inpainting.switch_images=4")
+    run(tiny(*settings, "run.duration_images=8"), tmp_path / "whole", images)
+    run(tiny(*settings, "run.duration_images=4"), tmp_path / "parts", images)
+    run(tiny(*settings, "run.duration_images=8"), tmp_path / "parts", images)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_switch_is_another_run(whole_runs: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"inpainting\.switch_images was 8, now 12"):
+        run(tiny("inpainting.switch_images=12"), whole_runs["inpainting.switch_images=8"])
+
+
+def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image number i is of grey level 10 i, so that what trains and what validates can be told."""
+    pixels = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None, None] * 10, (16, 3, 32, 32)).copy()
+    labels = np.zeros(16, np.int64)
+    images = ImageSet(pixels, labels, ("all",), "by hand", fingerprint(pixels, labels, ("all",)))
+    trained: set[int] = set()
+    for name in ("_reconstruction_loss", "_critic_loss", "_generator_loss"):
+        original = getattr(InpaintingTask, name)
+
+        def spy(self: InpaintingTask, batch: Batch, original: Any = original) -> Any:
+            trained.update(((batch.images[:, 0, 0, 0] + 1) * 12.75).round().int().tolist())
+            return original(self, batch)
+
+        monkeypatch.setattr(InpaintingTask, name, spy)
+    validated: list[Tensor] = []
+    original_init = InpaintingTask.__init__
+
+    def spy_on_init(self: InpaintingTask, config: Config, device: torch.device, held_out: Tensor) -> None:
+        validated.append(held_out)
+        original_init(self, config, device, held_out)
+
+    monkeypatch.setattr(InpaintingTask, "__init__", spy_on_init)
+    run(tiny("data.held_out_every=5"), tmp_path / "run", images)
+    assert (validated[0][:, 0, 0, 0] // 10).tolist() == [4, 9, 14]
+    assert trained == set(range(16)) - {4, 9, 14}
+
+
+def test_without_held_out_images_nothing_starts(tmp_path: Path) -> None:
+    for setting in ("data.held_out_every=0", "data.held_out_every=17"):
+        with pytest.raises(ConfigError, match="of the 16 images of by hand none is held out to validate on"):
+            run(tiny(setting), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_validation_takes_an_even_share_of_the_held_out_images() -> None:
+    images = random_images(40, height=34, width=40)
+    config = tiny("inpainting.validation_images=4")
+    assert config.inpainting is not None
+    held = trainer._held_out(config, config.inpainting, images)
+    assert held_out_indices(40, 4).tolist() == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    assert torch.equal(held, torch.from_numpy(images.images)[[3, 15, 27, 39], :, 1:33, 4:36])
+    assert torch.equal(held, cut_centres(torch.from_numpy(images.images)[[3, 15, 27, 39]], 32))
+
+
+def test_training_squares_are_cut_at_random_places() -> None:
+    """Value (y, x) is held by the pixel at row y, column x: the corner of a square can be read off."""
+    grid = np.stack(np.broadcast_arrays(np.arange(40)[:, None], np.arange(48)[None], 7)).astype(np.uint8)
+    pixels, labels = np.stack([grid] * 8), np.zeros(8, np.int64)
+    images = ImageSet(pixels, labels, ("all",), "by hand", "x")
+    stream = trainer.Stream(tiny("run.batch_size=64", "data.flip=false"), images, CPU)
+    squares = ((stream.batch(0).images + 1) * 127.5).round().int()
+    torch.manual_seed(99)  # whatever a model has drawn in between
+    assert torch.equal(squares, ((stream.batch(0).images + 1) * 127.5).round().int())
+    tops, lefts = squares[:, 0, 0, 0], squares[:, 1, 0, 0]
+    for square, top, left in zip(squares, tops, lefts, strict=True):
+        expected = torch.from_numpy(grid.astype(np.int32))[:, top : top + 32, left : left + 32]
+        assert torch.equal(square, expected)
+    assert (tops.min(), tops.max(), lefts.min(), lefts.max()) == (0, 8, 0, 16)
+
+
+def test_images_smaller_than_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"by hand was read at 40x24 pixels, less than model.image_size \(32\)"):
+        run(tiny(), tmp_path / "run", random_images(height=24, width=40))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnorm.training.phases.wasserstein_generator_loss", lambda scores: scores.mean() * math.nan)
+    with pytest.raises(TrainingError, match=r"not finite at step 5 .*000000008\.safetensors"):
+        run(tiny(), tmp_path / "run")
+
+
+def test_the_smoke_preset_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--preset", "inpaint-smoke", "--data", "builtin", "--out", str(out), "--set", "run.device=cpu"]
+    short = [
+        "run.batch_size=4",
+        "run.log_every_images=8",
+        "inpainting.switch_images=16",
+        "run.checkpoint_every_images=8",
+    ]
+    cli.main([*command, *short, "run.duration_images=16"])
+    cli.main([*command, *short, "run.duration_images=24"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("finished at 24 images")
+    assert any("critic/loss" in row for row in rows_of(out))
+    model = load(out).model
+    assert isinstance(model, InpaintingGenerator)
+    assert isinstance(model.context, AttentiveNorm2d)
+    cli.main(["curves", str(out), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
