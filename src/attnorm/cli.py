@@ -12,22 +12,23 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from attnorm import __version__
 from attnorm import config as configuration
-from attnorm.config import Config, ConfigError, UserError
+from attnorm.config import ClassConditionalConfig, Config, ConfigError, UserError
 from attnorm.presets import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from attnorm.data.images import ImageSet
-    from attnorm.inference import Sampler
+    from attnorm.data.photographs import Photograph
+    from attnorm.inference import Inpainter, Sampler
 
 app = tyro.extras.SubcommandApp()
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -124,7 +125,8 @@ def _load_images(config: Config) -> ImageSet:
         try:
             images = load_images(
                 config.data.source,
-                config.model.image_size,
+                config.data.stored_size or config.model.image_size,
+                fit=config.data.fit,
                 progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
         except ValueError as error:
@@ -287,6 +289,133 @@ def layout(
 
 
 @app.command
+def inpaint(
+    run: Run,
+    out: Annotated[Path, tyro.conf.arg(metavar="PATH")],
+    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None,
+    mask: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None,
+    images: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    masks: Annotated[Path | None, tyro.conf.arg(metavar="DIR|FILE")] = None,
+    invert: Overwrite = False,
+    threshold: Annotated[int, tyro.conf.arg(metavar="T")] = 128,
+    max_pixels: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    layout: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None,
+    lossless: Overwrite = False,
+    raw_weights: Overwrite = False,
+    device: str = "auto",
+    dry_run: Overwrite = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fill the holes of photographs: of IMAGE where MASK is white, or of every image of a folder.
+
+    Outside the mask every pixel stays as it is, bit for bit, but in JPEG, which is encoded anew (it is said how much
+    changes): let PATH end in .png to avoid that. Format, mode, EXIF data, ICC profile and resolution are the image's.
+
+    Args:
+        run: A run directory (its latest checkpoint) of an inpainting model, or a checkpoint file.
+        out: The file to write, in the image's format or PNG or TIFF; with --images a folder.
+        image: A photograph of any size; a mask belongs to it as it is shown, turned as its EXIF data say.
+        mask: An image file of the same size, white where something is missing.
+        images: Fill every image of this folder; subfolders are left alone.
+        masks: A folder with a mask of the same stem for each image, or one mask file for all.
+        invert: In the mask, black is missing.
+        threshold: The least grey, of 0 to 255, that counts as white.
+        max_pixels: The largest area seen at once; 0: four times that of a training image. Holes in larger pictures
+            are filled in windows around them, and a window that is larger still is reduced for it.
+        layout: Draw what AN sees in the refinement stage: the winning entity, and every entity's map.
+        lossless: With --images, write JPEG images as PNG (as TIFF where they are CMYK).
+        raw_weights: Use the weights as they are, not their average over training.
+        device: auto, cpu, cuda or mps.
+        dry_run: Say what would be done, check every file, and write nothing.
+        overwrite: Replace a file that is there, or write into a folder that is not empty.
+    """
+    from attnorm.data.photographs import output_format, pair_files, read_with_mask
+    from attnorm.inference import Inpainter
+
+    if images is not None:
+        if image is not None or masks is None or layout is not None:
+            raise ConfigError("--images takes --masks beside it, and neither IMAGE and MASK nor --layout")
+        pairs, images_left, masks_left = pair_files(images, masks)
+        if out.exists() and out.samefile(images):
+            raise ConfigError(f"{out} is the folder of the images; choose another --out")
+        left_out = [f"this image has no mask: {path}" for path in images_left]
+        left_out += [f"this mask has no image: {path}" for path in masks_left]
+    else:
+        if image is None or mask is None or masks is not None:
+            raise ConfigError("expected IMAGE and MASK, or --images DIR and --masks DIR (or one file for all)")
+        if lossless:
+            raise ConfigError("--lossless is for --images; let --out end in .png")
+        if out.exists() and any(path.exists() and out.samefile(path) for path in (image, mask)):
+            raise ConfigError(f"{out} is what is read; choose another --out")
+        pairs, left_out = [(image, mask)], []
+    _require_free(out, overwrite, is_picture=images is None)
+    if layout is not None:
+        _require_free(layout, overwrite, is_picture=True)
+    inpainter = Inpainter(run, ema=not raw_weights, device=device, max_pixels=max_pixels)
+    for reason in left_out:
+        console.print(f"left out, as {reason}", style="yellow")
+    targets: set[Path] = set()
+    num_failed = 0
+    shown = console.is_terminal and images is not None
+    for source, its_mask in track(pairs, "filling", console=console, transient=True, disable=not shown):
+        try:
+            photograph, hole = read_with_mask(source, its_mask, threshold=threshold, invert=invert)
+            target = out if images is None else out / source.name
+            if lossless and photograph.format == "JPEG":
+                target = target.with_suffix(".tif" if photograph.mode == "CMYK" else ".png")
+            if target in targets:
+                raise UserError(f"{source} would be written to {target}, as another image is; rename one of them")
+            targets.add(target)
+            format = output_format(photograph, target)
+            (height, width), share = photograph.size, hole.float().mean().item()
+            if dry_run:
+                loss = ", as JPEG, which loses" if format == "JPEG" else ""
+                print(f"{source} + {its_mask} -> {target}: {share:.1%} of {width}x{height} pixels to fill{loss}")
+            else:
+                print(_inpaint(inpainter, photograph, hole, target, format, layout))
+        except UserError as error:
+            if images is None:
+                raise
+            num_failed += 1
+            console.print(f"not filled: {error}", style="red")
+    if num_failed:
+        raise UserError(f"{num_failed} of {len(pairs)} images {'would not be' if dry_run else 'were not'} filled")
+
+
+def _inpaint(
+    inpainter: Inpainter, photograph: Photograph, hole: Tensor, out: Path, format: str, layout: Path | None
+) -> str:
+    """Fills and writes one photograph; what is to be said of it."""
+    import torch
+
+    from attnorm.checkpoint import write_atomically
+    from attnorm.figures import holes_figure, save_figure
+
+    try:
+        filled = inpainter.fill(photograph.rgb(), hole, with_layouts=layout is not None)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the device is out of memory for {photograph.path}; a smaller --max-pixels, or --device cpu, needs less"
+        ) from None
+    result = photograph.with_hole_filled(filled.image, hole)
+    data = result.encoded(format)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda temporary: temporary.write_bytes(data))
+    (height, width), num_windows = photograph.size, len(filled.views)
+    said = f"{out}: {hole.float().mean().item():.1%} of {width}x{height} pixels filled in "
+    said += "one window" if num_windows == 1 else f"{num_windows} windows"
+    if format == "JPEG":
+        change = result.largest_change(data, hole)
+        said += f"; JPEG was encoded anew, which changed the other pixels by up to {change} of 255"
+    if photograph.note:
+        said += f"; {photograph.note}"
+    if layout is not None:
+        said += f"\n{save_figure(holes_figure(filled.views[:8]), layout)}"
+        said += f", of the first 8 of {num_windows} windows" if num_windows > 8 else ""
+    return said
+
+
+@app.command
 def page(
     run: Run,
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
@@ -332,26 +461,258 @@ def curves(
 
 
 @app.command
+def manifest(
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    like: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None,
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "",
+    size: Annotated[int, tyro.conf.arg(metavar="S")] = 0,
+    stored_size: Annotated[int, tyro.conf.arg(metavar="S")] = 0,
+    fit: Literal["square", "street-view"] = "square",
+    masks: Literal["centre", "rectangle", "free-form"] = "centre",
+    seed: Seed = 0,
+    every: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Freeze a test set for inpainting: images by their hashes, each with a mask drawn once; see evaluate.
+
+    Args:
+        out: Where manifest.json and the masks go.
+        like: Take data, sizes and the images held out from this run; the options below that are named change them.
+        data: A folder of images, or anything else that train takes.
+        size: Side in pixels at which models are measured, a multiple of 8.
+        stored_size: Height at which images are read, of which the centre is cut; 0: size. As data.stored_size in train.
+        fit: square, or street-view for Paris StreetView; the run's, if like is given.
+        masks: The centre square of half the side, a rectangle at random, or strokes.
+        seed: Of the masks.
+        every: Take the Nth, 2Nth, ... image by name (10 unless named or the run's); 1 takes all of a test folder.
+        overwrite: Write into a folder that is not empty.
+    """
+    from dataclasses import replace
+
+    from attnorm.checkpoint import RunDirectory
+    from attnorm.evaluation.manifest import make_manifest, reading
+
+    source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
+    if like is not None:
+        config, _ = RunDirectory(like).read()
+        source = replace(config.data, source=data or config.data.source, stored_size=stored_size or _side(config))
+        size, every = size or config.model.image_size, every or config.data.held_out_every
+    if not source.source or not size:
+        raise ConfigError("no data or no size was named; give --data SRC --size S, or --like RUN for a run's own")
+    _require_seed(seed)
+    _require_free(out, overwrite)
+    images = _load_images(reading(source, size))
+    made = make_manifest(out, images, source, image_size=size, masks=masks, seed=seed, every=every or 10)
+    print(f"{len(made.entries)} images of {len(images):,} at {size} pixels, with {masks} masks, in {out}")
+
+
+def _side(config: Config) -> int:
+    return config.data.stored_size or config.model.image_size
+
+
+@app.command
+def evaluate(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    manifest: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "",
+    cost: Annotated[str, tyro.conf.arg(metavar="SIZE,...")] = "",
+    floors: bool = True,
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
+    seed: Seed = 0,
+    raw_weights: Overwrite = False,
+    device: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure inpainting models beside each other: PSNR, SSIM and MAE with intervals (Table 3, Figure 9), and cost.
+
+    Args:
+        runs: Run directories (their latest checkpoints), or checkpoint files.
+        out: Where scores.md, scores.json, scores.csv, sheet.png and, with cost, cost.md and cost.json go.
+        manifest: The test set, as the verb manifest has made it.
+        data: Where its images are, if not where the manifest says.
+        cost: Sides in pixels, comma between: time and memory of a forward pass at each, for example 256,512,1024,2048.
+        floors: Measure the mean colour and Telea's method too.
+        batch_size: Images at a time.
+        seed: Of the bootstrap.
+        raw_weights: Use the weights as they are, not their average over training.
+        device: auto, cpu, cuda or mps.
+        overwrite: Write into a folder that is not empty.
+    """
+    from attnorm.checkpoint import find_checkpoint, read_checkpoint
+
+    if not runs:
+        raise ConfigError("no run was named; expected one or several run directories")
+    for run in runs:
+        _, header = read_checkpoint(find_checkpoint(run), prefix="header alone")
+        if header.config.task != "inpainting":
+            raise ConfigError(
+                f"{run} was trained for {header.config.task}: scores of generated images cannot be measured yet, only "
+                "those of inpainting models"
+            )
+    if manifest is None and not cost:
+        raise ConfigError("nothing to measure was named; give --manifest DIR (`attnorm manifest` makes one) or --cost")
+    _require_seed(seed)
+    _require_free(out, overwrite)
+    if manifest is not None:
+        _evaluate_inpainting(runs, manifest, data, out, floors, batch_size, seed, not raw_weights, device)
+    if cost:
+        _measure_cost(runs, cost, out, device)
+
+
+def _evaluate_inpainting(
+    runs: Sequence[Path],
+    folder: Path,
+    data: str,
+    out: Path,
+    floors: bool,
+    batch_size: int,
+    seed: int,
+    ema: bool,
+    device: str,
+) -> None:
+    from attnorm.evaluation import inpainting
+    from attnorm.evaluation.manifest import read_examples, read_manifest
+    from attnorm.figures import inpainting_figure, save_figure
+
+    test_set = read_manifest(folder)
+    config = test_set.reading
+    images = _load_images(configuration.override(config, [f"data.source={data}"]) if data else config)
+    examples = read_examples(test_set, images)
+    with _progress() as progress:
+        bar = progress.add_task("measuring")
+        evaluation = inpainting.evaluate(
+            runs,
+            test_set,
+            examples,
+            with_floors=floors,
+            ema=ema,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done, total, name: progress.update(bar, completed=done, total=total, description=name),
+        )
+    for path in inpainting.write_report(evaluation, out):
+        print(path)
+    print(save_figure(inpainting_figure(*evaluation.sheet), out / "sheet.png"))
+
+
+def _measure_cost(runs: Sequence[Path], sizes: str, out: Path, device: str) -> None:
+    from attnorm.evaluation.cost import measure_cost, write_cost
+    from attnorm.evaluation.inpainting import name_runs
+
+    texts = [text.strip() for text in sizes.split(",") if text.strip()]
+    if not texts or not all(text.isdecimal() for text in texts):
+        raise ConfigError(f"--cost is {sizes!r}; expected sides in pixels with commas between, for example 256,512")
+    with _progress() as progress:
+        bar = progress.add_task("timing")
+        cells = measure_cost(
+            name_runs(runs),
+            [int(text) for text in texts],
+            device=device,
+            progress=lambda done, total, name: progress.update(bar, completed=done, total=total, description=name),
+        )
+    for path in write_cost(cells, device, out):
+        print(path)
+
+
+def _progress() -> Progress:
+    """A bar with the time left, on a terminal."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+@app.command
+def bench(
+    part: Annotated[Literal["layer"], tyro.conf.Positional, tyro.conf.arg(metavar="PART")],
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    cases: Names = "",
+    subjects: Names = "",
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tf32: Overwrite = False,
+    seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 1.0,
+    threads: Annotated[int, tyro.conf.arg(metavar="T")] = 0,
+    retain_memory: Overwrite = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time the layer, its implementations and what stands beside it, after checking each; Table 5 of the paper.
+
+    Args:
+        part: What is timed: layer (there is nothing else yet).
+        out: Where bench.json, bench.md and time-against-pixels.png go.
+        cases: Input sizes by name or group ("table5"), comma between; what this device can bear unless named.
+        subjects: Of copy, instance_norm, conv1x1+instance_norm, self_attention, an-IMPLEMENTATION ("an": all of them).
+        device: auto, cpu or cuda.
+        dtype: Of the input; the weights stay in float32, under autocast.
+        tf32: Let CUDA round the factors of float32 products.
+        seconds: To spend on each subject, case and mode, after a warm-up.
+        threads: For torch on the CPU; 0 leaves them as they are.
+        retain_memory: Keep freed pages in the process (glibc, CPU), rather than pay for fresh ones at every step.
+        overwrite: Write into a folder that is not empty.
+    """
+    from rich.table import Table
+
+    from attnorm import bench as benchmark
+
+    _require_free(out, overwrite)
+    report = benchmark.run(
+        cases=cases,
+        subjects=subjects,
+        device=device,
+        dtype=dtype,
+        tf32=tf32,
+        seconds=seconds,
+        threads=threads,
+        retain=retain_memory,
+        console=console,
+    )
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for title, header, rows in benchmark.tables(report):
+        table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        screen.print(table, "")
+    for disturbance in benchmark.disturbances(report):
+        console.print(disturbance, style="yellow")
+    for path in benchmark.write_report(report, out):
+        print(path)
+
+
+@app.command
 def presets() -> None:
     """List the named runs, their context sites and their parameter counts (at the data's usual number of classes)."""
     from rich.table import Table
 
-    from attnorm.models.class_conditional import describe
-
     table = Table("preset", "what it is", "pixels", "classes", "context sites", "G", "D", box=None, pad_edge=False)
     for name, (description, config) in PRESETS.items():
-        num_classes = 1000 if name.startswith("paper-imagenet") else 10
-        sites, g_parameters, d_parameters = describe(config.model, num_classes)
+        num_classes = 1000 if name.startswith("paper-imagenet") else 10 if config.task == "class_conditional" else 0
+        sites, g_parameters, d_parameters = _describe(config, num_classes)
         table.add_row(
             name,
             description,
             str(config.model.image_size),
-            str(num_classes),
+            str(num_classes or "-"),
             sites,
             f"{g_parameters:,}",
             f"{d_parameters:,}",
         )
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _describe(config: Config, num_classes: int) -> tuple[str, int, int]:
+    """Where the context blocks are, and the parameters of both networks; built without memory."""
+    import torch
+
+    from attnorm.models.class_conditional import describe
+    from attnorm.models.inpainting import Critic, InpaintingGenerator
+
+    if isinstance(config.model, ClassConditionalConfig):
+        return describe(config.model, num_classes)
+    with torch.device("meta"):
+        networks = InpaintingGenerator(config.model), Critic(config.model)
+    site = "none" if config.model.context == "none" else f"G second stage ({4 * config.model.width} channels)"
+    g_parameters, d_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
+    return site, g_parameters, d_parameters
 
 
 def _sampler(run: Path, *, ema: bool = True, device: str = "auto") -> Sampler:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically, write_json
-from attnorm.inference import Sampler
+from attnorm.inference import Sampler, View
 from attnorm.layers.attentive_norm import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 
@@ -58,6 +58,21 @@ def layout_figure(images: Tensor, observation: Observation, row_titles: Sequence
         row += [(_heat(entity), f"{k}") for k, entity in enumerate(maps)]
         cells.append(row)
     return _table(cells, row_titles=row_titles, titles_on_first_row_only=True)
+
+
+def holes_figure(views: Sequence[View]) -> Figure:
+    """The refinement stage's layout of each view of an inpainted photograph: what was given, what was filled, the
+    entity that wins each pixel, and the map of every entity (black 0, white its maximum).
+    """
+    cells = []
+    for view in views:
+        if view.layout is None:
+            raise ValueError("a view has no layout; fill with with_layouts=True")
+        winners = ENTITY_COLOURS(view.layout.argmax(0).numpy() % 20)[..., :3]
+        row = [(_to_array(view.given), "given"), (_to_array(view.filled), "filled"), (winners, "argmax")]
+        row += [(_heat(entity), f"{k}") for k, entity in enumerate(view.layout)]
+        cells.append(row)
+    return _table(cells, titles_on_first_row_only=True)
 
 
 def region_statistics(observation: Observation) -> list[dict[str, Any]]:
@@ -134,40 +149,71 @@ def most_telling_entity(layout: Tensor) -> int:
     return int(layout.flatten(2).std(2, correction=0).mean(0).argmax())
 
 
+def inpainting_figure(images: Tensor, masks: Tensor, results: Mapping[str, Tensor]) -> Figure:
+    """Figure 9: an image a row, with its hole in white, as each of `results` (by title) fills it, and as it was.
+
+    Images and results are uint8 [N, 3, S, S], masks bool [N, 1, S, S], True = missing.
+    """
+    columns = {"input": images.masked_fill(masks, 255), **results, "truth": images}
+    return _table(
+        [[(_to_array(column[i]), title) for title, column in columns.items()] for i in range(len(images))],
+        titles_on_first_row_only=True,
+    )
+
+
+# The panels of `curves_figure` in their order: a panel's title, and the names in metrics.jsonl of what it shows.
+CURVES = {
+    "losses": ("generator/loss", "discriminator/loss"),
+    "scores": ("discriminator/real_score", "discriminator/fake_score"),
+    "validation L1 in [-1, 1]": ("validation/l1", "validation/coarse_l1", "validation/hole_l1"),
+    "critics: distance": ("critic/distance",),
+    "critics: gradient penalty": ("critic/gradient_penalty",),
+}
+LAYOUT_CURVES = {
+    "normalised entropy of the layout": "entropy",
+    "entities in use (exp of the usage's entropy)": "usage",
+}
+
+
 def curves_figure(runs: dict[str, Path]) -> Figure:
-    """Losses, scores, and the layouts' entropy and effective number of entities, against images seen."""
-    figure = Figure(figsize=(11, 6.4))
-    axes = figure.subplots(2, 2)
-    for number, (name, path) in enumerate(runs.items()):
-        color = colormaps["tab10"](number % 10)
-        rows = read_metrics(path)
-        many = len(runs) > 1
-        for axis, keys in (
-            (axes[0, 0], ("generator/loss", "discriminator/loss")),
-            (axes[0, 1], ("discriminator/real_score", "discriminator/fake_score")),
-        ):
-            for key, style in zip(keys, ("-", "--"), strict=True):
-                points = [(row["images_seen"], row[key]) for row in rows if key in row]
-                label = f"{name} {key}" if many else key
-                axis.plot(*_smooth(points), style, color=color if many else None, label=label, linewidth=1)
-        sites = sorted({key.rsplit("/", 1)[0] for row in rows for key in row if key.endswith("/entropy")})
-        for site, style in zip(sites, itertools.cycle(("-", "--", ":", "-.")), strict=False):
-            label = (f"{name} " if many else "") + site.removeprefix("layout/")
-            points = [(row["images_seen"], row[f"{site}/entropy"]) for row in rows if f"{site}/entropy" in row]
-            axes[1, 0].plot(*zip(*points, strict=True), style, color=color if many else None, label=label)
-            points = [
-                (row["images_seen"], effective_entities(row[f"{site}/usage"])) for row in rows if f"{site}/usage" in row
-            ]
-            axes[1, 1].plot(*zip(*points, strict=True), style, color=color if many else None, label=label)
-    titles = ("losses", "scores", "normalised entropy of the layout", "entities in use (exp of the usage's entropy)")
-    for axis, title in zip(axes.flat, titles, strict=True):
+    """What training logged against images seen: losses, scores or validation, and the layouts' entropy and effective
+    number of entities. Panels for which no run has anything are left out.
+    """
+    curves = [(name, *curve) for name, path in runs.items() for curve in _curves(read_metrics(path))]
+    titles = [title for title in (*CURVES, *LAYOUT_CURVES) if any(curve[1] == title for curve in curves)]
+    num_rows = max(math.ceil(len(titles) / 2), 1)
+    figure = Figure(figsize=(11, 3.2 * num_rows))
+    axes = figure.subplots(num_rows, 2, squeeze=False).flat
+    for title, axis in itertools.zip_longest(titles, axes):
+        if title is None:
+            axis.axis("off")
+            continue
+        for number, name in enumerate(runs):
+            of_run = [(label, points) for run, panel, label, points in curves if (run, panel) == (name, title)]
+            for (label, points), style in zip(of_run, itertools.cycle(("-", "--", ":", "-.")), strict=False):
+                color = colormaps["tab10"](number % 10) if len(runs) > 1 else None
+                label = f"{name} {label}" if len(runs) > 1 else label
+                axis.plot(*_smooth(points), style, color=color, label=label, linewidth=1)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("images seen")
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def _curves(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
+    """Panel, label and points (images seen, value) of each curve that the rows of a run hold."""
+    for panel, keys in CURVES.items():
+        for key in keys:
+            if points := [(row["images_seen"], row[key]) for row in rows if key in row]:
+                yield panel, key, points
+    for panel, part in LAYOUT_CURVES.items():
+        for key in sorted({key for row in rows for key in row if key.endswith(f"/{part}")}):
+            points = [(row["images_seen"], row[key]) for row in rows if key in row]
+            if part == "usage":
+                points = [(images_seen, effective_entities(usage)) for images_seen, usage in points]
+            yield panel, key.removeprefix("layout/").removesuffix(f"/{part}"), points
 
 
 def effective_entities(usage: Iterable[float]) -> float:

@@ -1,21 +1,27 @@
-"""From a checkpoint to uint8 images and what the layers saw; needs no data set."""
+"""From a checkpoint to images, made or mended, and what the layers saw; needs no data set."""
 
-# N images, Z latent dimension, S image size.
+# N images, Z latent dimension, S side of a training image, H height and W width of a photograph, K entities.
 
 from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, load
-from attnorm.data.images import to_uint8
+from attnorm.config import ConfigError, UserError
+from attnorm.data.images import to_float, to_uint8
 from attnorm.layers.attentive_norm import Observation, observe_layouts
+from attnorm.models.class_conditional import Generator
+from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
 
 
 class Samples(NamedTuple):
@@ -40,7 +46,12 @@ class Sampler:
 
     def __init__(self, path: Path | str, *, ema: bool = True, device: str = "auto", batch_size: int = 50) -> None:
         loaded = load(path, ema=ema, device=device)
-        self.model, self.header, self.path, self.classes = loaded.model, loaded.header, loaded.path, loaded.classes
+        if not isinstance(loaded.model, Generator):
+            raise CheckpointError(
+                f"{loaded.path} was trained for {loaded.header.config.task}; expected a class-conditional generator"
+            )
+        self.model: Generator = loaded.model
+        self.header, self.path, self.classes = loaded.header, loaded.path, loaded.classes
         self.device, self.batch_size = next(self.model.parameters()).device, batch_size
         # As in training: otherwise images, and scores of them, would be made at another precision on NVIDIA's GPUs.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
@@ -98,3 +109,188 @@ class Sampler:
         with observe_layouts(self.model) as seen:
             images = to_uint8(self.model(z, condition)).cpu()
         return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})
+
+
+class View(NamedTuple):
+    """One pass of the generator over a photograph, or over a window of it. h and w are the window's sides, or smaller
+    ones to which it was reduced.
+    """
+
+    box: tuple[int, int, int, int]  # first row and column, and those after the last, in the photograph's pixels
+    given: Tensor  # uint8 [3, h, w], what the generator was shown; missing pixels are grey
+    filled: Tensor  # uint8 [3, h, w], the same with the hole filled
+    layout: Tensor | None  # [K, ceil(h / 4), ceil(w / 4)] of the refinement stage's AN; None unless asked for
+
+
+class Filled(NamedTuple):
+    """A photograph without its holes."""
+
+    image: Tensor  # [3, H, W] of the type that was given; outside the mask its very values
+    views: list[View]  # in the order in which they were filled
+
+
+class Inpainter:
+    """Fills the holes of photographs of any size with one inpainting generator. Nothing is drawn at random.
+
+    A picture of at most `max_pixels` is seen whole. Of a larger one, each hole is filled by itself, in a window that
+    shows it as training did: twice as high and as wide as the hole (a training hole has half the side of its square),
+    at least S, moved into the picture. Holes whose common window has at most `max_pixels` are filled together; the
+    others one after another in reading order, so that a later one sees an earlier one filled. A window of more than
+    `max_pixels`, because of a large hole, is reduced to them, and what was filled enlarged again. There are no tiles:
+    the statistics of AN, and attention, are of a whole window.
+
+    Args:
+        path: A run directory (its latest checkpoint is taken) or a checkpoint file.
+        ema: Use the average of the weights over training; False for the raw weights.
+        device: "auto" takes a GPU where there is one.
+        max_pixels: The largest area that is seen at once, at least S * S; 0: 4 * S * S, twice the training side.
+
+    Raises:
+        CheckpointError: there is nothing to load, or not for inpainting.
+        ConfigError: max_pixels is too small.
+    """
+
+    def __init__(self, path: Path | str, *, ema: bool = True, device: str = "auto", max_pixels: int = 0) -> None:
+        loaded = load(path, ema=ema, device=device)
+        if not isinstance(loaded.model, InpaintingGenerator):
+            raise CheckpointError(
+                f"{loaded.path} was trained for {loaded.header.config.task}; expected an inpainting generator"
+            )
+        self.model: InpaintingGenerator = loaded.model
+        self.header, self.path = loaded.header, loaded.path
+        self.device = next(self.model.parameters()).device
+        self.image_size = loaded.header.config.model.image_size
+        least = self.image_size**2
+        if max_pixels and max_pixels < least:
+            raise ConfigError(f"max_pixels is {max_pixels}; expected 0, or at least the {least} of a training image")
+        self.max_pixels = max_pixels or 4 * least
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether the context block is AN, so that there is a layout to see."""
+        return self.header.config.model.context in ("an", "an-wide")
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, masks: Tensor) -> Inpainting:
+        """What the generator makes of whole images of any size, not pasted: padded to multiples of 8 and cut again.
+
+        Args:
+            images: [N, 3, H, W] in [-1, 1].
+            masks: bool [N, 1, H, W], True = missing.
+        """
+        height, width = images.shape[2:]
+        rows, columns = _reflected(height), _reflected(width)  # a missing pixel's reflection is missing too
+        padded = [part[:, :, rows][..., columns].to(self.device) for part in (images, masks)]
+        return Inpainting(*(part[..., :height, :width].cpu() for part in self.model(*padded)))
+
+    def fill(self, image: Tensor, mask: Tensor, *, with_layouts: bool = False) -> Filled:
+        """Fills what is missing.
+
+        Args:
+            image: [3, H, W], uint8 or uint16; what it holds in the hole has no influence.
+            mask: bool [1, H, W], True = missing.
+            with_layouts: Keep the layouts as well; ConfigError where the model has none.
+        Raises:
+            UserError: the mask is of another size, of nothing, or of everything.
+        """
+        if image.ndim != 3 or mask.shape != (1, *image.shape[1:]):
+            raise UserError(f"the image is {list(image.shape)}, its mask {list(mask.shape)}; expected [1, H, W] of it")
+        if not mask.any() or mask.all():
+            raise UserError("the mask is of nothing or of everything; expected some missing and some known pixels")
+        if with_layouts and not self.has_layout:
+            raise ConfigError(
+                f"{self.path} has no AttentiveNorm2d (its context block is {self.header.config.model.context}), "
+                "so there is no layout to see; take a model with context an or an-wide"
+            )
+        result, missing, views = image.clone(), mask.clone(), []
+        for (top, left, bottom, right), own in self._windows(mask[0].numpy()):
+            part = (slice(None), slice(top, bottom), slice(left, right))
+            view, filled = self._fill_window(result[part], missing[part], with_layouts)
+            result[part] = torch.where(own, filled, result[part])
+            missing[part] &= ~own
+            views.append(View((top, left, bottom, right), *view))
+        return Filled(result, views)
+
+    def _fill_window(
+        self, image: Tensor, mask: Tensor, with_layouts: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+        """A view's parts, and the image that was made, of the size and type of `image`."""
+        shown, hole = _to_float(image)[None].masked_fill(mask, 0), mask[None]
+        area = math.prod(image.shape[1:])
+        if area > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / area)
+            shown, hole = _reduce(shown, hole, *(max(int(side * scale) // 8 * 8, 8) for side in image.shape[1:]))
+        layout = None
+        if with_layouts:
+            with observe_layouts(self.model) as seen:
+                made = self.outputs(shown, hole).refined
+            height, width = (math.ceil(side / 4) for side in shown.shape[2:])
+            layout = next(iter(seen.values())).layout[0, :, :height, :width].cpu()
+        else:
+            made = self.outputs(shown, hole).refined
+        view = to_uint8(shown)[0], to_uint8(paste(shown, made, hole))[0], layout
+        if made.shape[2:] != image.shape[1:]:
+            made = F.interpolate(made, image.shape[1:], mode="bicubic")
+        return view, _from_float(made[0], image.dtype)
+
+    def _windows(self, mask: np.ndarray) -> Iterator[tuple[tuple[int, int, int, int], Tensor]]:
+        """Boxes of bool [H, W], and which of their missing pixels (bool [1, h, w]) are to be filled there."""
+        if mask.size <= self.max_pixels:
+            yield (0, 0, *mask.shape), torch.from_numpy(mask)[None]
+            return
+        from skimage.measure import label, regionprops  # costs most of a second
+
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        first = rows[0], columns[0]
+        numbers = label(mask[first[0] : rows[-1] + 1, first[1] : columns[-1] + 1], connectivity=2)
+        groups: list[tuple[np.ndarray, list[int]]] = []  # a box around holes, and their numbers
+        for hole in regionprops(numbers):
+            box = np.array(hole.bbox) + np.tile(first, 2)
+            for index, (other, members) in enumerate(groups):
+                union = np.concatenate([np.minimum(box[:2], other[:2]), np.maximum(box[2:], other[2:])])
+                top, left, bottom, right = self._window(union, mask.shape)
+                if (bottom - top) * (right - left) <= self.max_pixels:
+                    groups[index] = union, [*members, hole.label]
+                    break
+            else:
+                groups.append((box, [hole.label]))
+        for box, members in groups:
+            window = top, left, bottom, right = self._window(box, mask.shape)
+            own = np.zeros((bottom - top, right - left), bool)
+            inner = tuple(slice(box[axis] - window[axis], box[axis + 2] - window[axis]) for axis in (0, 1))
+            outer = tuple(slice(box[axis] - first[axis], box[axis + 2] - first[axis]) for axis in (0, 1))
+            own[inner] = np.isin(numbers[outer], members)
+            yield window, torch.from_numpy(own)[None]
+
+    def _window(self, box: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Twice the sides of a box around holes, at least S and a multiple of 8, as far as the picture goes."""
+        starts, stops = [], []
+        for start, stop, size in zip(box[:2].tolist(), box[2:].tolist(), shape, strict=True):
+            side = min(math.ceil(max(2 * (stop - start), self.image_size) / 8) * 8, size)
+            starts.append(min(max((start + stop - side) // 2, 0), size - side))
+            stops.append(starts[-1] + side)
+        return starts[0], starts[1], stops[0], stops[1]
+
+
+def _reflected(size: int) -> Tensor:
+    """Indices 0 .. size - 1, and on from there to and fro, up to the next multiple of 8; int64."""
+    period = max(2 * (size - 1), 1)
+    steps = torch.arange(math.ceil(size / 8) * 8) % period
+    return torch.minimum(steps, period - steps) if size > 1 else torch.zeros_like(steps)
+
+
+def _reduce(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Averages over areas, [N, C, height, width]: missing where a pixel of the area is, else of known pixels alone."""
+    missing = F.adaptive_max_pool2d(mask.to(image.dtype), (height, width)) > 0
+    return F.adaptive_avg_pool2d(image, (height, width)).masked_fill(missing, 0), missing
+
+
+def _to_float(image: Tensor) -> Tensor:
+    return image.float() / 32767.5 - 1 if image.dtype == torch.uint16 else to_float(image)
+
+
+def _from_float(image: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint16:
+        return ((image + 1) * 32767.5).round().clamp(0, 65535).to(dtype)
+    return to_uint8(image)

@@ -1,0 +1,577 @@
+"""Photographs as files: read, filled where a mask says so, and written with everything else as it was.
+
+Where a file is lossless, what lies outside the mask decodes to the same samples as before, bit for bit: whatever is
+encoded here is decoded again and compared before anyone gets it.
+"""
+
+# H height and W width as shown (turned as EXIF says), M missing pixels.
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, JpegImagePlugin
+from torch import Tensor
+
+from attnorm.config import UserError
+from attnorm.data.masks import read_mask
+
+# What is read and written, by Pillow's names; other formats may hold more bits than Pillow gives.
+SUFFIXES = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I")
+_LUMINANCE = np.array([299, 587, 114]) / 1000
+_LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "group3", "group4")
+# How samples lie in a TIFF file, which is written anew; all other tags are kept.
+_TIFF_STRUCTURE = {
+    *(254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
+    *(338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
+}
+_SUB_DIRECTORIES = {34665, 34853, 40965}  # EXIF's own, GPS, interoperability
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, eq=False)
+class Photograph:
+    """One picture from a file. A mask and `rgb` are as it is shown; `samples` are as they are stored.
+
+    Attributes:
+        path: Where it was read.
+        format: A key of `SUFFIXES`.
+        mode: Pillow's, for example "RGB"; of colour with 16 bits a channel "RGB;16", "RGBA;16" or "LA;16".
+        samples: [rows, columns] or [rows, columns, channels], of bool, uint8, uint16 or int32.
+        orientation: EXIF's, 1 to 8: how the stored rows are to be turned.
+        note: What is not kept, whatever is written; empty if nothing.
+    """
+
+    path: Path
+    format: str
+    mode: str
+    samples: np.ndarray
+    orientation: int
+    note: str
+    _decoded: Image.Image  # palette and metadata
+    _file: bytes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H and W."""
+        height, width = self.samples.shape[:2]
+        return (height, width) if self.orientation < 5 else (width, height)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether there are 16 bits a channel."""
+        return ";16" in self.mode or self.mode == "I"
+
+    def rgb(self) -> Tensor:
+        """[3, H, W], uint8, or uint16 where there are 16 bits: what a network is to see of the photograph.
+
+        The values are the file's: an ICC profile is kept, not applied, and colours under transparent pixels count as
+        they are. Grey stands for three equal channels; CMYK is converted without a profile.
+        """
+        x = self.samples
+        match self.mode:
+            case "1":
+                colours = x[..., None].repeat(3, 2) * np.uint8(255)
+            case "P":
+                colours = self._palette()[:, :3][x]
+            case "CMYK":
+                colours = np.asarray(self._image(x).convert("RGB"))
+            case "RGB" | "RGBA" | "RGB;16" | "RGBA;16":
+                colours = x[..., :3]
+            case _:
+                colours = (x if x.ndim == 2 else x[..., 0])[..., None].repeat(3, 2)
+        colours = colours.astype(np.uint16 if self.is_deep else np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(_upright(colours, self.orientation).transpose(2, 0, 1)))
+
+    def with_hole_filled(self, rgb: Tensor, mask: Tensor) -> Photograph:
+        """A copy with the colours of `rgb` ([3, H, W], of the type that `rgb()` has) where `mask` (bool [1, H, W]) is
+        True. No other sample changes, and alpha changes nowhere.
+
+        Colours become what the mode can hold: their luminance, black or white, the palette's nearest of equal alpha.
+        Where a colour stands for transparency, pixels of that colour stay, and no other pixel gets it.
+        """
+        stored = _stored(mask[0].numpy(), self.orientation)
+        samples = self.samples.copy()
+        old = samples[stored]
+        new = self._from_rgb(_stored(rgb.numpy().transpose(1, 2, 0), self.orientation)[stored], old)
+        key = self._decoded.info.get("transparency") if self.mode in ("1", "L", "RGB", "I;16") else None
+        if key is not None:
+            if self.mode == "1":
+                key = bool(key)
+            new, old = new.reshape(len(new), -1), old.reshape(len(old), -1)
+            taken = (new == key).all(1)
+            new[taken, -1] = new[taken, -1] ^ 1  # the smallest change
+            new = np.where((old == key).all(1, keepdims=True), old, new)
+            new = new.reshape(samples[stored].shape)
+        samples[stored] = new
+        return replace(self, samples=samples)
+
+    def encoded(self, format: str) -> bytes:
+        """The bytes of a file of `format`, with EXIF data, ICC profile, resolution and XMP kept.
+
+        PNG to PNG, everything but the pixels is copied as it is. Lossless WebP is written whatever WebP was read, and
+        a compression of TIFF that loses is replaced by one that does not. EXIF's thumbnail is dropped: it would still
+        show what the photograph no longer does. JPEG is written with the file's own quantization tables and loses all
+        the same: `largest_change` says how much.
+
+        Raises:
+            UserError: `format` cannot hold these pixels exactly (JPEG cannot hold this mode).
+        """
+        try:
+            if format == self.format == "PNG":
+                data = self._png()
+            elif ";16" in self.mode and self.mode not in ("I;16", "I;16B"):
+                raise ValueError(f"{format} is not written with 16 bits a channel in colour")
+            else:
+                stream = io.BytesIO()
+                self._image(self.samples).save(stream, format, **self._options(format))
+                data = stream.getvalue()
+            if format != "JPEG" and not self._is_held_by(data):
+                raise ValueError("it comes back changed")
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # Pillow raises all of these
+            others = " or .".join(suffix for suffix in ("png", "tif") if suffix.upper() not in (format, f"{format}F"))
+            raise UserError(
+                f"{self.path} with its mode {self.mode} cannot be kept in {format} exactly ({error}); "
+                f"let the output end in .{others}"
+            ) from None
+        return data
+
+    def largest_change(self, data: bytes, mask: Tensor) -> int:
+        """By how many levels the file `data` differs from this photograph, at most, where `mask` is False."""
+        with Image.open(io.BytesIO(data)) as image:
+            decoded = np.asarray(image).astype(int)
+        apart = np.abs(decoded - self.samples)[~_stored(mask[0].numpy(), self.orientation)]
+        return int(apart.max(initial=0))
+
+    def _palette(self) -> np.ndarray:
+        """uint8 [256, 4], red, green, blue, alpha."""
+        table = np.zeros((256, 4), np.uint8)
+        values = np.array(self._decoded.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+        table[: len(values)] = values
+        key = self._decoded.info.get("transparency")
+        if isinstance(key, bytes):
+            table[: len(key), 3] = np.frombuffer(key, np.uint8)[:256]
+        elif key is not None:
+            table[key, 3] = 0
+        return table
+
+    def _from_rgb(self, colours: np.ndarray, old: np.ndarray) -> np.ndarray:
+        """Colours [M, 3] as samples [M] or [M, channels]; alpha is that of the samples `old`."""
+        if self.mode == "P":
+            num_colours = len(self._decoded.getpalette() or ()) // 3
+            return _nearest(colours, old, self._palette()[:num_colours])
+        if self.mode == "CMYK":
+            return np.asarray(Image.fromarray(colours[None]).convert("CMYK"))[0]
+        new = old.copy()
+        if self.mode.startswith("RGB"):
+            new[:, :3] = colours
+            return new
+        grey = colours @ _LUMINANCE
+        if self.mode == "1":
+            return grey >= 128
+        depth = self._png_depth()
+        step = 255 / (2**depth - 1) if self.mode == "L" and depth < 8 else 1  # a PNG of 2 or 4 bits has few greys
+        grey = np.rint(np.rint(grey / step) * step)
+        if new.ndim == 1:
+            return grey.astype(new.dtype)
+        new[:, 0] = grey
+        return new
+
+    def _image(self, samples: np.ndarray) -> Image.Image:
+        """As Pillow has it, with this photograph's palette."""
+        data = np.packbits(samples, axis=1) if self.mode == "1" else samples
+        image = Image.frombytes(self.mode, samples.shape[1::-1], data.tobytes())
+        if self.mode == "P":
+            image.putpalette(self._decoded.palette.getdata()[1], self._decoded.palette.mode)  # type: ignore[union-attr]
+        return image
+
+    def _options(self, format: str) -> dict[str, Any]:
+        """How Pillow is to write it, and what it is to keep."""
+        decoded, info = self._decoded, self._decoded.info
+        exif: Any = info.get("exif", b"")
+        if self.format == "TIFF":
+            exif = decoded.getexif()
+            for tag in _TIFF_STRUCTURE & set(exif):
+                del exif[tag]
+        elif exif:
+            exif = _without_thumbnail(exif)
+        options: dict[str, Any] = {"exif": exif, "icc_profile": info.get("icc_profile")}
+        if "dpi" in info:
+            options["dpi"] = tuple(map(float, info["dpi"]))
+        if info.get("transparency") is not None:
+            options["transparency"] = info["transparency"]
+        xmp = info.get("xmp")
+        match format:
+            case "JPEG":
+                options |= {"qtables": getattr(decoded, "quantization", None), "optimize": True, "xmp": xmp or b""}
+                sampling = JpegImagePlugin.get_sampling(decoded)
+                options["subsampling"] = sampling if sampling >= 0 else 0
+                options["progressive"] = bool(info.get("progressive"))
+                options["keep_rgb"] = self.mode == "RGB" and info.get("adobe_transform") == 0
+                options["extra"] = b"".join(
+                    b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
+                    for name, content in getattr(decoded, "applist", ())
+                    if name == "APP13"  # IPTC
+                )
+                if "comment" in info:
+                    options["comment"] = info["comment"]
+            case "WEBP":
+                options |= {"lossless": True, "exact": True, "xmp": xmp or b""}
+            case "TIFF":
+                if isinstance(exif, bytes):
+                    exif = _loaded(exif)
+                    if xmp:
+                        exif[700] = xmp
+                options["exif"] = exif
+                kept = info.get("compression")
+                if set(exif) & _SUB_DIRECTORIES:
+                    kept = "raw"  # the only kind in which Pillow writes them
+                options["compression"] = kept if kept in _LOSSLESS_TIFF else "tiff_adobe_deflate"
+            case "PNG" if xmp:
+                from PIL.PngImagePlugin import PngInfo
+
+                text = PngInfo()
+                text.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+                options["pnginfo"] = text
+        if format == "GIF" and "comment" in info:
+            options["comment"] = info["comment"]
+        return options
+
+    def _is_held_by(self, data: bytes) -> bool:
+        """Whether a file decodes to exactly these samples (of a palette: to these colours)."""
+        try:
+            other = _decode(self.path, data)
+        except UserError:
+            return False
+        # As they are shown: Pillow turns a TIFF file itself.
+        ours, theirs = (_upright(part.samples, part.orientation) for part in (self, other))
+        if self.mode == other.mode == "P":
+            ours, theirs = self._palette()[ours], other._palette()[theirs]
+        is_integer = {self.mode, other.mode} <= {"I", "I;16", "I;16B"}  # one thing to a reader
+        return (is_integer or self.mode == other.mode) and np.array_equal(ours, theirs)
+
+    def _png_depth(self) -> int:
+        return self._file[24] if self.format == "PNG" else 8
+
+    def _png(self) -> bytes:
+        """This photograph's PNG file with other pixels."""
+        depth, colour_type = self._file[24:26]
+        samples, channels = self.samples, _PNG_CHANNELS[colour_type]
+        height = len(samples)
+        if depth == 16:
+            rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
+        elif depth == 8:
+            rows = samples.reshape(height, -1)
+        else:
+            levels = samples // (255 // (2**depth - 1)) if self.mode == "L" else samples
+            bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=2)[..., 8 - depth :]
+            rows = np.packbits(bits.reshape(height, -1), axis=1)
+        pixels = _compressed(rows, channels * depth // 8 if colour_type != 3 and depth >= 8 else 0)
+        out = [_PNG_SIGNATURE]
+        for name, content in _png_chunks(self._file):
+            if name == b"IHDR":
+                content = content[:12] + b"\0"  # not interlaced
+            elif name == b"eXIf":
+                content = _without_thumbnail(content)
+            elif name == b"IDAT":
+                content, pixels = pixels, b""
+                if not content:
+                    continue  # one chunk holds it all
+            out += [struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))]
+        return b"".join(out)
+
+
+def read_photograph(path: Path) -> Photograph:
+    """The photograph in a file of one of the formats of `SUFFIXES`, whatever the file is called.
+
+    Raises:
+        UserError: it cannot be read, has several frames, or has pixels that would not be kept exactly.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no image {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}; expected an image file") from None
+    return _decode(path, data)
+
+
+def read_with_mask(image: Path, mask: Path, *, threshold: int = 128, invert: bool = False) -> tuple[Photograph, Tensor]:
+    """A photograph, and its mask as bool [1, H, W] (see `read_mask`): both as they are shown.
+
+    Raises:
+        UserError: one of them cannot be read, their sizes differ, or the mask is of nothing or of everything.
+    """
+    photograph, hole = read_photograph(image), read_mask(mask, threshold=threshold, invert=invert)
+    (height, width), (mask_height, mask_width) = photograph.size, hole.shape[1:]
+    if (height, width) != (mask_height, mask_width):
+        turned = f", turned as its EXIF data say (orientation {photograph.orientation})"
+        raise UserError(
+            f"the mask {mask} has {mask_width}x{mask_height} pixels, but {image} has {width}x{height}"
+            f"{turned if photograph.orientation > 1 else ''}; expected equal sizes"
+        )
+    colour, other = ("black", "white") if invert else ("white", "black")
+    hint = "leave --invert out" if invert else "say --invert"
+    if not hole.any():
+        raise UserError(f"nothing in the mask {mask} is {colour}, so nothing is missing; if {other} is, {hint}")
+    if hole.all():
+        raise UserError(f"all of the mask {mask} is {colour}, so nothing of {image} is known; if {other} is, {hint}")
+    return photograph, hole
+
+
+def output_format(photograph: Photograph, out: Path) -> str:
+    """The format that the name `out` asks for: the photograph's own, PNG or TIFF.
+
+    Raises:
+        UserError: another one.
+    """
+    allowed = dict.fromkeys((photograph.format, "PNG", "TIFF"))
+    for format in allowed:
+        if out.suffix.lower() in SUFFIXES[format]:
+            return format
+    expected = ", ".join(suffix for format in allowed for suffix in SUFFIXES[format])
+    raise UserError(
+        f"{out} does not say how to write it: {photograph.path} is {photograph.format}; expected a name in {expected}"
+    )
+
+
+class Pairs(NamedTuple):
+    """The images of a folder, each with its mask, and what was left over."""
+
+    pairs: list[tuple[Path, Path]]
+    images_left: list[Path]
+    masks_left: list[Path]
+
+
+def pair_files(images: Path, masks: Path) -> Pairs:
+    """Pairs each image of a folder with the mask of the same stem in the folder `masks`, or with the one file `masks`.
+
+    Files are images if their suffix is in `SUFFIXES`; subfolders and hidden files are left alone.
+
+    Raises:
+        UserError: a place is missing, nothing matched, or several masks have the stem of an image.
+    """
+    found = _images_in(images, "--images")
+    if masks.is_file():
+        return Pairs([(image, masks) for image in found if not image.samefile(masks)], [], [])
+    if masks.is_dir() and masks.samefile(images):
+        raise UserError(f"images and masks are both in {images}; expected a folder for each")
+    candidates = _images_in(masks, "--masks")
+    pairs, images_left = [], []
+    for image in found:
+        fitting = [mask for mask in candidates if mask.stem == image.stem]
+        if len(fitting) > 1:
+            named = " and ".join(mask.name for mask in fitting)
+            raise UserError(f"{image.name} has several masks in {masks}: {named}; expected one")
+        if fitting:
+            pairs.append((image, fitting[0]))
+        else:
+            images_left.append(image)
+    if not pairs:
+        raise UserError(
+            f"no mask in {masks} has the name of an image in {images}; "
+            f"expected for example {found[0].stem}.png beside {found[0].name}"
+        )
+    used = {mask for _, mask in pairs}
+    return Pairs(pairs, images_left, [mask for mask in candidates if mask not in used])
+
+
+def _images_in(folder: Path, option: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{option} is {folder}, which is not a folder; expected one with image files")
+    suffixes = {suffix for group in SUFFIXES.values() for suffix in group}
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"{folder} holds no image; expected files that end in {', '.join(sorted(suffixes))}")
+    return found
+
+
+def _decode(path: Path, data: bytes) -> Photograph:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are no attack
+            image = Image.open(io.BytesIO(data))
+            _check_kept(image)
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        if isinstance(error, Image.UnidentifiedImageError):
+            error = ValueError("it is no image, or of an unknown kind")
+        raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
+    note = ""
+    format, mode = image.format or "", image.mode
+    if format == "MPO":
+        format, note = "JPEG", "only the first of its pictures is kept"
+    if format == "PNG" and data[24] == 16 and data[25] != 0:
+        mode = {2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}[data[25]]
+        samples = _decode_deep_png(data)
+    else:
+        samples = np.array(image)
+    if mode == "I" and not 0 <= samples.min() <= samples.max() <= 65535:
+        raise UserError(f"cannot read the image {path}: it has 32 bits a channel; expected 8 or 16")
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return Photograph(path, format, mode, samples, orientation if orientation in range(1, 9) else 1, note, image, data)
+
+
+def _check_kept(image: ImageFile.ImageFile) -> None:
+    """ValueError where Pillow would give less than the file holds."""
+    if image.format not in (*SUFFIXES, "MPO"):
+        raise ValueError(f"it is {image.format}")
+    num_frames = getattr(image, "n_frames", 1)
+    if image.format != "MPO" and num_frames > 1:
+        raise ValueError(f"it has {num_frames} frames: save the one that is meant by itself")
+    if image.mode not in _MODES:
+        raise ValueError(f"its pixels are of mode {image.mode}: convert it to RGB")
+    depth = 8
+    if image.format == "TIFF":
+        depth = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # BitsPerSample
+    elif image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
+        depth = int(image.tile[0].args[1]).bit_length()  # type: ignore[index]
+    if depth > 8 and not image.mode.startswith("I"):
+        raise ValueError(f"it has {depth} bits a channel in colour, which are kept in PNG only: convert it to PNG")
+
+
+def _decode_deep_png(data: bytes) -> np.ndarray:
+    """uint16 [rows, columns, channels] of a PNG file with 16 bits a channel in colour or with alpha.
+
+    Pillow keeps the upper eight of them; but it can be made to see the lower eight too.
+    """
+    if data[25] == 4:  # grey and alpha of 16 bits are four bytes, as red, green, blue and alpha of 8 are
+        header = data[12:24] + b"\x08\x06" + data[26:29]
+        with Image.open(io.BytesIO(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])) as image:
+            return np.array(image).view(">u2").astype(np.uint16)
+    with Image.open(io.BytesIO(data)) as image:
+        upper = np.asarray(image)
+    with Image.open(io.BytesIO(data)) as image:
+        # Little-endian samples have their upper half where these have their lower one.
+        image.tile = [tile._replace(args=f"{image.mode};16L") for tile in image.tile]
+        return (upper.astype(np.uint16) << 8) + np.asarray(image)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    position = len(_PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        yield name, data[position + 8 : position + 8 + length]
+        position += length + 12
+
+
+def _compressed(rows: np.ndarray, distance: int) -> bytes:
+    """Rows of bytes as PNG stores them; `distance` is the bytes of a pixel, or 0 for rows that are not filtered.
+
+    Of PNG's filters each row takes the one (none, left, above, Paeth) with the least sum of differences.
+    """
+    compressor = zlib.compressobj(6)
+    out = []
+    above = np.zeros((1, rows.shape[1]), np.uint8)
+    for start in range(0, len(rows), 256):  # in parts, so that a large photograph takes no more memory
+        part = rows[start : start + 256]
+        upper = np.concatenate([above, part[:-1]])
+        above = part[-1:]
+        candidates = {0: part}
+        if distance:
+            left, corner = np.zeros_like(part), np.zeros_like(part)
+            left[:, distance:], corner[:, distance:] = part[:, :-distance], upper[:, :-distance]
+            candidates |= {1: part - left, 2: part - upper, 4: part - _paeth(left, upper, corner)}
+        costs = [np.abs(rows.view(np.int8).astype(np.int16)).sum(1) for rows in candidates.values()]
+        best = np.argmin(costs, axis=0)
+        filtered = np.stack(list(candidates.values()))[best, np.arange(len(part))]
+        names = np.array(list(candidates), np.uint8)[best]
+        out.append(compressor.compress(np.concatenate([names[:, None], filtered], axis=1).tobytes()))
+    return b"".join([*out, compressor.flush()])
+
+
+def _paeth(left: np.ndarray, upper: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    a, b, c = (part.astype(np.int16) for part in (left, upper, corner))
+    to_left, to_upper, to_corner = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
+    return np.where(
+        (to_left <= to_upper) & (to_left <= to_corner), left, np.where(to_upper <= to_corner, upper, corner)
+    )
+
+
+def _upright(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as they are shown; the inverse of `_stored`."""
+    turned = stored.swapaxes(0, 1) if orientation >= 5 else stored
+    return _flipped(turned, orientation)
+
+
+def _stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    flipped = _flipped(upright, orientation)
+    return flipped.swapaxes(0, 1) if orientation >= 5 else flipped
+
+
+def _flipped(array: np.ndarray, orientation: int) -> np.ndarray:
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return array[::down, ::across]
+
+
+def _nearest(colours: np.ndarray, old: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """For colours [M, 3] the index of the nearest entry whose alpha is that of the entry `old` [M]; uint8 [M]."""
+    table = palette.astype(np.int64)
+    wanted, inverse = np.unique(
+        np.concatenate([colours, palette[old, 3:]], axis=1).astype(np.int64), axis=0, return_inverse=True
+    )
+    weights = np.array([1, 1, 1, 1000])  # no difference of colours outweighs one of alpha
+    nearest = np.empty(len(wanted), np.uint8)
+    for start in range(0, len(wanted), 4096):
+        apart = wanted[start : start + 4096, None] - table
+        nearest[start : start + 4096] = (apart**2 * weights**2).sum(2).argmin(1)
+    return nearest[inverse.reshape(-1)]
+
+
+def _loaded(exif: bytes) -> Image.Exif:
+    out = Image.Exif()
+    if exif:
+        out.load(exif)
+    return out
+
+
+def _without_thumbnail(exif: bytes) -> bytes:
+    """EXIF data with the link to the second directory, and the picture that it names, set to zero; else as they are."""
+    start = 6 if exif.startswith(b"Exif\0\0") else 0
+    order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
+    if order is None:
+        return exif
+    data = bytearray(exif)
+    try:
+        (first,) = struct.unpack_from(f"{order}I", data, start + 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", data, start + first)
+        link = start + first + 2 + 12 * num_entries
+        (second,) = struct.unpack_from(f"{order}I", data, link)
+        if not second:
+            return exif
+        (num_entries,) = struct.unpack_from(f"{order}H", data, start + second)
+        values = {}
+        for index in range(num_entries):
+            tag, _, _, value = struct.unpack_from(f"{order}HHII", data, start + second + 2 + 12 * index)
+            values[tag] = value
+        struct.pack_into(f"{order}I", data, link, 0)
+    except struct.error:  # damaged: nobody will find a picture in it
+        return exif
+    begin = min(start + values.get(0x0201, 0), len(data))  # JPEGInterchangeFormat and its length
+    end = min(begin + values.get(0x0202, 0), len(data))
+    if 0x0201 in values:
+        data[begin:end] = bytes(end - begin)
+    return bytes(data)

@@ -1,0 +1,524 @@
+"""Holes of photographs filled by a checkpoint: any size, windows, and the command line around it."""
+
+# S side of a training image (32 here), H height and W width of a photograph.
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from attnorm import cli
+from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
+from attnorm.config import Config, ConfigError, UserError, override
+from attnorm.data.images import to_float, to_uint8
+from attnorm.inference import Inpainter, Sampler
+from attnorm.presets import PRESETS
+from attnorm.training.phases import ClassConditionalTask, InpaintingTask
+
+S = 32
+
+
+def make_checkpoint(path: Path, *settings: str) -> Path:
+    """An inpainting generator that nobody trained, whose layer and stages all show."""
+    config = override(PRESETS["inpaint-smoke"][1], settings)
+    torch.manual_seed(0)
+    task = InpaintingTask(config, torch.device("cpu"))
+    for network in (task.generator, task.average.network):
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name.endswith("context.rho"):
+                    parameter.fill_(0.7)
+                elif name.endswith("bias"):
+                    parameter.uniform_(-0.3, 0.3)
+    save_checkpoint(path, task.state.tensors(), Header(config, (), 640, 1.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("inpainter") / "an.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inpainter(file: Path) -> Inpainter:
+    return Inpainter(file, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without a layout."""
+    return make_checkpoint(tmp_path_factory.mktemp("inpainter") / "none.safetensors", "model.context=none")
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width)).astype(np.uint8))
+
+
+def holes(height: int, width: int, *boxes: tuple[int, int, int, int]) -> Tensor:
+    mask = torch.zeros(1, height, width, dtype=torch.bool)
+    for top, left, bottom, right in boxes:
+        mask[:, top:bottom, left:right] = True
+    return mask
+
+
+@torch.no_grad()
+def generated(inpainter: Inpainter, image: Tensor, mask: Tensor) -> Tensor:
+    """What the generator itself makes of a uint8 image whose sides are multiples of 8."""
+    return to_uint8(inpainter.model(to_float(image)[None], mask[None]).refined[0])
+
+
+# The whole picture
+
+
+def test_a_picture_is_filled_in_its_hole_and_stays_elsewhere(inpainter: Inpainter) -> None:
+    image, mask = noise(40, 48), holes(40, 48, (8, 10, 25, 30))
+    filled = inpainter.fill(image, mask)
+    assert torch.equal(filled.image, torch.where(mask, generated(inpainter, image, mask), image))
+    assert (filled.image != image)[mask.expand_as(image)].float().mean() > 0.9
+    (view,) = filled.views
+    assert view.box == (0, 0, 40, 48) and torch.equal(view.filled, filled.image) and view.layout is None
+    assert torch.equal(view.given, image.masked_fill(mask, 128))
+
+
+def test_what_the_hole_holds_has_no_influence(inpainter: Inpainter) -> None:
+    for size, box in ((41, (8, 10, 25, 30)), (150, (20, 10, 120, 110))):  # as it is, and reduced
+        mask = holes(size, size, box)
+        first = noise(size, size)
+        second = torch.where(mask, noise(size, size, seed=1), first)
+        assert torch.equal(inpainter.fill(first, mask).image, inpainter.fill(second, mask).image)
+
+
+def test_filling_is_deterministic_and_draws_nothing(file: Path, inpainter: Inpainter) -> None:
+    image, mask = noise(45, 33), holes(45, 33, (8, 10, 25, 30))
+    before = torch.get_rng_state()
+    first = inpainter.fill(image, mask).image
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert torch.equal(first, inpainter.fill(image, mask, with_layouts=True).image)
+    assert torch.equal(first, Inpainter(file, device="cpu").fill(image, mask).image)
+    assert not torch.equal(first, Inpainter(file, ema=False, device="cpu", max_pixels=0).fill(image, ~mask).image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 40), (40, 47), (35, 37), (1, 5), (3, 2), (9, 1), (8, 8)])
+def test_any_size_is_reflected_to_multiples_of_8_and_cut_again(inpainter: Inpainter, height: int, width: int) -> None:
+    """Against NumPy's padding, which reflects as often as needed."""
+    image, mask = noise(height, width), holes(height, width, (0, 0, (height + 1) // 2, (width + 1) // 2))
+    padding = ((0, 0), (0, -height % 8), (0, -width % 8))
+    padded, hole = (torch.from_numpy(np.pad(part.numpy(), padding, mode="reflect")) for part in (image, mask))
+    expected = generated(inpainter, padded, hole)[:, :height, :width]
+    outputs = inpainter.outputs(to_float(image)[None], mask[None])
+    assert outputs.coarse.shape == outputs.refined.shape == (1, 3, height, width)
+    assert torch.equal(to_uint8(outputs.refined[0]), expected)
+    assert torch.equal(inpainter.fill(image, mask).image, torch.where(mask, expected, image))
+
+
+def test_sixteen_bits_are_filled_with_sixteen(inpainter: Inpainter) -> None:
+    image, mask = noise(32, 40), holes(32, 40, (8, 10, 25, 30))
+    deep = (image.to(torch.int32) * 257).to(torch.uint16)
+    filled = inpainter.fill(deep, mask).image
+    assert filled.dtype == torch.uint16
+    hidden = mask.expand_as(image)
+    assert torch.equal(filled.int()[~hidden], deep.int()[~hidden])
+    coarse = inpainter.fill(image, mask).image.float()
+    assert (filled.float() / 257 - coarse).abs()[hidden].max() < 0.51
+    assert (filled.int() % 257 != 0)[hidden].float().mean() > 0.5  # finer than eight bits
+
+
+def test_layouts_are_of_the_refinement_stage_without_the_padding(inpainter: Inpainter) -> None:
+    image, mask = noise(38, 45), holes(38, 45, (8, 10, 25, 30))
+    (view,) = inpainter.fill(image, mask, with_layouts=True).views
+    assert view.layout is not None and view.layout.shape == (4, 10, 12)
+    torch.testing.assert_close(view.layout.sum(0), torch.ones(10, 12))
+    seen: list[Tensor] = []
+    layer = inpainter.model.context
+    handle = layer.register_forward_hook(lambda layer, inputs, _: seen.append(layer.layout(inputs[0]).detach()))
+    inpainter.fill(image, mask)
+    handle.remove()
+    assert seen[0].shape == (1, 4, 10, 12)
+    torch.testing.assert_close(view.layout, seen[0][0])
+
+
+# Windows
+
+
+def test_a_picture_at_the_limit_is_seen_whole_and_one_beyond_it_is_not(inpainter: Inpainter) -> None:
+    assert inpainter.max_pixels == 4 * S * S
+    box = (30, 12, 40, 22)
+    (view,) = inpainter.fill(noise(64, 64), holes(64, 64, box)).views
+    assert view.box == (0, 0, 64, 64)
+    (view,) = inpainter.fill(noise(64, 65), holes(64, 65, box)).views
+    assert view.box == (19, 1, 19 + S, 1 + S)
+
+
+def test_a_window_is_the_generator_on_that_part(inpainter: Inpainter) -> None:
+    image, mask = noise(100, 90), holes(100, 90, (50, 40, 75, 60))  # 25 x 20, so the window has 56 x 40
+    filled = inpainter.fill(image, mask)
+    assert [view.box for view in filled.views] == [(34, 30, 90, 70)]
+    part = (slice(None), slice(34, 90), slice(30, 70))
+    expected = image.clone()
+    expected[part] = torch.where(mask[part], generated(inpainter, image[part], mask[part]), image[part])
+    assert torch.equal(filled.image, expected)
+
+
+def test_a_window_of_everything_equals_the_whole_picture(file: Path, inpainter: Inpainter) -> None:
+    """A hole so large that its window is the picture, by the rule for large pictures and with a limit of its size."""
+    image, mask = noise(64, 72), holes(64, 72, (10, 10, 45, 50))
+    whole = Inpainter(file, device="cpu", max_pixels=64 * 72)
+    expected = torch.where(mask, generated(inpainter, image, mask), image)
+    assert torch.equal(whole.fill(image, mask).image, expected)
+    ((box, own),) = inpainter._windows(mask[0].numpy())  # whose limit is lower, so that the rule applies
+    assert box == (0, 0, 64, 72) and torch.equal(own, mask)
+    assert torch.equal(torch.where(own, whole._fill_window(image, mask, False)[1], image), expected)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 6, 6), (94, 134, 100, 140), (0, 70, 4, 90), (97, 3, 100, 139)])
+def test_windows_lie_in_the_picture_around_their_hole(inpainter: Inpainter, box: tuple[int, int, int, int]) -> None:
+    ((window, own),) = inpainter._windows(holes(100, 140, box)[0].numpy())
+    top, left, bottom, right = window
+    assert 0 <= top <= box[0] < box[2] <= bottom <= 100 and 0 <= left <= box[1] < box[3] <= right <= 140
+    assert bottom - top >= S and right - left >= S
+    for size, start, stop, length in ((100, top, bottom, box[2] - box[0]), (140, left, right, box[3] - box[1])):
+        assert stop - start == size or ((stop - start) % 8 == 0 and stop - start >= 2 * length)
+    assert torch.equal(own, holes(100, 140, box)[:, top:bottom, left:right])
+
+
+def test_holes_far_apart_are_filled_one_after_another_and_near_ones_together(inpainter: Inpainter) -> None:
+    boxes = [(5, 5, 15, 15), (8, 20, 12, 30), (80, 150, 95, 170), (70, 5, 71, 6)]
+    mask = holes(100, 200, *boxes)
+    windows = list(inpainter._windows(mask[0].numpy()))
+    assert len(windows) == 3  # the first and the second share one; with the fourth it would be too high
+    total = torch.zeros(100, 200, dtype=torch.int)
+    for (top, left, bottom, right), own in windows:
+        assert (bottom - top) * (right - left) <= inpainter.max_pixels
+        total[top:bottom, left:right] += own[0]
+    assert torch.equal(total, mask[0].int())  # every missing pixel once, and no other
+    image = noise(100, 200)
+    filled = inpainter.fill(image, mask)
+    hidden = mask.expand_as(image)
+    assert torch.equal(filled.image[~hidden], image[~hidden]) and (filled.image != image)[hidden].float().mean() > 0.9
+
+
+def test_a_later_window_sees_what_an_earlier_one_filled_and_masks_what_none_has(inpainter: Inpainter) -> None:
+    """Two holes whose common window is too large, and whose own windows overlap."""
+    mask = holes(120, 120, (30, 30, 60, 60), (62, 62, 90, 90))
+    image = noise(120, 120)
+    (first, own), (second, _) = inpainter._windows(mask[0].numpy())
+    parts = [(slice(None), slice(a, c), slice(b, d)) for a, b, c, d in (first, second)]
+    expected, missing = image.clone(), mask.clone()
+    made = generated(inpainter, expected[parts[0]], missing[parts[0]])
+    assert (missing[parts[0]] & ~own).any()  # a part of the other hole is in sight
+    expected[parts[0]] = torch.where(own, made, expected[parts[0]])
+    missing[parts[0]] &= ~own
+    made = generated(inpainter, expected[parts[1]], missing[parts[1]])
+    expected[parts[1]] = torch.where(missing[parts[1]], made, expected[parts[1]])
+    filled = inpainter.fill(image, mask)
+    assert torch.equal(filled.image, expected)
+    assert (filled.views[0].given == 128).all(0).sum() > own.sum()
+
+
+def test_a_window_too_large_is_reduced_filled_and_enlarged(inpainter: Inpainter) -> None:
+    """The picture has 128 x 128 pixels, four times the limit: so everything is halved."""
+    image, mask = noise(128, 128), holes(128, 128, (20, 31, 100, 105))
+    filled = inpainter.fill(image, mask)
+    (view,) = filled.views
+    assert view.box == (0, 0, 128, 128) and view.given.shape == (3, 64, 64)
+    small_mask = holes(64, 64, (10, 15, 50, 53))  # a pixel is missing if one of its four is
+    small = F.avg_pool2d(to_float(image)[None], 2)
+    with torch.no_grad():
+        made = inpainter.model(small.masked_fill(small_mask, 0), small_mask[None]).refined
+    expected = to_uint8(F.interpolate(made, (128, 128), mode="bicubic")[0])
+    assert torch.equal(filled.image, torch.where(mask, expected, image))
+    assert torch.equal(view.given, to_uint8(small[0]).masked_fill(small_mask, 128))
+
+
+# Mistakes
+
+
+def test_masks_that_cannot_be_meant_are_refused(inpainter: Inpainter, plain: Path) -> None:
+    image = noise(40, 48)
+    for mask in (holes(40, 48), ~holes(40, 48)):
+        with pytest.raises(UserError, match="of nothing or of everything"):
+            inpainter.fill(image, mask)
+    with pytest.raises(UserError, match=r"the image is \[3, 40, 48\], its mask \[1, 48, 40\]"):
+        inpainter.fill(image, holes(48, 40, (0, 0, 5, 5)))
+    with pytest.raises(ConfigError, match="no layout to see"):
+        Inpainter(plain, device="cpu").fill(image, holes(40, 48, (0, 0, 5, 5)), with_layouts=True)
+
+
+def test_models_and_limits_that_do_not_fit_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_pixels is 1023; expected 0, or at least the 1024"):
+        Inpainter(file, device="cpu", max_pixels=1023)
+    with pytest.raises(CheckpointError, match="was trained for inpainting; expected a class-conditional generator"):
+        Sampler(file, device="cpu")
+    config = override(Config(), ["model.image_size=32", "model.num_classes=2", "model.width=2"])
+    task = ClassConditionalTask(config, torch.device("cpu"))
+    save_checkpoint(tmp_path / "x.safetensors", task.state.tensors(), Header(config, ("a", "b"), 640, 1.0))
+    with pytest.raises(CheckpointError, match="was trained for class_conditional; expected an inpainting generator"):
+        Inpainter(tmp_path / "x.safetensors", device="cpu")
+
+
+# The command line
+
+
+def save(path: Path, pixels: Tensor, **options: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    array = pixels.numpy().astype(np.uint8)
+    Image.fromarray(array[0] * 255 if len(array) == 1 else array.transpose(1, 2, 0)).save(path, **options)
+    return path
+
+
+def look_at(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    return save(tmp_path / "in/x.png", noise(40, 48))
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    return save(tmp_path / "in/mask.png", holes(40, 48, (8, 10, 25, 30)))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    cli.main(["inpaint", *map(str, arguments), "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What is said of a mistake: status 2, one line for each, nothing on the standard output."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["inpaint", *map(str, arguments), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == "" and "Traceback" not in said.err
+    assert re.fullmatch(r"attnorm: [^\n]+\n", said.err)
+    return said.err
+
+
+def test_one_photograph_is_filled(
+    file: Path, inpainter: Inpainter, photograph: Path, mask: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = photograph.parent / "new/x.png"
+    said = run(capsys, file, photograph, mask, "--out", out)
+    assert said == f"{out}: 17.7% of 48x40 pixels filled in one window\n"
+    expected = inpainter.fill(noise(40, 48), holes(40, 48, (8, 10, 25, 30))).image
+    assert np.array_equal(look_at(out), expected.permute(1, 2, 0).numpy())
+    before = out.read_bytes()
+    run(capsys, file, photograph, mask, "--out", out, "--overwrite")
+    assert out.read_bytes() == before
+
+
+def test_the_polarity_and_threshold_of_a_mask_can_be_told(
+    file: Path, photograph: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = torch.zeros(40, 48, dtype=torch.uint8)
+    grey[:20], grey[:10] = 127, 128
+    mask = photograph.parent / "grey.png"
+    Image.fromarray(grey.numpy()).save(mask)
+    before = look_at(photograph)
+    for options, missing in (
+        ([], slice(0, 10)),
+        (["--invert"], slice(10, 40)),
+        (["--threshold", "127"], slice(0, 20)),
+        (["--threshold", "127", "--invert"], slice(20, 40)),
+    ):
+        out = photograph.parent / "out.png"
+        run(capsys, file, photograph, mask, "--out", out, "--overwrite", *options)
+        changed = (look_at(out) != before).any((1, 2))
+        expected = np.zeros(40, bool)
+        expected[missing] = True
+        assert np.array_equal(changed, expected)
+
+
+def test_a_jpeg_says_what_it_loses_unless_a_png_is_asked_for(
+    file: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "in/x.jpg", noise(40, 48), quality=70)
+    said = run(capsys, file, source, mask, "--out", tmp_path / "x.jpg")
+    change = re.search(r"JPEG was encoded anew, which changed the other pixels by up to (\d+) of 255", said)
+    apart = np.abs(look_at(tmp_path / "x.jpg").astype(int) - look_at(source))[look_at(mask) == 0].max()
+    assert change and int(change[1]) == apart > 0
+    said = run(capsys, file, source, mask, "--out", tmp_path / "x.png")
+    assert "JPEG" not in said
+    assert np.array_equal(look_at(tmp_path / "x.png")[look_at(mask) == 0], look_at(source)[look_at(mask) == 0])
+
+
+def test_the_layout_is_drawn(
+    file: Path, plain: Path, photograph: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(capsys, file, photograph, mask, "--out", tmp_path / "x.png", "--layout", tmp_path / "layout.png")
+    assert said.endswith(f"\n{tmp_path / 'layout.png'}\n")
+    drawn = look_at(tmp_path / "layout.png")
+    assert drawn.std() > 1 and drawn.shape[1] > 5 * drawn.shape[0]  # given, filled, argmax and four entities
+    message = refused(capsys, plain, photograph, mask, "--out", tmp_path / "y.png", "--layout", tmp_path / "z.png")
+    assert "no AttentiveNorm2d (its context block is none), so there is no layout" in message
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["layout.png", "x.png"]
+
+
+def test_nothing_is_written_for_a_mistake(
+    file: Path, photograph: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photograph.parent
+    save(folder / "small.png", holes(40, 40, (0, 0, 5, 5)))
+    save(folder / "empty.png", holes(40, 48))
+    save(folder / "full.png", ~holes(40, 48))
+    (folder / "text.png").write_text("no picture", encoding="utf-8")
+    (folder / "there.png").write_text("mine", encoding="utf-8")
+    before = contents(tmp_path)
+    out = tmp_path / "out.png"
+    for arguments, remedy in (
+        ((file, photograph, folder / "small.png", "--out", out), "has 40x40 pixels, but"),
+        ((file, photograph, folder / "empty.png", "--out", out), "so nothing is missing; if black is, say --invert"),
+        ((file, photograph, folder / "full.png", "--out", out), "nothing of"),
+        ((file, photograph, folder / "text.png", "--out", out), "cannot read the mask"),
+        ((file, folder / "text.png", mask, "--out", out), "it is no image"),
+        ((file, folder / "none.png", mask, "--out", out), "there is no image"),
+        ((file, photograph, folder / "none.png", "--out", out), "there is no mask"),
+        ((file, photograph, mask, "--out", folder / "there.png"), "already there; choose another --out"),
+        ((file, photograph, mask, "--out", photograph, "--overwrite"), "is what is read"),
+        ((file, photograph, mask, "--out", mask, "--overwrite"), "is what is read"),
+        ((file, photograph, mask, "--out", folder, "--overwrite"), "is a folder; expected a picture's name"),
+        ((file, photograph, mask, "--out", tmp_path / "x.webp"), "is PNG; expected a name in .png"),
+        ((file, photograph, mask, "--out", out, "--layout", folder / "there.png"), "already there"),
+        ((file, photograph, mask, "--out", out, "--threshold", "0"), "expected 1 to 255"),
+        ((file, photograph, mask, "--out", out, "--max-pixels", "9"), "expected 0, or at least the 1024"),
+        ((file, photograph, mask, "--out", out, "--lossless"), "let --out end in .png"),
+        ((file, photograph, "--out", out), "expected IMAGE and MASK, or --images DIR"),
+        ((file, photograph, mask, "--masks", folder, "--out", out), "expected IMAGE and MASK, or --images DIR"),
+        ((file, "--images", folder, "--out", out), "--images takes --masks beside it"),
+        ((folder, photograph, mask, "--out", out), "is not a run directory"),
+    ):
+        assert remedy in refused(capsys, *arguments)
+    assert contents(tmp_path) == before
+
+
+# Folders
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Three images with masks, one of them a JPEG, and one of each that is left over."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for seed, name in enumerate(("a.png", "b.jpg", "c.bmp", "lone.png")):
+        save(images / name, noise(33, 41, seed))
+    for number, name in enumerate(("a.png", "b.png", "c.gif", "odd.png")):
+        save(masks / name, holes(33, 41, (4, 5 + number, 20, 25)))
+    return images, masks
+
+
+def test_a_folder_is_filled_by_stem(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
+    out = tmp_path / "out"
+    cli.main(
+        ["inpaint", str(file), "--images", str(images), "--masks", str(masks), "--out", str(out), "--device", "cpu"]
+    )
+    said = capsys.readouterr()
+    assert sorted(contents(out)) == ["a.png", "b.jpg", "c.bmp"]
+    assert f"left out, as this image has no mask: {images / 'lone.png'}" in said.err
+    assert f"left out, as this mask has no image: {masks / 'odd.png'}" in said.err
+    assert [line.split(":")[0] for line in said.out.splitlines()] == [str(out / n) for n in ("a.png", "b.jpg", "c.bmp")]
+    for name, its_mask in (("a.png", "a.png"), ("c.bmp", "c.gif")):
+        changed = (look_at(out / name) != look_at(images / name)).any(2)
+        assert np.array_equal(changed, look_at(masks / its_mask) > 0)
+    run(capsys, file, photograph_of(images), masks / "a.png", "--out", tmp_path / "alone.png")
+    assert np.array_equal(look_at(tmp_path / "alone.png"), look_at(out / "a.png"))
+
+
+def photograph_of(images: Path) -> Path:
+    return images / "a.png"
+
+
+def test_one_mask_may_serve_all_and_nothing_need_be_lost(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
+    Image.fromarray(noise(33, 41, 9).permute(1, 2, 0).numpy()).convert("CMYK").save(images / "d.jpeg")
+    out = tmp_path / "out"
+    run(capsys, file, "--images", images, "--masks", masks / "b.png", "--out", out, "--lossless")
+    assert sorted(contents(out)) == ["a.png", "b.png", "c.bmp", "d.tif", "lone.png"]
+    known = look_at(masks / "b.png") == 0
+    for source, result in (("b.jpg", "b.png"), ("d.jpeg", "d.tif"), ("lone.png", "lone.png")):
+        assert np.array_equal(look_at(out / result)[known], look_at(images / source)[known])
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
+    before = contents(tmp_path)
+    lines = run(capsys, file, "--images", images, "--masks", masks, "--out", tmp_path / "out", "--dry-run").splitlines()
+    assert lines[0] == (
+        f"{images / 'a.png'} + {masks / 'a.png'} -> {tmp_path / 'out/a.png'}: 23.7% of 41x33 pixels to fill"
+    )
+    assert len(lines) == 3 and lines[1].endswith("to fill, as JPEG, which loses")
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "real"])
+def test_what_cannot_be_filled_is_named_and_the_rest_is_filled(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool
+) -> None:
+    images, masks = folders
+    save(masks / "a.png", holes(33, 41))
+    (images / "c.bmp").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    command = ["inpaint", file, "--images", images, "--masks", masks, "--out", out, "--device", "cpu"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*map(str, command), *(["--dry-run"] if dry else [])])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and len(said.out.splitlines()) == 1
+    assert "not filled: nothing in the mask" in said.err and f"not filled: cannot read the image {images}" in said.err
+    assert f"attnorm: 2 of 3 images {'would not be' if dry else 'were not'} filled" in said.err
+    assert sorted(contents(out)) == ([] if dry else ["b.jpg"])
+
+
+def test_folders_that_cannot_be_meant_are_refused(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    out = tmp_path / "out"
+    for arguments, remedy in (
+        (("--images", images, "--masks", tmp_path / "empty", "--out", out), "holds no image"),
+        (("--images", tmp_path / "empty", "--masks", masks, "--out", out), "holds no image"),
+        (("--images", images, "--masks", images, "--out", out), "expected a folder for each"),
+        (("--images", images, "--masks", masks, "--out", images, "--overwrite"), "choose another --out"),
+        (("--images", images, "--masks", masks, "--out", masks), "already there"),
+        (("--images", images, "--masks", masks, "--out", out, "--layout", out), "neither IMAGE and MASK nor --layout"),
+    ):
+        assert remedy in refused(capsys, file, *arguments)
+    for path in masks.iterdir():
+        path.rename(path.with_stem(f"mask-{path.stem}"))
+    message = refused(capsys, file, "--images", images, "--masks", masks, "--out", out)
+    assert "no mask in" in message and "expected for example a.png beside a.png" in message
+    assert len(contents(tmp_path)) == len(before) and not out.exists()
+
+
+def test_two_images_are_never_written_to_one_file(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
+    save(images / "a.jpg", noise(33, 41, 8))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        run(capsys, file, "--images", images, "--masks", masks, "--out", out, "--lossless")
+    assert caught.value.code == 2 and "as another image is; rename one of them" in capsys.readouterr().err
+    assert sorted(contents(out)) == ["a.png", "b.png", "c.bmp"]
