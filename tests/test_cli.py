@@ -24,7 +24,19 @@ from attnorm.config import Config, from_dict, override
 from attnorm.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "sample", "interpolate", "layout", "inpaint", "page", "curves", "bench", "presets")
+VERBS = (
+    "train",
+    "sample",
+    "interpolate",
+    "layout",
+    "inpaint",
+    "page",
+    "curves",
+    "bench",
+    "manifest",
+    "evaluate",
+    "presets",
+)
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
 QUIET = ("run.log_every_images=4", "run.layout_every_images=8", "run.grid_every_images=8", "run.precision=float32")
 CLASSES = ["bird", "cat", "dog"]

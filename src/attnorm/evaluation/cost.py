@@ -1,0 +1,179 @@
+"""What filling one picture costs at several sizes: time and memory of a forward pass (`attnorm evaluate --cost`)."""
+
+# S side of the picture.
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnorm import __version__
+from attnorm.bench import peak_bytes
+from attnorm.checkpoint import find_device, write_atomically, write_json
+from attnorm.config import ConfigError
+from attnorm.data.masks import centre_mask
+from attnorm.inference import Inpainter
+from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
+from attnorm.models.inpainting import InpaintingGenerator
+
+SECONDS = 1.0  # spent on a cell, after one pass that warms up and measures the memory
+FEATURE_STRIDE = 4  # pixels a side that a feature of the context block stands for
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model at one size, batch 1."""
+
+    model: str
+    image_size: int  # S
+    milliseconds: float | None = None  # median; None where it was not run
+    passes: int = 0
+    peak_bytes: int | None = None  # held at once beyond weights and input
+    score_bytes: int | None = None  # of one contextual score matrix, where the model has them
+    skipped: str = ""  # why it was not run
+
+
+def measure_cost(
+    runs: Mapping[str, Path],
+    sizes: Sequence[int],
+    *,
+    device: str = "auto",
+    seconds: float = SECONDS,
+    allowed_bytes: int | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> list[Cell]:
+    """Every model at every size, small ones first; what would not fit, as the size before foretells, is skipped.
+
+    Args:
+        runs: By name; run directories or checkpoint files of the inpainting task.
+        sizes: Sides in pixels, multiples of 8; the hole is the centre square of half the side.
+        allowed_bytes: What a forward pass may hold; by default half of the machine's memory, nine tenths of a GPU's.
+    """
+    for size in sizes:
+        if size < 32 or size % 8:
+            raise ConfigError(f"a size is {size}; expected multiples of 8, at least 32")
+    found = find_device(device)
+    allowed = _memory(found) if allowed_bytes is None else allowed_bytes
+    cells: list[Cell] = []
+    for name, path in runs.items():
+        model = Inpainter(path, device=device).model
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        last: Cell | None = None
+        for size in sorted(set(sizes)):
+            progress(len(cells), len(runs) * len(set(sizes)), f"{name}, {size} pixels")
+            last = _cell(name, model, size, last, found, seconds, allowed)
+            cells.append(last)
+    return cells
+
+
+def _cell(
+    name: str,
+    model: InpaintingGenerator,
+    size: int,
+    last: Cell | None,
+    device: torch.device,
+    seconds: float,
+    allowed: int,
+) -> Cell:
+    is_contextual = isinstance(model.context, ContextualAttention)
+    side = size // FEATURE_STRIDE
+    scores = score_bytes(side, side) if is_contextual else None
+    if last is not None and last.peak_bytes is None:
+        return Cell(name, size, score_bytes=scores, skipped="a smaller size did not fit")
+    # At least as much as the scores alone; and the last size's, grown with the pixels, or with their square.
+    needed = float(scores or 0)
+    if last is not None and last.peak_bytes is not None:
+        needed = max(needed, last.peak_bytes * (size / last.image_size) ** (4 if is_contextual else 2))
+    if needed > allowed:
+        return Cell(
+            name, size, score_bytes=scores, skipped=f"would need up to {needed:,.0f} bytes; {allowed:,} are allowed"
+        )
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+    mask = centre_mask(size).mask[None].to(device)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(image, mask)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    try:
+        peak = _peak_bytes(step, device)
+        times: list[float] = []
+        while not times or sum(times) < seconds:
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    except RuntimeError as error:  # a GPU's lack of memory has a class of its own, the CPU's has not
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        return Cell(name, size, score_bytes=scores, skipped="out of memory")
+    return Cell(name, size, 1000 * statistics.median(times), len(times), peak, scores)
+
+
+def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that torch's allocator held at once during a step, beyond what it held before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    return peak_bytes(step)
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def write_cost(cells: Sequence[Cell], device: str, out: Path) -> list[Path]:
+    """cost.json and cost.md in `out`; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = find_device(device)
+    environment: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else str(found),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "attnorm": __version__,
+        "torch": torch.__version__,
+    }
+    write_json(out / "cost.json", {"environment": environment, "cells": [asdict(cell) for cell in cells]})
+    text = "\n".join(
+        [
+            "# Cost of filling one picture",
+            "",
+            f"One forward pass, batch 1, float32, on {environment['device']} with {environment['threads']} threads, "
+            f"torch {environment['torch']}: median, and the most that torch's allocator held beyond weights and input.",
+            "",
+            *_rows(cells),
+        ]
+    )
+    write_atomically(out / "cost.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    return [out / "cost.json", out / "cost.md"]
+
+
+def _rows(cells: Sequence[Cell]) -> list[str]:
+    sizes = sorted({cell.image_size for cell in cells})
+    lines = ["| | " + " | ".join(f"{size} x {size}" for size in sizes) + " |", "|" + " --- |" * (len(sizes) + 1)]
+    for name in dict.fromkeys(cell.model for cell in cells):
+        texts = []
+        for cell in sorted((cell for cell in cells if cell.model == name), key=lambda cell: cell.image_size):
+            scores = f"; a score matrix {_mebibytes(cell.score_bytes)}" if cell.score_bytes is not None else ""
+            if cell.milliseconds is None or cell.peak_bytes is None:
+                texts.append(f"not run: {cell.skipped}{scores}")
+            else:
+                texts.append(f"{cell.milliseconds:,.1f} ms, {_mebibytes(cell.peak_bytes)}{scores}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
