@@ -27,6 +27,11 @@ NAMES = ("out", "area", "mean", "rstd", "dx", "dfilters", "doffset", "dvalue_wei
 NAMES += ("dweight", "dbias", "drho")
 
 
+def why(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason why it cannot run."""
+    return native.obstacle(torch.device(device), dtype, 1, 1, False)
+
+
 class Inputs(NamedTuple):
     x: Tensor  # [N, C, H, W]
     filters: Tensor  # [M, K, C]
@@ -290,18 +295,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_it_cannot_run_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "float64" in (native.obstacle(torch.zeros(1, dtype=torch.float64)) or "")
-    assert "meta" in (native.obstacle(torch.zeros(1, device="meta")) or "")
+    assert "float64" in (why(dtype=torch.float64) or "")
+    assert "meta" in (why("meta") or "")
     monkeypatch.setenv("ATTNORM_NATIVE", "0")
-    assert "ATTNORM_NATIVE=0" in (native.obstacle(torch.zeros(1)) or "")
+    assert "ATTNORM_NATIVE=0" in (why() or "")
 
 
 def test_without_a_compiler_the_reason_names_cc(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(cache))
-    assert "name one with CC" in (native.obstacle(torch.zeros(1)) or "")
+    assert "name one with CC" in (why() or "")
     monkeypatch.setenv("CC", "no-such-compiler -m64")
-    assert "'no-such-compiler' is not found" in (native.obstacle(torch.zeros(1)) or "")
+    assert "'no-such-compiler' is not found" in (why() or "")
 
 
 def test_a_failed_build_gives_the_first_line_of_the_compilers_message(
@@ -311,7 +316,7 @@ def test_a_failed_build_gives_the_first_line_of_the_compilers_message(
     compiler.write_text('#!/bin/sh\necho "native.c:1: error: no vectors here" >&2\necho "more" >&2\nexit 1\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(compiler))
-    reason = native.obstacle(torch.zeros(1))
+    reason = why()
     assert reason and reason.endswith("error: no vectors here")
     assert not list(cache.iterdir())
     inputs, temperature = make_inputs(1, 3, 2, 2, 2)
@@ -323,11 +328,11 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setenv("CC", sys.executable)  # any program: the folder fails first
     monkeypatch.setenv("ATTNORM_CACHE", str(tmp_path / "file" / "cache"))
-    assert "name another cache folder with ATTNORM_CACHE" in (native.obstacle(torch.zeros(1)) or "")
+    assert "name another cache folder with ATTNORM_CACHE" in (why() or "")
 
 
 PROBE = "import logging, torch; logging.basicConfig(level='INFO'); from attnorm.ops import native; "
-PROBE += "print(native.obstacle(torch.zeros(1)))"
+PROBE += "print(native.obstacle(torch.device('cpu'), torch.float32, 1, 1, False))"
 
 
 @needs_compiler
@@ -336,14 +341,14 @@ def test_it_is_built_once_by_any_number_of_processes(cache: Path, caplog: pytest
     assert [process.communicate()[0].strip() for process in processes] == ["None", "None"]
     (built,) = cache.iterdir()  # no temporary file is left
     with caplog.at_level(logging.INFO, "attnorm"):
-        assert native.obstacle(torch.zeros(1)) is None
+        assert why() is None
     assert not caplog.records and list(cache.iterdir()) == [built]
 
 
 @needs_compiler
 def test_a_damaged_library_is_built_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "attnorm"):
-        assert native.obstacle(torch.zeros(1)) is None
+        assert why() is None
     (built,) = cache.iterdir()
     assert [record.message.startswith(f"built {built}") for record in caplog.records] == [True]
     built.unlink()  # this process has it mapped, so a new file, for a new process

@@ -206,11 +206,14 @@ def test_a_plan_that_does_not_fit_is_replaced_by_a_smaller_one(monkeypatch: pyte
         forward(*make(1, 16, 16, 8, 16, 1)[:1], *make(1, 16, 16, 8, 16, 1)[1], TEMPERATURE, EPS)
 
 
-@pytest.mark.parametrize("is_even", [True, False])
-def test_right_kernels_are_found_right_and_wrong_ones_wrong(is_even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (DEVICE, torch.float32, 16, 4, False, is_even, "ieee")
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_right_kernels_are_found_right_and_wrong_ones_wrong(
+    channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (DEVICE, torch.float32, 16, 4, channels_last, "ieee")
     disagreement.cache_clear()
-    assert disagreement(*arguments, side=12) is None
+    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):  # of whoever calls the layer first
+        assert disagreement(*arguments, side=12) is None
     kernel = triton_kernels.backward
 
     def wrong(*inputs: Any) -> tuple[Tensor, ...]:
@@ -219,22 +222,36 @@ def test_right_kernels_are_found_right_and_wrong_ones_wrong(is_even: bool, monke
 
     monkeypatch.setattr(triton_kernels, "backward", wrong)
     disagreement.cache_clear()
-    assert "the gradient of the entities is off by 1.0e-02" in str(disagreement(*arguments, side=12))
+    assert "the gradient of the filters is off by 1.0e-02" in str(disagreement(*arguments, side=12))
     disagreement.cache_clear()
 
 
+def test_both_kinds_of_maps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, exact = triton_kernels._cut, set()
+
+    def watched(*arguments: Any) -> Any:
+        made = cut(*arguments)
+        exact.add(made.options["EXACT"])
+        return made
+
+    monkeypatch.setattr(triton_kernels, "_cut", watched)
+    disagreement.cache_clear()
+    assert disagreement(DEVICE, torch.float32, 16, 16, False, "ieee", side=16) is None
+    assert exact == {True, False}
+
+
 @pytest.mark.parametrize(
-    ("x", "entities", "reason"),
+    ("dtype", "channels", "entities", "reason"),
     [
-        (torch.empty(1, 300, 4, 4), 16, "300 channels and 16 entities of torch.float32"),
-        (torch.empty(1, 8, 4, 4), 33, "8 channels and 33 entities"),
-        (torch.empty(1, 200, 4, 4), 32, "at most 256 and 16"),
-        (torch.empty(1, 8, 4, 4, dtype=torch.float64), 16, "x is torch.float64"),
-        (torch.empty(1, 8, 0, 4), 16, "an image has 0 values"),
+        (torch.float32, 300, 16, "300 channels and 16 entities of torch.float32"),
+        (torch.float32, 8, 33, "8 channels and 33 entities"),
+        (torch.float32, 200, 32, "at most 256 and 16"),
+        (torch.float64, 8, 16, "x is torch.float64"),
     ],
 )
-def test_why_it_cannot_run(x: Tensor, entities: int, reason: str) -> None:
-    assert reason in str(obstacle(x.to(DEVICE), entities))
+def test_why_it_cannot_run(dtype: torch.dtype, channels: int, entities: int, reason: str) -> None:
+    assert reason in str(obstacle(DEVICE, dtype, channels, entities, False))
+    assert obstacle(DEVICE, torch.bfloat16, 16, 16, False) is None
 
 
 def test_without_a_gpu_it_says_so() -> None:

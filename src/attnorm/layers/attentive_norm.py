@@ -180,12 +180,12 @@ class AttentiveNorm2d(nn.Module):
             switch = "value_projection=False"
         if switch is not None:
             switch += " is computed by the plain implementations only"
+        elif not 0 < x[:1].numel() < 2**31:
+            switch = f"an image has {x[:1].numel()} values; expected at least 1 and fewer than 2^31"
         best = {"cuda": "triton", "cpu": "native"}.get(x.device.type)
-        fast = {
-            name: switch or obstacle(name, x, self.num_entities)
-            for name in ("native", "triton")
-            if name in (best, self.impl)
-        }
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        kind = (x.device, x.dtype, self.num_features, self.num_entities, channels_last)
+        fast = {name: switch or obstacle(name, *kind) for name in ("native", "triton") if name in (best, self.impl)}
         return fast | {"fused": None, "reference": None}
 
     def _sampling(self, x: Tensor, generator: torch.Generator | None) -> SelfSampling:

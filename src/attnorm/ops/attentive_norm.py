@@ -50,10 +50,28 @@ def attentive_norm(
         temperature, eps: tau of Eq. 4; what is added to the variance.
         impl: "native" or "triton".
 
+    Raises:
+        ValueError: parameters of other shapes or on another device than x.
+
     Returns:
         [N, C, H, W], dtype of x. Products are taken in the precision of x, in float32 as torch multiplies matrices
         (exactly, unless TF32 is allowed); sums are in float32.
     """
+    channels, count = x.shape[1], entities.shape[0]
+    given = {
+        "entities": (entities, (count, channels)),
+        "value_weight": (value_weight, (channels, channels)),
+        "value_bias": (value_bias, (channels,)),
+        "weight": (weight, (count, channels)),
+        "bias": (bias, (count, channels)),
+        "rho": (rho, ()),
+    }
+    for name, (part, shape) in given.items():
+        if part is not None and (part.shape != shape or part.device != x.device):
+            raise ValueError(
+                f"{name} is {tuple(part.shape)} on {part.device}; expected {shape} on {x.device}, as x is "
+                f"{tuple(x.shape)} there; move the layer or x with .to(device)"
+            )
     weight = torch.ones_like(entities) if weight is None else weight
     bias = torch.zeros_like(entities) if bias is None else bias
     parameters = [part.float() for part in (entities, value_weight, value_bias, weight, bias, rho)]
@@ -62,14 +80,18 @@ def attentive_norm(
     return out
 
 
-def obstacle(impl: str, x: Tensor, num_entities: int) -> str | None:
-    """Why `impl`, "native" or "triton", cannot run on a feature map `x`; None if it can."""
+def obstacle(
+    impl: str, device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+) -> str | None:
+    """Why `impl`, "native" or "triton", cannot run on such a feature map; None if it can.
+
+    It takes no tensor: torch.compile would run all that comes before the layer to find out its values.
+    """
     try:
         module = importlib.import_module(_MODULES[impl])
     except ImportError as error:
         return f"{error.name or error} is not installed"
-    with torch.no_grad():
-        said: str | None = module.obstacle(x.detach(), num_entities)
+    said: str | None = module.obstacle(device, dtype, num_channels, num_entities, channels_last)
     return said
 
 
@@ -218,6 +240,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, filters, offset, area, mean, rstd = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated in its turn
+        # Of this use of the layer alone: an x that came out of the same layer leads back to the same parameters.
+        inputs = [
+            part.view_as(part) if needed else part for part, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
         wanted = [part for part, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         out = plain(*inputs, temperature=ctx.temperature, eps=ctx.eps)
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))

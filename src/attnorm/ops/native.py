@@ -55,15 +55,19 @@ class _Layer(ctypes.Structure):
     )
 
 
-def obstacle(x: Tensor, num_entities: int = 0) -> str | None:
-    """Why this implementation cannot run on `x`; None if it can. The first call builds the library. Any number of
-    entities will do."""
+def obstacle(
+    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+) -> str | None:
+    """Why this implementation cannot run on such a feature map; None if it can. The first call builds the library.
+
+    Any number of channels and entities, and either layout, will do.
+    """
     if os.environ.get("ATTNORM_NATIVE") == "0":
         return "ATTNORM_NATIVE=0 switches it off"
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; it runs on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}; it takes float32 and bfloat16"
+    if device.type != "cpu":
+        return f"x is on {device}; it runs on the CPU"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {dtype}; it takes float32 and bfloat16"
     library = _library()
     return library if isinstance(library, str) else None
 
@@ -96,8 +100,11 @@ def forward(
     x, channels_last = _dense(x)
     out = torch.empty_like(x)
     images, entities, channels = x.shape[0], filters.shape[1], x.shape[1]
-    area = torch.empty(images, entities)
-    mean, rstd = torch.empty(images, entities, channels), torch.empty(images, entities, channels)
+    area, mean, rstd = (
+        _floats(images, entities),
+        _floats(images, entities, channels),
+        _floats(images, entities, channels),
+    )
     if not x.numel():
         return out, area.fill_(SMALLEST_AREA), mean.zero_(), rstd.fill_(eps**-0.5)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
@@ -133,7 +140,7 @@ def backward(
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
     dx = torch.empty_like(x)
-    gradients = [torch.empty(argument.shape) for argument in arguments]
+    gradients = [_floats(*argument.shape) for argument in arguments]
     if not x.numel():
         dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = (g.zero_() for g in gradients)
     else:
@@ -185,7 +192,7 @@ def _run(
         **{name: result.data_ptr() for name, result in results.items()},
     )
     pointer = ctypes.byref(layer)
-    workspace = torch.empty(library.attnorm_workspace(pointer, direction == "backward"))
+    workspace = _floats(library.attnorm_workspace(pointer, direction == "backward"))
     layer.workspace = workspace.data_ptr()
     getattr(library, f"attnorm_{direction}")(pointer)  # ctypes releases the GIL meanwhile
 
@@ -196,6 +203,11 @@ def _dense(x: Tensor) -> tuple[Tensor, bool]:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return x, True
     return x.contiguous(), False
+
+
+def _floats(*shape: int) -> Tensor:
+    """What C writes: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -611,29 +611,28 @@ def _smaller(plan: Plan) -> Plan | None:
     return None
 
 
-def obstacle(x: Tensor, num_entities: int) -> str | None:
-    """Why the kernels cannot run on a feature map `x`, [N, C, H, W]; None if they can.
+def obstacle(
+    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+) -> str | None:
+    """Why the kernels cannot run on such a feature map; None if they can.
 
     The first call for a kind of feature map compiles the kernels and compares them with the plain form.
     """
-    if x.device.type != "cuda" and not INTERPRETED.value:
-        return f"x is on {x.device}; it runs on CUDA devices"
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
-    channels, most = x.shape[1], MAX_ENTITIES if x.element_size() == 2 or x.shape[1] <= 128 else FEWEST
-    if channels > MAX_CHANNELS or num_entities > most:
+    if device.type != "cuda" and not INTERPRETED.value:
+        return f"x is on {device}; it runs on CUDA devices"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {dtype}; it takes float32, bfloat16 and float16"
+    most = MAX_ENTITIES if dtype != torch.float32 or num_channels <= 128 else FEWEST
+    if num_channels > MAX_CHANNELS or num_entities > most:
         return (
-            f"{channels} channels and {num_entities} entities of {x.dtype}; a multiprocessor holds the tiles of at "
+            f"{num_channels} channels and {num_entities} entities of {dtype}; a multiprocessor holds the tiles of at "
             f"most {MAX_CHANNELS} and {most}"
         )
-    if not 0 < x[:1].numel() < 2**31:
-        return f"an image has {x[:1].numel()} values; expected at least 1 and fewer than 2^31"
-    if INTERPRETED.value or type(x) is not Tensor:  # slow; or a stand-in that torch.compile traces with
+    if INTERPRETED.value:  # slow
         return None
-    is_even = x.shape[2] * x.shape[3] % 128 == 0
-    return disagreement(x.device, x.dtype, channels, num_entities, _is_channels_last(x), is_even, _precision(x))
+    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype))
 
 
 # ||got - expected|| / ||expected|| that is still rounding.
@@ -647,51 +646,71 @@ def disagreement(
     num_channels: int,
     num_entities: int,
     channels_last: bool,
-    is_even: bool,
     precision: str,
     side: int | None = None,
 ) -> str | None:
-    """What the kernels get wrong on such a feature map, or None.
+    """What the kernels get wrong on such feature maps, or None.
 
     A compiler was seen to turn a right kernel into a wrong one for some tile sizes (docs/performance.md): no plan that
-    was right on one machine with one version of triton is trusted on another unseen. The map is large enough for every
-    program to walk over several tiles.
+    was right on one machine with one version of triton is trusted on another unseen. Both kinds of maps are tried,
+    whose pixels fill whole tiles and whose do not, large enough for every program to walk over several tiles.
     """
-    from attnorm.ops.attentive_norm import plain
-
     side = side or (256 if num_channels <= 64 else 128)
-    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        for odd in (0, 1):
+            shape = (2, num_channels, side - odd, side - odd)
+            found = _compare(shape, device, dtype, num_entities, channels_last, precision)
+            if found:
+                return (
+                    f"{found} on {device} with triton {triton.__version__} for {num_channels} channels and "
+                    f"{num_entities} entities of {dtype}"
+                )
+    return None
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+
+def _compare(
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    num_entities: int,
+    channels_last: bool,
+    precision: str,
+) -> str | None:
+    from attnorm.ops.regional_norm import regional_norm
+
+    generator = torch.Generator().manual_seed(0)
+    images, channels = shape[:2]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device)
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (2, num_channels, side, side if is_even else side - 1)
     x, grad = (draw(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
-    entities, offset = draw(num_entities, num_channels), torch.zeros(1, num_entities, device=device)
-    value_weight, value_bias = draw(num_channels, num_channels) / num_channels**0.5, draw(num_channels)
-    weight, bias = 1 + 0.1 * draw(num_entities, num_channels), draw(num_entities, num_channels)
+    filters, offset = draw(images, num_entities, channels), draw(images, num_entities)
+    value_weight, value_bias = draw(channels, channels) / channels**0.5, draw(channels)
+    weight, bias = 1 + 0.1 * draw(num_entities, channels), draw(num_entities, channels)
     rho = torch.tensor(0.7, device=device)
-    temperature, eps = 1.6 / num_channels**0.5, 1e-5  # a softmax that is neither flat nor hard
-    first = (x, entities[None], offset, value_weight, value_bias, weight, bias, rho)
-    out, area, mean, rstd = forward(*first, temperature, eps)
-    d_x, d_filters, _, *others = backward(grad, *first, area, mean, rstd, temperature, eps)
+    temperature, eps = 1.6 / channels**0.5, 1e-5  # a softmax that is neither flat nor hard
+    arguments = (x, filters, offset, value_weight, value_bias, weight, bias, rho)
+    out, area, mean, rstd = forward(*arguments, temperature, eps)
+    got = backward(grad, *arguments, area, mean, rstd, temperature, eps)
     with torch.enable_grad():
-        leaves = [part.detach().float().requires_grad_() for part in (x, entities, *first[3:])]
-        expected = plain(*leaves, *[None] * 6, temperature=temperature, eps=eps)
+        leaves = [part.detach().float().requires_grad_() for part in arguments]
+        flat = leaves[0].flatten(2)
+        soft = torch.softmax(temperature * torch.baddbmm(leaves[2][..., None], leaves[1], flat), 1)
+        v = (leaves[3] @ flat + leaves[4][:, None]).unflatten(2, shape[2:])
+        normalized = regional_norm(v, soft.unflatten(2, shape[2:]), leaves[5], leaves[6], eps=eps)
+        expected = leaves[7] * normalized + leaves[0]
         gradients = torch.autograd.grad(expected, leaves, grad.float())
+    names = ("x", "the filters", "their offset", "the value projection", "", "beta", "alpha", "rho")
     pairs = [("the output", out, expected)]
-    names = ("x", "the entities", "the value projection", "", "beta", "alpha", "rho")
-    for name, ours, theirs in zip(names, (d_x, d_filters[0], *others), gradients, strict=True):
+    for name, ours, theirs in zip(names, got, gradients, strict=True):
         pairs += [(f"the gradient of {name}", ours, theirs)] if name else []  # the value's bias has none
     allowed = ROUNDING[precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")]
     for name, ours, theirs in pairs:
         error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
         if not error <= allowed:
-            return (
-                f"{name} is off by {error:.1e}, more than {allowed:g}, on {device} with triton {triton.__version__} "
-                f"for {num_channels} channels and {num_entities} entities of {dtype}"
-            )
+            return f"{name} is off by {error:.1e}, more than {allowed:g}"
     return None
 
 
@@ -720,7 +739,7 @@ def _cut(plan: Plan, x: Tensor, num_entities: int) -> _Pass:
         "CHUNK": plan.chunk,
         "EXACT": channels == padded and num_entities == padded_entities and height * width % plan.tile == 0,
         "CHANNELS_LAST": _is_channels_last(x),
-        "PRECISION": _precision(x),
+        "PRECISION": _precision(x.dtype),
         "INNER": tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
         "SPLIT": plan.split,
         # One of two nested loops may have loads in flight: with both, Triton 3.6 was seen to overwrite what was in use.
@@ -738,7 +757,7 @@ _fits: dict[tuple[object, ...], Plan] = {}  # what was found to fit where the pl
 def _launch(name: str, x: Tensor, num_entities: int, run: Callable[[_Pass], None]) -> None:
     """Run one pass by its plan, or by the first smaller one that the device has room for."""
     padded = _padded(x.shape[1])
-    key = (name, padded, num_entities, x.dtype, _is_channels_last(x), _precision(x), x.device)
+    key = (name, padded, num_entities, x.dtype, _is_channels_last(x), _precision(x.dtype), x.device)
     plan: Plan | None = _fits.get(key) or _plans(padded, 8 * x.element_size())[name]
     while True:
         assert plan is not None
@@ -770,9 +789,13 @@ def _is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _precision(x: Tensor) -> str:
+def _precision(dtype: torch.dtype) -> str:
     """float32 is multiplied as torch multiplies matrices: exactly unless TF32 is allowed there."""
-    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    # torch.get_float32_matmul_precision() raises once a program has used these newer settings.
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", "none")
+    return "tf32" if dtype == torch.float32 and setting == "tf32" else "ieee"
 
 
 def _narrow(x: Tensor) -> torch.dtype:
@@ -782,7 +805,7 @@ def _narrow(x: Tensor) -> torch.dtype:
 
 def _rounded(weight: Tensor, x: Tensor) -> Tensor:
     """As the matrix units take it: once here rather than for every tile."""
-    if _precision(x) == "tf32":
+    if _precision(x.dtype) == "tf32":
         return ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return weight.to(x.dtype)
 
@@ -900,7 +923,7 @@ def backward(
 
     def gradients(cut: _Pass) -> None:
         square = cut.plan.square
-        dv = dx if square else torch.empty_like(x)
+        dv = dx if square else torch.empty_like(x, dtype=_narrow(x))
         # One row a block: gradients of the filters, of their offset and, where it fits, of the value projection.
         lengths = [padded_entities * padded, padded_entities, padded * padded if square else 0]
         shares = empty(*cut.grid, sum(lengths))
