@@ -143,7 +143,7 @@ def draw_positions(
         positions = drawn.gather(1, order[:, :num_entities])
     elif num_entities <= count:
         # The largest of independent uniform numbers stand at a uniformly drawn subset.
-        positions = torch.rand(rows, count, dtype=torch.float32, **settings).topk(num_entities, dim=1).indices
+        positions = torch.rand(rows, count, **settings).topk(num_entities, dim=1).indices
     else:
         positions = torch.randint(count, (rows, num_entities), **settings)
     return positions.to(x.device).expand(x.shape[0], -1)
