@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import attnorm.layers.attentive_norm as layer_module
 from attnorm import bench, cli
 from attnorm.bench import Case, Cell
 from attnorm.checkpoint import CheckpointError
@@ -44,6 +45,19 @@ ENVIRONMENT: dict[str, Any] = {
     "preloaded": [],
     "roofline": {"bytes_per_second": 2e9, "operations_per_second": 3e12},
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the benchmark has no Triton kernels: interpreted they take minutes, and tests/ops holds them."""
+    obstacle = layer_module.obstacle
+
+    def without(impl: str, device: torch.device, *kind: Any) -> str | None:
+        if impl == "triton" and device.type != "cuda":
+            return f"x is on {device}; it runs on CUDA devices"
+        return obstacle(impl, device, *kind)
+
+    monkeypatch.setattr(layer_module, "obstacle", without)
 
 
 def measured(case: str, subject: str, mode: bench.Mode, median: float, **values: Any) -> Cell:
