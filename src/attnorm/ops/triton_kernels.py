@@ -121,7 +121,7 @@ def _weights(
 def _raw_and_value(
     x, filters, value_weight, f, rest, w, k, co, p, P,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, CHUNK_STAGES: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """filters x [K, TILE] and value_weight x [C, TILE]; in chunks of input channels where the weights f and w of all
     of them do not fit beside the tile."""
@@ -134,7 +134,7 @@ def _raw_and_value(
     else:
         raw = tl.zeros([KP, TILE], tl.float32)
         v = tl.zeros([CP, TILE], tl.float32)
-        for start in tl.range(0, CP, CHUNK, num_stages=CHUNK_STAGES):
+        for start in tl.range(0, CP, CHUNK, num_stages=1):
             c = start + tl.arange(0, CHUNK)
             part = _tile(x, c, p, P, C, EXACT, CHANNELS_LAST)
             f, rest, w = _weights(filters, value_weight, k, co, c, C, K, EXACT, PRECISION)
@@ -165,7 +165,6 @@ def _statistics(
     temperature, P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one block: sum S, sum S (v - shift), sum S (v - shift)^2; the shift; the mean of v over the block's pixels."""
     program = tl.program_id(0)
@@ -184,18 +183,18 @@ def _statistics(
     sample = first + tl.arange(0, 16)
     _, sampled = _raw_and_value(
         x, filters, value_weight, f, rest, w, k, co, tl.minimum(sample, P - 1), P,
-        C, K, CP, KP, 16, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+        C, K, CP, KP, 16, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
     )  # fmt: skip
     shift = tl.sum(sampled, 1) / 16
 
     area = tl.zeros([KP, TILE], tl.float32)
     total = tl.zeros([SPLIT, CP, KP], tl.float32)
     square = tl.zeros([SPLIT, CP, KP], tl.float32)
-    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+    for tile in range(tiles):
         p = first + tile * TILE + tl.arange(0, TILE)
         raw, v = _raw_and_value(
             x, filters, value_weight, f, rest, w, k, co, p, P,
-            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
         s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
         area += s
@@ -282,7 +281,6 @@ def _apply(
     temperature, P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = x + (v - centre) * (scale S) + offset S."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what `_statistics` read last is still in the cache
@@ -300,11 +298,11 @@ def _apply(
     at = n * CP * KP + co[:, None] * KP + k[None, :]
     a = _operand(tl.load(scale + at), INNER, PRECISION)
     b = _operand(tl.load(offset + at), INNER, PRECISION)
-    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+    for tile in range(tiles):
         p = first + tile * TILE + tl.arange(0, TILE)
         raw, v = _raw_and_value(
             x, filters, value_weight, f, rest, w, k, co, p, P,
-            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
         s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
         v -= middle[:, None]
@@ -320,7 +318,6 @@ def _sums(
     temperature, P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one block: sum S grad and sum S grad (v - centre)."""
     program = tl.program_id(0)
@@ -339,11 +336,11 @@ def _sums(
     tl.store(centre_out + n * CP + co, centre)  # the same from every block of the image
     plain = tl.zeros([SPLIT, CP, KP], tl.float32)
     weighted = tl.zeros([SPLIT, CP, KP], tl.float32)
-    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+    for tile in range(tiles):
         p = first + tile * TILE + tl.arange(0, TILE)
         raw, v = _raw_and_value(
             x, filters, value_weight, f, rest, w, k, co, p, P,
-            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
         g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST)
         s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
@@ -412,7 +409,6 @@ def _gradients(
     temperature, P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_STAGES: tl.constexpr, CHUNK_STAGES: tl.constexpr,
     KEEP_DV: tl.constexpr,
 ):  # fmt: skip
     """dx of one block, and its share of the gradients of filters, their offset and the value projection."""
@@ -442,11 +438,11 @@ def _gradients(
     d_offset = tl.zeros([KP, TILE], tl.float32)
     if not KEEP_DV:
         d_value = tl.zeros([SPLIT, CP, CP], tl.float32)
-    for tile in tl.range(0, tiles, num_stages=TILE_STAGES):
+    for tile in range(tiles):
         p = first + tile * TILE + tl.arange(0, TILE)
         raw, v = _raw_and_value(
             x, filters, value_weight, f, rest, w, k, co, p, P,
-            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, CHUNK_STAGES,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
         s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
         inner = _operand(s, INNER, PRECISION)
@@ -478,7 +474,7 @@ def _gradients(
             y = _dot(tl.trans(f.to(INNER)), drawi, y, PRECISION)
             _store_tile(dx, y, co, p, P, C, EXACT, CHANNELS_LAST)
         else:
-            for start in tl.range(0, CP, CHUNK, num_stages=CHUNK_STAGES):
+            for start in tl.range(0, CP, CHUNK, num_stages=1):
                 c = start + tl.arange(0, CHUNK)
                 f, rest, w = _weights(filters, value_weight, k, co, c, C, K, EXACT, PRECISION)
                 y = _tile(grad, c, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
@@ -538,7 +534,7 @@ class Plan(NamedTuple):
     tile: int  # pixels
     chunk: int  # input channels multiplied at a time
     warps: int
-    stages: int  # tiles in flight
+    stages: int  # tiles in flight; 1 with chunks
     programs: int  # aimed at, over all images
     split: int = 1  # of the pixels among the warps where a product sums over pixels
     square: bool = True  # whether the C x C gradient of the value projection stays in registers
@@ -590,7 +586,7 @@ def _plans(channels: int, bits: int) -> dict[str, Plan]:
             "outer": outer,
         }
     return {
-        "statistics": Plan(64, 64, 8, 2, 128),
+        "statistics": Plan(64, 64, 8, 1, 128),
         "apply": Plan(64, 64, 8, 1, 128),
         "sums": Plan(64, 64, 8, 1, 128),
         "gradients": Plan(32, 64, 8, 1, 128, square=False),
@@ -742,11 +738,9 @@ def _cut(plan: Plan, x: Tensor, num_entities: int) -> _Pass:
         "PRECISION": _precision(x.dtype),
         "INNER": tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
         "SPLIT": plan.split,
-        # One of two nested loops may have loads in flight: with both, Triton 3.6 was seen to overwrite what was in use.
-        "TILE_STAGES": plan.stages if plan.chunk == padded else 1,
-        "CHUNK_STAGES": plan.stages,
         "num_warps": plan.warps,
-        "num_stages": plan.stages,
+        # Of nested loops none: with loads in flight there, Triton 3.6 was seen to overwrite what was still in use.
+        "num_stages": plan.stages if plan.chunk == padded else 1,
     }
     return _Pass(plan, (num_images * blocks,), blocks, tiles, options)
 
