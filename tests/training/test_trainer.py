@@ -409,10 +409,10 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed(tmp_path: Path) -> None:
     script = """
-    from attnorm import cli
-    cli._load_images = lambda config: images
+    from attnorm.cli import training as verbs
+    verbs.read_images = lambda config: images
     long = override(config, ["run.duration_images=4000000", "run.checkpoint_every_images=4000000"])
-    cli._train(override(long, ["run.layout_every_images=4000000"]), Path(sys.argv[1]))
+    verbs._train(override(long, ["run.layout_every_images=4000000"]), Path(sys.argv[1]))
     """
     out = tmp_path / "run"
     process = python(script, out)

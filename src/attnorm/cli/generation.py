@@ -1,0 +1,223 @@
+"""The verbs that show what a generator has learnt: sample, interpolate, layout, page, curves."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.progress import track
+
+from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, require_free, require_seed
+from attnorm.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnorm.inference import Sampler
+
+
+def sample(
+    run: Run,
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    num: Annotated[int, tyro.conf.arg(metavar="N")] = 64,
+    seed: Seed = 0,
+    classes: Names = "",
+    raw_weights: Overwrite = False,
+    device: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write images of a trained generator as PNG files, one folder a class. The same seed gives the same files.
+
+    Args:
+        run: A run directory (its latest checkpoint), or a checkpoint file.
+        out: Where the images go: DIR/CLASS/SEED.png, a grid of the first ones, and samples.json.
+        num: How many images in all; they go round the classes.
+        seed: Image number i is made from seed S + i.
+        classes: By name or number, comma between; all classes unless named.
+        raw_weights: Use the weights as they are, not their average over training.
+        device: auto, cpu, cuda or mps.
+        overwrite: Write into a folder that is not empty.
+    """
+    from PIL import Image
+
+    from attnorm.checkpoint import write_atomically, write_json
+    from attnorm.figures import images_figure, save_figure
+
+    if num < 1:
+        raise ConfigError(f"--num is {num}; expected at least 1 image")
+    require_seed(seed, num)
+    sampler = _sampler(run, ema=not raw_weights, device=device)
+    chosen = _classes(sampler, classes)
+    require_free(out, overwrite)
+    seeds = [seed + i for i in range(num)]
+    labels = [chosen[i % len(chosen)] for i in range(num)]
+    folders = {label: out / _folder_name(sampler, label) for label in sorted(set(labels))}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    firsts: dict[int, list[Tensor]] = {label: [] for label in chosen}
+    number = 0
+    batches = sampler.batches(seeds, labels)
+    for batch in track(
+        batches, "sampling", total=-(-num // sampler.batch_size), console=console, disable=not console.is_terminal
+    ):
+        for pixels in batch:
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            file = folders[labels[number]] / f"{seeds[number]:06d}.png"
+            write_atomically(file, functools.partial(image.save, format="PNG"))
+            if len(firsts[labels[number]]) < 8:
+                firsts[labels[number]].append(pixels)
+            number += 1
+    shown = [label for label in chosen if firsts[label]][:20]
+    grid = images_figure([firsts[label] for label in shown], [sampler.classes[label] for label in shown])
+    save_figure(grid, out / "grid.png")
+    record = {
+        "checkpoint": str(sampler.path),
+        "images_seen": sampler.header.images_seen,
+        "weights": "raw" if raw_weights else "ema",
+        "seeds": [seed, seed + num - 1],
+        "classes": [sampler.classes[label] for label in chosen],
+        "note": sampler.header.note,
+    }
+    write_json(out / "samples.json", record)
+    print(f"{num} images of {len(folders)} classes in {out}, and {out / 'grid.png'}")
+
+
+def interpolate(
+    run: Run,
+    start: Annotated[str, tyro.conf.arg(name="from", metavar="A")],
+    end: Annotated[str, tyro.conf.arg(name="to", metavar="B")],
+    out: Annotated[Path, tyro.conf.arg(metavar="PNG")],
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 8,
+    via: Names = "",
+    seed: Seed = 0,
+    entity: Annotated[int | None, tyro.conf.arg(metavar="K")] = None,
+    device: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Walk from one class to another with the latent fixed (Figure 8), with one entity's map under each image.
+
+    Args:
+        run: A run directory (its latest checkpoint), or a checkpoint file.
+        start: The first class, by name or number.
+        end: The last class.
+        out: The picture to write.
+        steps: Images from one class to the next, both ends included.
+        via: Classes to pass through in between, comma between.
+        seed: Of the latent.
+        entity: Whose map is shown; the one whose map varies most unless named.
+        device: auto, cpu, cuda or mps.
+        overwrite: Replace a picture that is there.
+    """
+    from attnorm.figures import interpolation_figure, most_telling_entity, save_figure
+
+    if steps < 2:
+        raise ConfigError(f"--steps is {steps}; expected at least 2")
+    require_seed(seed)
+    sampler = _sampler(run, device=device)
+    middle = [name for name in via.split(",") if name]
+    walk = [sampler.class_index(name) for name in (start, *middle, end)]
+    require_free(out, overwrite, is_picture=True)
+    images, layouts = sampler.interpolate(seed, walk, steps)
+    layout = next(iter(layouts.values())).layout if layouts else None
+    if layout is not None and entity is not None and not 0 <= entity < layout.shape[1]:
+        raise ConfigError(f"--entity is {entity}; this layer has entities 0 to {layout.shape[1] - 1}")
+    shown = most_telling_entity(layout) if layout is not None and entity is None else entity or 0
+    titles = ["" for _ in images]
+    for index, label in enumerate(walk):
+        titles[index * (steps - 1)] = sampler.classes[label]
+    save_figure(interpolation_figure(images, layout, shown, titles), out)
+    print(f"{out}" + (f", with the map of entity {shown}" if layout is not None else "; no AN layer, so no maps"))
+
+
+def layout(
+    run: Run,
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    classes: Names = "",
+    seed: Seed = 0,
+    device: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw what the AN layer sees: image, winning entity, every entity's map (Figure 5); region statistics (Figure 4).
+
+    Args:
+        run: A run directory (its latest checkpoint), or a checkpoint file.
+        out: Where layouts.png, statistics.png and layouts.json go.
+        classes: By name or number, comma between; the first ten unless named.
+        seed: Of the first image.
+        device: auto, cpu, cuda or mps.
+        overwrite: Write into a folder that is not empty.
+    """
+    from attnorm.figures import write_layouts
+
+    require_seed(seed)
+    sampler = _sampler(run, device=device)
+    chosen = _classes(sampler, classes)[:10] if not classes else _classes(sampler, classes)
+    require_free(out, overwrite)
+    for path in write_layouts(sampler, chosen, seed, out):
+        print(path)
+
+
+def page(
+    run: Run,
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    device: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a web page about a run: samples by class, layouts, an interpolation, the training curves.
+
+    Args:
+        run: A run directory.
+        out: Where index.html and its pictures go.
+        device: auto, cpu, cuda or mps.
+        overwrite: Write into a folder that is not empty.
+    """
+    from attnorm.page import write_page
+
+    sampler = _sampler(run, device=device)
+    require_free(out, overwrite)
+    print(write_page(run, sampler, out))
+
+
+def curves(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    out: Annotated[Path, tyro.conf.arg(metavar="PNG")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Plot losses, scores, and the layouts' entropy and entities in use of one or several runs against images seen.
+
+    Args:
+        runs: Run directories; each is named by its folder.
+        out: The picture to write.
+        overwrite: Replace a picture that is there.
+    """
+    from attnorm.figures import curves_figure, save_figure
+
+    if not runs:
+        raise ConfigError("no run was named; expected one or several run directories")
+    require_free(out, overwrite, is_picture=True)
+    names = [run.resolve().name for run in runs]
+    named = {str(run) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
+    print(save_figure(curves_figure(named), out))
+
+
+def _sampler(run: Path, *, ema: bool = True, device: str = "auto") -> Sampler:
+    from attnorm.inference import Sampler
+
+    return Sampler(run, ema=ema, device=device)
+
+
+def _classes(sampler: Sampler, names: str) -> list[int]:
+    if not names:
+        return list(range(len(sampler.classes)))
+    chosen = list(dict.fromkeys(sampler.class_index(name.strip()) for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise ConfigError(f"--classes is {names!r}; expected names or numbers with commas between, or none for all")
+    return chosen
+
+
+def _folder_name(sampler: Sampler, label: int) -> str:
+    """A class's name, where it can be a folder's."""
+    name = sampler.classes[label]
+    return name if name not in ("", ".", "..") and "/" not in name and "\\" not in name else f"class-{label}"

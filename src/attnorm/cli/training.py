@@ -1,0 +1,123 @@
+"""The verbs that train: train, presets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from attnorm import config as configuration
+from attnorm.cli.terminal import console, no_such, read_images
+from attnorm.config import ClassConditionalConfig, Config, ConfigError
+from attnorm.presets import PRESETS
+
+
+def train(
+    preset: Annotated[str, tyro.conf.arg(metavar="P")],
+    out: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None,
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "",
+    settings: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
+    ] = (),
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Train a generator; the same command goes on where an earlier one stopped.
+
+    Args:
+        preset: A named run; `attnorm presets` lists them.
+        out: The run directory: made, or resumed.
+        data: A folder of class folders, a folder of images, a zip of either, CIFAR-10's binary files, or "builtin".
+        settings: Change a setting of the preset, for example --set model.width=32 run.batch_size=64.
+        dry_run: Print the resolved configuration and stop.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(no_such("preset", preset, list(PRESETS), "`attnorm presets` lists them"))
+    config = configuration.override(PRESETS[preset][1], settings)
+    if data:
+        config = configuration.override(config, [f"data.source={data}"])
+    if dry_run:
+        values = configuration.to_dict(config)
+        values["model"]["an"]["temperature"] = config.model.temperature
+        print(json.dumps(values, indent=2))
+        return
+    if out is None:
+        raise ConfigError("--out is missing: name the run directory to make or resume, for example --out runs/first")
+    if not config.data.source:
+        raise ConfigError(
+            f"--data is missing: the preset {preset} needs a folder, a zip, CIFAR-10's files or 'builtin'"
+        )
+    _train(config, out)
+
+
+def _train(config: Config, out: Path) -> None:
+    import torch
+
+    from attnorm.training.trainer import TrainingError
+    from attnorm.training.trainer import train as run_training
+
+    images = read_images(config)
+    try:
+        outcome = run_training(config, images, out, console=console)
+    except TrainingError as error:
+        console.print(f"attnorm: {error}", style="red")
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError:
+        console.print(
+            "attnorm: the device is out of memory; a new run with a smaller run.batch_size or run.precision=bfloat16 "
+            "needs less. What was saved is whole",
+            style="red",
+        )
+        raise SystemExit(1) from None
+    except OSError as error:
+        if not (out / "config.json").is_file():
+            raise
+        console.print(
+            f"attnorm: training stopped: {error}; the last checkpoint is whole, resume when mended", style="red"
+        )
+        raise SystemExit(1) from None
+    print(f"{outcome.reason} at {outcome.images_seen:,} images; checkpoint {outcome.checkpoint}")
+    if outcome.reason == "interrupted":
+        console.print("The same command goes on from here.")
+        raise SystemExit(130)
+    if outcome.reason == "out of time":
+        console.print("Raise run.max_minutes (0: no limit) and give the same command to go on.")
+
+
+def presets() -> None:
+    """List the named runs, their context sites and their parameter counts (at the data's usual number of classes)."""
+    from rich.table import Table
+
+    table = Table("preset", "what it is", "pixels", "classes", "context sites", "G", "D", box=None, pad_edge=False)
+    for name, (description, config) in PRESETS.items():
+        num_classes = 1000 if name.startswith("paper-imagenet") else 10 if config.task == "class_conditional" else 0
+        sites, g_parameters, d_parameters = _describe(config, num_classes)
+        table.add_row(
+            name,
+            description,
+            str(config.model.image_size),
+            str(num_classes or "-"),
+            sites,
+            f"{g_parameters:,}",
+            f"{d_parameters:,}",
+        )
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _describe(config: Config, num_classes: int) -> tuple[str, int, int]:
+    """Where the context blocks are, and the parameters of both networks; built without memory."""
+    import torch
+
+    from attnorm.models.class_conditional import describe
+    from attnorm.models.inpainting import Critic, InpaintingGenerator
+
+    if isinstance(config.model, ClassConditionalConfig):
+        return describe(config.model, num_classes)
+    with torch.device("meta"):
+        networks = InpaintingGenerator(config.model), Critic(config.model)
+    site = "none" if config.model.context == "none" else f"G second stage ({4 * config.model.width} channels)"
+    g_parameters, d_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
+    return site, g_parameters, d_parameters
