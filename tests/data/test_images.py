@@ -553,7 +553,7 @@ def test_cache_place_follows_the_environment(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cache._default_cache_dir() == Path(expected)
+    assert cache.default_cache_dir() == Path(expected)
 
 
 # Conversion

@@ -53,7 +53,7 @@ def load_decoded(
     """Read the images of `source` from the cache, or decode them; arguments as for `load_images`."""
     path = Path(source).expanduser()
     found = find_source(path)
-    folder = cache_dir or _default_cache_dir()
+    folder = cache_dir or default_cache_dir()
     key = json.dumps([_FORMAT, str(path.resolve()), image_size, fit, found.stamp])
     stem = folder / f"images{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if decoded := _read(stem, source, max_memory_bytes):
@@ -95,7 +95,7 @@ def _probe(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> st
     return fingerprint(images[sample], labels, classes)
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
     if folder := os.environ.get("ATTNORM_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnorm"
