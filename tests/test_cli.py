@@ -35,6 +35,8 @@ VERBS = (
     "bench",
     "manifest",
     "evaluate",
+    "report",
+    "reproduce",
     "presets",
 )
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")

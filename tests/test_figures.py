@@ -241,6 +241,70 @@ def test_curves_of_several_runs_are_told_apart(run: Path, tmp_path: Path) -> Non
     assert len({line.get_color() for line in figure.axes[0].lines if line.get_label().endswith("generator/loss")}) == 2
 
 
+def write_scores(run: Path, *scores: dict[str, Any]) -> None:
+    common = {"metric": "frechet", "name": "FID", "protocol": "fid5k_train_inception", "weights": "ema"}
+    (run / "evaluation").mkdir(parents=True)
+    lines = [json.dumps({**common, "data": {"fingerprint": "ab" * 32}, **score}) for score in scores]
+    (run / "evaluation/metrics.jsonl").write_text("\n".join([*lines, '{"metric": "fre']), encoding="utf-8")
+    (run / "metrics.jsonl").touch()
+
+
+def test_curves_show_distances_against_images_and_hours_a_panel_a_protocol(tmp_path: Path) -> None:
+    def score(images_seen: int, value: float, **changes: Any) -> dict[str, Any]:
+        return {"images_seen": images_seen, "training_seconds": 36.0 * images_seen, "value": value, **changes}
+
+    lite = {"name": "Fréchet distance (lite)", "protocol": "frechet5k_train_lite"}
+    write_scores(
+        tmp_path / "one",
+        score(200, 9.0),
+        score(100, 20.0),
+        score(200, 8.0),  # measured again
+        score(200, 1.0, subset=True),
+        score(200, 7.0, metric="kid"),
+        score(100, 30.0, **lite),
+        score(100, 25.0, weights="raw"),
+    )
+    write_scores(tmp_path / "two", score(150, 12.0), score(100, 14.0, data={"fingerprint": "cd" * 32}))
+    figure = figures.curves_figure({"one": tmp_path / "one", "two": tmp_path / "two"})
+    look_at(figures.save_figure(figure, tmp_path / "x.png"))
+    panels = {
+        (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()): {
+            line.get_label(): line.get_xydata().tolist() for line in axis.lines
+        }
+        for axis in figure.axes
+    }
+    fid, hours = "fid5k_train_inception, data abababab", "hours of training"
+    assert panels == {
+        (fid, "images seen", "FID"): {
+            "one averaged weights": [[100, 20.0], [200, 8.0]],
+            "one raw weights": [[100, 25.0]],
+            "two averaged weights": [[150, 12.0]],
+        },
+        (fid, hours, "FID"): {
+            "one averaged weights": [[1.0, 20.0], [2.0, 8.0]],
+            "one raw weights": [[1.0, 25.0]],
+            "two averaged weights": [[1.5, 12.0]],
+        },
+        ("fid5k_train_inception, data cdcdcdcd", "images seen", "FID"): {"two averaged weights": [[100, 14.0]]},
+        ("fid5k_train_inception, data cdcdcdcd", hours, "FID"): {"two averaged weights": [[1.0, 14.0]]},
+        ("frechet5k_train_lite, data abababab", "images seen", lite["name"]): {"one averaged weights": [[100, 30.0]]},
+        ("frechet5k_train_lite, data abababab", hours, lite["name"]): {"one averaged weights": [[1.0, 30.0]]},
+    }
+    assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["images seen", hours]
+
+
+def test_of_several_runs_a_colour_is_a_run_and_a_style_is_what_it_shows(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"images_seen": 8, "discriminator/loss": 1.0}\n', encoding="utf-8")
+    figure = figures.curves_figure({"one": run, "two": tmp_path})
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    assert drawn["two discriminator/loss"].get_linestyle() == drawn["one discriminator/loss"].get_linestyle() == "--"
+    (legend,) = figure.legends
+    colours = {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
+    assert colours == {name: drawn[f"{name} discriminator/loss"].get_color() for name in ("one", "two")}
+    panel = figure.axes[0].get_legend()
+    assert [text.get_text() for text in panel.texts] == ["generator/loss", "discriminator/loss"]
+
+
 def test_layouts_are_written_with_their_numbers(sampler: Sampler, tmp_path: Path) -> None:
     files = figures.write_layouts(sampler, [1, 2], 7, tmp_path)
     assert sorted(path.name for path in files) == ["layouts.json", "layouts.png", "statistics.png"]

@@ -2,6 +2,7 @@
 
     RUN/config.json              the resolved configuration and what the data were
     RUN/metrics.jsonl            one line per logged step
+    RUN/evaluation/metrics.jsonl one line per score
     RUN/samples/000064000.png    fixed latents and classes, by images seen
     RUN/tensorboard/
     RUN/checkpoints/000064000.safetensors
@@ -12,6 +13,7 @@ that a checkpoint alone rebuilds its model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -64,6 +66,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, none where there is no file; a line that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,10 @@ class RunDirectory:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def scores_file(self) -> Path:
+        return self.path / "evaluation" / "metrics.jsonl"
 
     def exists(self) -> bool:
         return self.config_file.is_file()

@@ -5,19 +5,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically, write_json
+from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
 from attnorm.inference import Sampler, View
 from attnorm.layers.attentive_norm import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
@@ -173,47 +173,106 @@ LAYOUT_CURVES = {
     "normalised entropy of the layout": "entropy",
     "entities in use (exp of the usage's entropy)": "usage",
 }
+IMAGES_SEEN = "images seen"
+STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+
+
+class Curve(NamedTuple):
+    """One line of a panel of `curves_figure`."""
+
+    panel: str
+    x: str  # what it is drawn against
+    y: str  # what it is, where the panel's title does not say so
+    label: str
+    points: list[tuple[float, float]]
 
 
 def curves_figure(runs: dict[str, Path]) -> Figure:
     """What training logged against images seen: losses, scores or validation, and the layouts' entropy and effective
-    number of entities. Panels for which no run has anything are left out.
+    number of entities; then Fréchet distances, as they were measured at checkpoints, against images seen and against
+    hours of training, a panel for each protocol. Panels for which no run has anything are left out.
     """
-    curves = [(name, *curve) for name, path in runs.items() for curve in _curves(read_metrics(path))]
-    titles = [title for title in (*CURVES, *LAYOUT_CURVES) if any(curve[1] == title for curve in curves)]
-    num_rows = max(math.ceil(len(titles) / 2), 1)
+    curves = {
+        name: [*_curves(read_metrics(path)), *_score_curves(read_lines(RunDirectory(path).scores_file))]
+        for name, path in runs.items()
+    }
+    found = {curve[:3] for of_run in curves.values() for curve in of_run}
+    logged = [*CURVES, *LAYOUT_CURVES]
+    order = {title: number for number, title in enumerate(logged)}
+    panels = sorted(found, key=lambda panel: (order.get(panel[0], len(order)), panel[0], panel[1] != IMAGES_SEEN))
+    num_rows = max(math.ceil(len(panels) / 2), 1)
     figure = Figure(figsize=(11, 3.2 * num_rows))
     axes = figure.subplots(num_rows, 2, squeeze=False).flat
-    for title, axis in itertools.zip_longest(titles, axes):
-        if title is None:
+    for panel, axis in itertools.zip_longest(panels, axes):
+        if panel is None:
             axis.axis("off")
             continue
-        for number, name in enumerate(runs):
-            of_run = [(label, points) for run, panel, label, points in curves if (run, panel) == (name, title)]
-            for (label, points), style in zip(of_run, itertools.cycle(("-", "--", ":", "-.")), strict=False):
-                color = colormaps["tab10"](number % 10) if len(runs) > 1 else None
-                label = f"{name} {label}" if len(runs) > 1 else label
-                axis.plot(*_smooth(points), style, color=color, label=label, linewidth=1)
+        shown = [(name, curve) for name, of_run in curves.items() for curve in of_run if curve[:3] == panel]
+        styles = dict(zip(dict.fromkeys(curve.label for _, curve in shown), itertools.cycle(STYLES), strict=False))
+        for name, curve in shown:
+            color = _colour_of(name, runs) if len(runs) > 1 else None
+            label = f"{name} {curve.label}" if len(runs) > 1 else curve.label
+            if curve.y:  # a few measurements, each by itself
+                axis.plot(
+                    *zip(*curve.points, strict=True),
+                    f"o{styles[curve.label]}",
+                    color=color,
+                    label=label,
+                    linewidth=1,
+                    markersize=3,
+                )
+            else:
+                axis.plot(*_smooth(curve.points), styles[curve.label], color=color, label=label, linewidth=1)
+        title, x_label, y_label = panel
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("images seen")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if len(runs) == 1:
+            axis.legend(fontsize=7)
+        else:  # here what a line's style means, once below all panels what its colour does
+            axis.legend(
+                [Line2D([], [], color="black", linestyle=style) for style in styles.values()], styles, fontsize=7
+            )
     figure.tight_layout()
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=_colour_of(name, runs)) for name in runs]
+        figure.legend(handles, runs, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(len(runs), 4))
     return figure
 
 
-def _curves(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
-    """Panel, label and points (images seen, value) of each curve that the rows of a run hold."""
+def _colour_of(name: str, runs: Iterable[str]) -> tuple[float, float, float, float]:
+    return colormaps["tab10"](list(runs).index(name) % 10)
+
+
+def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
+    """Each curve that the rows of a run's metrics.jsonl hold."""
     for panel, keys in CURVES.items():
         for key in keys:
             if points := [(row["images_seen"], row[key]) for row in rows if key in row]:
-                yield panel, key, points
+                yield Curve(panel, IMAGES_SEEN, "", key, points)
     for panel, part in LAYOUT_CURVES.items():
         for key in sorted({key for row in rows for key in row if key.endswith(f"/{part}")}):
             points = [(row["images_seen"], row[key]) for row in rows if key in row]
             if part == "usage":
                 points = [(images_seen, effective_entities(usage)) for images_seen, usage in points]
-            yield panel, key.removeprefix("layout/").removesuffix(f"/{part}"), points
+            yield Curve(panel, IMAGES_SEEN, "", key.removeprefix("layout/").removesuffix(f"/{part}"), points)
+
+
+def _score_curves(scores: list[dict[str, Any]]) -> Iterator[Curve]:
+    """Fréchet distances by protocol, real images and weights; of a repetition the last. Quick looks are left out."""
+    kinds: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
+    for score in scores:
+        if score["metric"] == "frechet" and not score.get("subset"):
+            data = score.get("data", {}).get("fingerprint", "")[:8]
+            panel = f"{score['protocol']}, data {data}" if data else score["protocol"]
+            label = "averaged weights" if score.get("weights", "ema") == "ema" else "raw weights"
+            points = kinds.setdefault((panel, score["name"], label), {})
+            points[score["images_seen"]] = score["training_seconds"] / 3600, score["value"]
+    for (panel, name, label), points in kinds.items():
+        ordered = sorted(points.items())
+        yield Curve(panel, IMAGES_SEEN, name, label, [(seen, value) for seen, (_, value) in ordered])
+        yield Curve(panel, "hours of training", name, label, [point for _, point in ordered])
 
 
 def effective_entities(usage: Iterable[float]) -> float:
@@ -226,13 +285,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     file = RunDirectory(run).metrics_file
     if not file.is_file():
         raise CheckpointError(f"{run} has no metrics.jsonl; expected a run directory")
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return read_lines(file)
 
 
 def _table(

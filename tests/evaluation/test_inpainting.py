@@ -237,13 +237,13 @@ def test_mistakes_are_told_in_one_line(
     assert not out.exists()
 
 
-def test_scores_of_generators_are_not_promised(
+def test_a_generator_is_not_measured_as_an_inpainter(
     frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "000000008.safetensors"
     save_checkpoint(file, {"ema.weight": torch.zeros(1)}, Header(PRESETS["smoke"][1], ("a", "b"), 8, 1.0))
     said = refused(command([file], frozen, tmp_path / "scores"), capsys)
-    assert "was trained for class_conditional: scores of generated images cannot be measured yet" in said
+    assert "--manifest is for inpainters, but" in said and "was trained for class_conditional" in said
 
 
 def test_runs_are_named_by_their_folders(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from attnorm import __version__
 from attnorm.cli.evaluation import bench, evaluate, manifest
 from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
+from attnorm.cli.reporting import report
+from attnorm.cli.reproduction import reproduce
 from attnorm.cli.terminal import console
 from attnorm.cli.training import presets, train
 from attnorm.config import UserError
@@ -25,7 +27,10 @@ EPILOGUE = """Attentive Normalization for class-conditional image generation (Wa
 A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs/demo --out runs/demo-page"""
 
 # As `attnorm --help` lists them.
-VERBS = (train, sample, interpolate, layout, inpaint, page, curves, manifest, evaluate, bench, presets)
+VERBS = (
+    *(train, sample, interpolate, layout, inpaint, page, curves),
+    *(manifest, evaluate, bench, report, reproduce, presets),
+)
 
 app = tyro.extras.SubcommandApp()
 for verb in VERBS:

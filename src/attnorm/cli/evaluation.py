@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from attnorm import config as configuration
 from attnorm.cli.terminal import Names, Overwrite, Seed, console, progress_bar, read_images, require_free, require_seed
 from attnorm.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from attnorm.checkpoint import Header
+    from attnorm.data.images import ImageSet
 
 
 def manifest(
@@ -66,51 +71,224 @@ def _side(config: Config) -> int:
 
 def evaluate(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
-    manifest: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "",
+    metrics: Names = "",
+    num: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    extractor: Annotated[str, tyro.conf.arg(metavar="E")] = "",
+    inception_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    fakes_per_class: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    classes: Names = "",
+    subset: Annotated[int, tyro.conf.arg(metavar="K")] = 0,
+    intervals: Overwrite = False,
+    checkpoints: Literal["latest", "all"] = "latest",
+    manifest: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     cost: Annotated[str, tyro.conf.arg(metavar="SIZE,...")] = "",
     floors: bool = True,
-    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     seed: Seed = 0,
     raw_weights: Overwrite = False,
     device: str = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure inpainting models beside each other: PSNR, SSIM and MAE with intervals (Table 3, Figure 9), and cost.
+    """Measure runs: generators by FID and other scores of their images, inpainters by PSNR, SSIM and MAE beside each
+    other (Table 3, Figure 9), and by cost. The options from metrics to checkpoints are of generators, those from
+    manifest to floors of inpainters.
 
     Args:
-        runs: Run directories (their latest checkpoints), or checkpoint files.
-        out: Where scores.md, scores.json, scores.csv, sheet.png and, with cost, cost.md and cost.json go.
-        manifest: The test set, as the verb manifest has made it.
-        data: Where its images are, if not where the manifest says.
+        runs: Run directories (their latest checkpoints), or checkpoint files; all of one task.
+        out: Where results go: metrics.jsonl of generators (unless named, RUN/evaluation of each); scores.md,
+            scores.json, scores.csv, sheet.png and, with cost, cost.md and cost.json of inpainters.
+        data: Of generators, the real images to measure against, if not those trained on; of inpainters, where the
+            manifest's images are, if not where it says.
+        metrics: Of frechet, intra-frechet, is, kid, precision-recall, layout (fid and intra-fid with inception);
+            frechet,is,layout unless named.
+        num: Generated images; 0: 50,000, as published scores have.
+        extractor: inception unless named, whose Fréchet distance is FID; or efficientnet-lite0, which needs no network.
+        inception_weights: The extractor's weights, downloaded once unless named.
+        fakes_per_class: Generated images of each class for intra-frechet; 0: 5,000.
+        classes: For intra-frechet, by name or number, comma between, or table2; all unless named.
+        subset: Measure against so many real images only, for a quick look (for intra-frechet: of each class); 0: all.
+        intervals: Add 95% intervals of the Fréchet distance and of the one-split Inception Score.
+        checkpoints: all: every checkpoint that each run has kept.
+        manifest: The test set of inpainters, as the verb manifest has made it.
         cost: Sides in pixels, comma between: time and memory of a forward pass at each, for example 256,512,1024,2048.
         floors: Measure the mean colour and Telea's method too.
-        batch_size: Images at a time.
-        seed: Of the bootstrap.
+        batch_size: Images at a time; 0: 50 of a generator, 16 of an inpainter.
+        seed: Of generated images and of the bootstrap.
         raw_weights: Use the weights as they are, not their average over training.
         device: auto, cpu, cuda or mps.
-        overwrite: Write into a folder that is not empty.
+        overwrite: Of generators, measure again what was measured; of inpainters, write into a folder that is not empty.
     """
     from attnorm.checkpoint import find_checkpoint, read_checkpoint
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")
-    for run in runs:
-        _, header = read_checkpoint(find_checkpoint(run), prefix="header alone")
-        if header.config.task != "inpainting":
+    headers = {run: read_checkpoint(find_checkpoint(run), prefix="header alone")[1] for run in runs}
+    tasks = {header.config.task: run for run, header in headers.items()}
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"{tasks['inpainting']} is of inpainting, {tasks['class_conditional']} is not; name runs of one task"
+        )
+    is_inpainting = "inpainting" in tasks
+    of_generators = {
+        "--metrics": metrics,
+        "--num": num,
+        "--extractor": extractor,
+        "--inception-weights": inception_weights,
+        "--fakes-per-class": fakes_per_class,
+        "--classes": classes,
+        "--subset": subset,
+        "--intervals": intervals,
+        "--checkpoints": checkpoints == "all",
+    }
+    of_inpainters = {"--manifest": manifest, "--cost": cost, "--no-floors": not floors}
+    for option, value in (of_generators if is_inpainting else of_inpainters).items():
+        if value:
+            kind = "generators" if is_inpainting else "inpainters"
             raise ConfigError(
-                f"{run} was trained for {header.config.task}: scores of generated images cannot be measured yet, only "
-                "those of inpainting models"
+                f"{option} is for {kind}, but {runs[0]} was trained for {next(iter(tasks))}; leave it out"
             )
+    if batch_size < 0:
+        raise ConfigError(f"--batch-size is {batch_size}; expected at least 1 image at a time, or 0 for the usual")
+    require_seed(seed)
+    if not is_inpainting:
+        _evaluate_generators(
+            headers,
+            data,
+            extractor or "inception",
+            inception_weights,
+            all_checkpoints=checkpoints == "all",
+            device=device,
+            out=out,
+            metrics=_split(metrics or "frechet,is,layout"),
+            num=num or 50_000,
+            fakes_per_class=fakes_per_class or 5_000,
+            classes=_split(classes),
+            subset=subset,
+            seed=seed,
+            intervals=intervals,
+            ema=not raw_weights,
+            batch_size=batch_size or 50,
+            overwrite=overwrite,
+        )
+        return
+    if out is None:
+        raise ConfigError("--out is missing: name the folder for the results of inpainters, for example --out results")
     if manifest is None and not cost:
         raise ConfigError("nothing to measure was named; give --manifest DIR (`attnorm manifest` makes one) or --cost")
-    require_seed(seed)
     require_free(out, overwrite)
     if manifest is not None:
-        _evaluate_inpainting(runs, manifest, data, out, floors, batch_size, seed, not raw_weights, device)
+        _evaluate_inpainting(runs, manifest, data, out, floors, batch_size or 16, seed, not raw_weights, device)
     if cost:
         _measure_cost(runs, cost, out, device)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _evaluate_generators(
+    headers: dict[Path, Header],
+    data: str,
+    extractor_name: str,
+    inception_weights: Path | None,
+    *,
+    all_checkpoints: bool,
+    device: str,
+    out: Path | None,
+    metrics: Sequence[str],
+    **settings: Any,
+) -> None:
+    """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
+    from attnorm.checkpoint import RunDirectory, read_lines
+    from attnorm.evaluation.collection import find_own_device, processes
+    from attnorm.evaluation.features import EXTRACTORS, load_extractor
+    from attnorm.evaluation.generation import evaluate_generator, find_metrics, scores_file
+
+    files = {run: scores_file(run, out) for run in headers}
+    if extractor_name in EXTRACTORS:
+        find_metrics(metrics, EXTRACTORS[extractor_name])  # before anything is downloaded
+    with processes() as team:
+        extractor = load_extractor(extractor_name, device=find_own_device(device), inception_weights=inception_weights)
+        read: dict[tuple[Any, ...], ImageSet] = {}
+        for run, header in headers.items():
+            config = configuration.override(header.config, [f"data.source={data}"]) if data else header.config
+            key = (config.data.source, _side(config), config.data.fit)
+            if key not in read:
+                console.quiet = team.rank > 0
+                read = {key: read_images(config)}  # those of one data set at a time
+                console.quiet = False
+            if not data:
+                _require_same_data(run, read[key])
+            for checkpoint in RunDirectory(run).checkpoints() if all_checkpoints and run.is_dir() else [run]:
+                before = read_lines(files[run])
+                with progress_bar() as progress:
+                    rows = evaluate_generator(
+                        checkpoint,
+                        read[key],
+                        extractor,
+                        metrics=metrics,
+                        device=device,
+                        out=out,
+                        progress=_one_bar_each(progress),
+                        **settings,
+                    )
+                if team.rank == 0:
+                    _print_scores(checkpoint, rows, [row for row in rows if row in before])
+                    print(files[run])
+
+
+def _one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
+    """A bar for what is being done, with the time that is left of this."""
+    bars: dict[str, TaskID] = {}
+
+    def tell(done: int, total: int, what: str) -> None:
+        if what not in bars:
+            for bar in bars.values():
+                progress.remove_task(bar)
+            bars.clear()
+            bars[what] = progress.add_task(what, total=total)
+        progress.update(bars[what], completed=done)
+
+    return tell
+
+
+def _require_same_data(run: Path, images: ImageSet) -> None:
+    from attnorm.checkpoint import RunDirectory, find_checkpoint
+
+    directory = RunDirectory(find_checkpoint(run).resolve().parent.parent)
+    if directory.exists() and directory.read()[1].get("fingerprint") != images.fingerprint:
+        raise ConfigError(
+            f"{images.source} is not what {run} was trained on any more; name its data, or others to measure against, "
+            "with --data SRC"
+        )
+
+
+def _print_scores(checkpoint: Path, rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        console.print(f"{checkpoint}: nothing to measure: there is no AN layer, so there are no layouts")
+        return
+    of = f"{rows[0]['run']}, {rows[0]['images_seen']:,} images seen, {rows[0]['weights']} weights"
+    table = Table("score", "value", "", "protocol", "", title=of, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        about = f"± {row['spread']:.4g}" if "spread" in row else ""
+        if "interval" in row:
+            about = f"{row['low']:.4g} to {row['high']:.4g}"
+        if "site" in row:
+            about = f"entropy at {row['site']}; {row['entities_in_use']:.1f} of {len(row['usage'])} entities in use"
+        named = {"is1": f"{row['name']}, one split", "is10": f"{row['name']}, ten splits"}
+        name = named.get(row["metric"], row["name"])
+        table.add_row(name, f"{row['value']:.5g}", about, row["protocol"], "already measured" if row in old else "")
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    subsets = {row["num_reals"] for row in rows if row["subset"]}
+    for count in sorted(subsets):
+        console.print(
+            f"measured against a subset of {count:,} real images: a quick look, not to be compared with full scores",
+            style="yellow",
+        )
 
 
 def _evaluate_inpainting(

@@ -185,7 +185,7 @@ def curves(
     out: Annotated[Path, tyro.conf.arg(metavar="PNG")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Plot losses, scores, and the layouts' entropy and entities in use of one or several runs against images seen.
+    """Plot losses, scores, layouts and Fréchet distances of one or several runs against images seen, and against hours.
 
     Args:
         runs: Run directories; each is named by its folder.

@@ -82,7 +82,9 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     torch.manual_seed(config.run.seed)
     task = _task(config, images, device)
     _open(run, config, images, task.state)
-    config = replace(config, run=replace(config.run, precision=find_precision(config.run.precision, device)))
+    # What checkpoints say of the run is how and where it was really made.
+    precision = find_precision(config.run.precision, device)
+    config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
     at = f", from {task.state.images_seen:,} images on" if task.state.images_seen else ""
     console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
     return _loop(task, config, images, run, device, console)

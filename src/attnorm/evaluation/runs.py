@@ -1,0 +1,358 @@
+"""What class-conditional runs left behind, read for tables: settings, cost, scores, and which row of the paper each is.
+
+A score shares a column only with scores that were measured in the same way, a run a recipe only with runs that differ
+in nothing but row and seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attnorm.checkpoint import CheckpointError, Header, RunDirectory, read_checkpoint, read_lines
+from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
+from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
+from attnorm.models.class_conditional import describe
+from attnorm.presets import FAMILIES, ROWS
+
+Score = dict[str, Any]  # a line of RUN/evaluation/metrics.jsonl, as `attnorm evaluate` writes it
+
+# By metric: digits after the point. Of these, where less is better.
+SCORE_DIGITS = {"frechet": 2, "intra-frechet": 2, "is1": 2, "is10": 2, "kid": 5, "precision": 3, "recall": 3}
+LESS_IS_BETTER = ("frechet", "intra-frechet", "kid")
+
+# Settings that make a row, or that change nothing of what is learnt; all others make another recipe.
+NOT_OF_THE_RECIPE = (
+    "preset",
+    "model.context",
+    "model.head",
+    "model.g_spectral_norm",
+    "model.d_spectral_norm",
+    "model.an",
+    "model.an_blocks",
+    "model.site",
+    "optim.orthogonality_weight",
+    "data.source",  # in its place, the fingerprint
+    "run.seed",
+    "run.duration_images",  # in its place, the images seen are shown
+    "run.max_minutes",
+    "run.log_every_images",
+    "run.layout_every_images",
+    "run.validate_every_images",
+    "run.grid_every_images",
+    "run.checkpoint_every_images",
+    "run.keep_checkpoints",
+    "run.device",
+    "run.precision",
+    "run.tf32",
+    "run.channels_last",
+)
+
+
+class Layout(NamedTuple):
+    """What one AttentiveNorm2d of a run's generator or discriminator sees."""
+
+    site: str
+    entropy: float  # normalised: 1 is uniform
+    usage: tuple[float, ...]  # share of the pixels that each entity wins
+    images_seen: int
+    source: str  # who looked
+
+
+@dataclass(frozen=True)
+class Run:
+    """A class-conditional run, as its directory describes it."""
+
+    name: str
+    path: Path
+    row: str  # by which presets.ROWS calls what was trained; "" for what is not there
+    config: Config  # of its latest checkpoint; without one, as it was started
+    classes: tuple[str, ...]
+    data: Mapping[str, Any]  # of config.json: source, fingerprint, ...
+    parameters: tuple[int, int]  # of G and D
+    images_seen: int
+    seconds: float  # of training
+    note: str  # what a reader must know of the data
+    scores: tuple[Score, ...]
+    layouts: tuple[Layout, ...]
+    failure: str  # why there is nothing to measure; "" where there is
+
+    @property
+    def model(self) -> ClassConditionalConfig:
+        assert isinstance(self.config.model, ClassConditionalConfig)
+        return self.config.model
+
+    @cached_property
+    def scored_at(self) -> int | None:
+        """Images seen by the checkpoint whose scores are shown: the latest that has any, subsets only for want of
+        others.
+        """
+        whole = [score["images_seen"] for score in self.scores if not score.get("subset")]
+        return max(whole or [score["images_seen"] for score in self.scores], default=None)
+
+    @property
+    def shown_at(self) -> int:
+        """Images seen by what the row describes."""
+        return self.images_seen if self.scored_at is None else self.scored_at
+
+    @property
+    def label(self) -> str:
+        """What the tables call it."""
+        return LABELS[self.row] if self.row else _variant(self.config)
+
+    def find(self, column: Column) -> Score | None:
+        """Its score in a column: of several draws the first seed's, of a repetition the last."""
+        found = [s for s in self.scores if column_of(s) == column and s["images_seen"] == self.scored_at]
+        return min(reversed(found), key=lambda score: score.get("seed", 0), default=None)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Every setting that runs of one table share."""
+        settings = {
+            key: value
+            for key, value in flatten(self.config).items()
+            if not any(key == name or key.startswith(f"{name}.") for name in NOT_OF_THE_RECIPE)
+        }
+        return {**settings, "data": self.data.get("fingerprint", "")}
+
+
+class Column(NamedTuple):
+    """What scores must have in common to stand beneath each other."""
+
+    metric: str
+    name: str
+    protocol: str
+    subset: bool
+    weights: str
+    extractor: str  # SHA-256 of its weights, and the preprocessing
+    num_fakes: int
+    num_reals: int
+    image_size: int
+    split: str
+    fingerprint: str  # of the real images
+
+
+# What a column says of itself where its name and protocol do not tell it from another.
+COLUMN_DETAILS = {
+    "weights": "{} weights",
+    "extractor": "extractor {:.8}",
+    "num_fakes": "{:,} generated",
+    "num_reals": "{:,} real",
+    "image_size": "{} pixels",
+    "split": "{} images",
+    "fingerprint": "data {:.8}",
+}
+
+
+def read_run(name: str, path: Path, failure: str) -> Run:
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; expected a run directory, whose scores and curves are shown too")
+    directory = RunDirectory(path)
+    config, data = directory.read()
+    classes, header = tuple(data.get("classes", ())), Header(config, (), 0, 0.0, data.get("note", ""))
+    if directory.checkpoints():
+        _, header = read_checkpoint(directory.checkpoints()[-1], prefix="header alone")
+        classes = header.classes
+    elif not failure:
+        failure = "no checkpoint yet"
+    model = header.config.model
+    if not isinstance(model, ClassConditionalConfig):
+        raise ConfigError(
+            f"{path} was trained for {config.task}; expected class-conditional runs, and of inpainters what `attnorm "
+            "evaluate` wrote, as --inpainting DIR"
+        )
+    _, g_parameters, d_parameters = describe(model, max(len(classes), 1))
+    lines = _read_scores(directory.scores_file)
+    return Run(
+        name=name,
+        path=path,
+        row=row_of(header.config),
+        config=header.config,
+        classes=classes,
+        data=data,
+        parameters=(g_parameters, d_parameters),
+        images_seen=header.images_seen,
+        seconds=header.seconds,
+        note=header.note,
+        scores=tuple(line for line in lines if line["metric"] != "layout"),
+        layouts=_layouts(directory, [line for line in lines if line["metric"] == "layout"]),
+        failure=failure,
+    )
+
+
+def _read_scores(file: Path) -> list[Score]:
+    """Lines that tables can use, none where nothing was measured."""
+    scores = read_lines(file)
+    for score in scores:
+        missing = {"metric", "value", "images_seen"} - score.keys()
+        if missing:
+            raise CheckpointError(
+                f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
+            )
+    return scores
+
+
+def _layouts(directory: RunDirectory, lines: Sequence[Score]) -> tuple[Layout, ...]:
+    """What evaluation saw last at each site of the generator; without it, what training logged last at every site."""
+    latest = {line["site"]: line for line in sorted(lines, key=lambda line: line["images_seen"])}
+    if latest:
+        return tuple(
+            Layout(
+                site,
+                line["value"],
+                tuple(line["usage"]),
+                line["images_seen"],
+                f"evaluate, {line['num_fakes']:,} images" if line.get("num_fakes") else "evaluate",
+            )
+            for site, line in sorted(latest.items())
+        )
+    found: dict[str, Layout] = {}
+    for row in read_lines(directory.metrics_file):
+        for key in row:
+            site = key.removeprefix("layout/").removesuffix("/entropy")
+            if key == f"layout/{site}/entropy" and f"layout/{site}/usage" in row:
+                usage = tuple(row[f"layout/{site}/usage"])
+                found[site] = Layout(site, row[key], usage, row["images_seen"], "training's log, one batch")
+    return tuple(sorted(found.values(), reverse=True))  # the generator's before the discriminator's
+
+
+# Which row a run is
+
+
+LABELS = {printed.row: printed.label for printed in (*TABLE_1, *TABLE_4)}  # of "an", that of Table 4
+
+
+def row_of(config: Config) -> str:
+    """The name in presets.ROWS of what these settings train, whatever their preset is called; "" for something else.
+
+    A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too.
+    """
+    bases = [Config()]
+    bases += [base() for family, base in FAMILIES.items() if config.preset.startswith(f"{family}-")]
+    for base, (row, (_, change)) in itertools.product(bases, ROWS.items()):
+        if _of_the_row(change(base)) == _of_the_row(config):
+            return row
+    return ""
+
+
+def _of_the_row(config: Config) -> dict[str, Any]:
+    """The settings in which rows differ, those without an effect left out."""
+    model = config.model
+    assert isinstance(model, ClassConditionalConfig)
+    names = ["model.context", "model.head", "model.g_spectral_norm", "model.d_spectral_norm"]
+    settings = flatten(config)
+    if model.context != "none":
+        names.append("model.an_blocks")
+    if model.context == "an":
+        names += [key for key in settings if key.startswith("model.an.") and key != "model.an.impl"]
+        names += ["model.site", "optim.orthogonality_weight"]
+        rule = replace(model, an=replace(model.an, temperature=None)).temperature
+        if math.isclose(model.temperature, rule):
+            settings["model.an.temperature"] = None
+    return {name: settings[name] for name in names}
+
+
+def _variant(config: Config) -> str:
+    """A name for what the paper does not have: in what it departs from AN, or from no context block."""
+    assert isinstance(config.model, ClassConditionalConfig)
+    settings = _of_the_row(config)
+    usual = flatten(Config())
+    changed = [f"{key}={settings[key]}" for key in settings if key != "model.context" and settings[key] != usual[key]]
+    return f"{config.model.context} with " + ", ".join(changed) + ": not in the paper"
+
+
+def recipes_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that may be compared, by a line that says what they share, and what no other recipe here does."""
+    groups: list[tuple[dict[str, Any], list[Run]]] = []
+    for run in runs:
+        known = next((members for recipe, members in groups if recipe == run.recipe), None)
+        if known is None:
+            groups.append((run.recipe, [run]))
+        else:
+            known.append(run)
+    named = {}
+    for recipe, members in groups:
+        first = members[0]
+        text = (
+            f"{first.model.image_size} pixels, width {first.model.width}, batch {first.config.run.batch_size}, "
+            f"on {short(first.data.get('source', ''))}"
+        )
+        said = ("model.image_size", "model.width", "run.batch_size")
+        others = [other for other, _ in groups if other is not recipe]
+        telling = [key for key in recipe if key not in said and any(other.get(key) != recipe[key] for other in others)]
+        details = [f"{key} {str(recipe[key])[:12]}" for key in telling]
+        named[", ".join([text, *details])] = members
+    return named
+
+
+def short(source: str) -> str:
+    """The end of a path, which says what the data are; a whole path says where someone keeps them."""
+    return "/".join(Path(source).parts[-2:]).lstrip("/") or "unnamed data"
+
+
+def without_paths(score: Score) -> Score:
+    data = score.get("data")
+    return {**score, "data": {**data, "source": short(data.get("source", ""))}} if isinstance(data, dict) else score
+
+
+# Columns
+
+
+def column_of(score: Score) -> Column:
+    """The column that a score belongs to."""
+    extractor, data = score.get("extractor") or {}, score.get("data") or {}
+    return Column(
+        score["metric"],
+        str(score.get("name") or score["metric"]),
+        score.get("protocol", "no protocol"),
+        bool(score.get("subset")),
+        score.get("weights", "ema"),
+        f"{extractor.get('weights_sha256', '')} {extractor.get('preprocessing', '')}".strip(),
+        score.get("num_fakes") or 0,
+        score.get("num_reals") or 0,
+        data.get("image_size") or 0,
+        data.get("split", ""),
+        data.get("fingerprint", ""),
+    )
+
+
+def columns(runs: Iterable[Run], metrics: Sequence[str]) -> list[Column]:
+    """Every way in which one of `metrics` was measured at the checkpoints that are shown; subsets last."""
+    found = {column_of(s) for run in runs for s in run.scores if s["images_seen"] == run.scored_at}
+    chosen = [column for column in found if column.metric in metrics]
+    return sorted(chosen, key=lambda column: (column.subset, metrics.index(column.metric), column))
+
+
+def titles(shown: Sequence[Column]) -> list[str]:
+    """What stands above the columns: name and protocol, and what else tells two of them apart."""
+    texts = []
+    for column in shown:
+        twins = [other for other in shown if other[:3] == column[:3] and other != column]
+        details = [
+            form.format(getattr(column, key))
+            for key, form in COLUMN_DETAILS.items()
+            if any(getattr(other, key) != getattr(column, key) for other in twins)
+            or (key == "weights" and column.weights != "ema")
+        ]
+        marks = [*details, *(["a quick look at a subset"] if column.subset else [])]
+        # The protocol says which extractor; in a heading the name need not.
+        texts.append(", ".join([column.name.partition(" (")[0], column.protocol, *marks]))
+    return texts
+
+
+def show(score: Score | None) -> str:
+    """A cell: the value, its interval in brackets, its spread over splits or subsets after the sign."""
+    if score is None:
+        return "-"
+    digits = SCORE_DIGITS.get(score["metric"], 3)
+    text = f"{score['value']:.{digits}f}"
+    if score.get("spread") is not None:
+        text += f" ± {score['spread']:.{digits}f}"
+    if score.get("low") is not None and score.get("high") is not None:
+        text += f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
+    return text

@@ -1,0 +1,541 @@
+"""A table from one command: which runs, at what cost, made once, and what happens where one fails or is stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from attnorm import bench, cli
+from attnorm.checkpoint import RunDirectory, read_lines
+from attnorm.config import ConfigError, override
+from attnorm.data.images import ImageSet, load_images
+from attnorm.evaluation import features, reproduce
+from attnorm.evaluation.features import Extractor, Features
+from attnorm.evaluation.generation import scores_file
+from attnorm.evaluation.reproduce import (
+    SCALES,
+    TABLE_ROWS,
+    Estimate,
+    Plan,
+    Timings,
+    carry_out,
+    estimate,
+    in_words,
+    is_trained,
+    make_plan,
+    read_failed,
+    require_own,
+)
+from attnorm.presets import PRESETS
+from attnorm.training.trainer import Outcome, TrainingError
+
+TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight smooth pictures of 40 pixels."""
+    folder = tmp_path_factory.mktemp("data") / "photographs"
+    random = np.random.default_rng(0)
+    for name in ("bird", "cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((40, 40), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(photographs: Path) -> ImageSet:
+    return load_images(str(photographs), 32)
+
+
+class Projection(Extractor):
+    """Features of no meaning: an image's pixels on 6 random directions."""
+
+    name: ClassVar[str] = "projection"
+    title: ClassVar[str] = "random projection"
+    is_standard: ClassVar[bool] = False
+    dimensions: ClassVar[int] = 6
+    preprocessing: ClassVar[str] = "8x8 by area means, x/255"
+    weights_sha256: ClassVar[str] = "0" * 64
+
+    def __init__(self, device: torch.device, weights: Path | None = None) -> None:
+        self.device, self.calls = device, 0
+        self.matrix = torch.randn(3 * 64, self.dimensions, generator=torch.Generator().manual_seed(0))
+
+    def _extract(self, images: Tensor) -> Features:
+        self.calls += 1
+        small = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
+        pooled = small @ self.matrix
+        return Features(pooled, pooled)
+
+    def _find_weights(self) -> Path:
+        raise NotImplementedError
+
+    def _build(self, state: dict[str, Tensor]) -> nn.Module:
+        raise NotImplementedError
+
+
+def plan_of(out: Path, data: Path, *, table: Any = "table4", rows: Any = ("an", "sngan-star"), **more: Any) -> Plan:
+    more = {"seeds": 1, "num": 12, "settings": TINY, **more}
+    return make_plan(table, "smoke", out, data=str(data), rows=rows, **more)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    said = capsys.readouterr()
+    assert caught.value.code == code and "Traceback" not in said.err
+    return " ".join(said.err.split())
+
+
+# The plan
+
+
+def test_a_plan_has_all_rows_of_one_seed_before_the_next(tmp_path: Path) -> None:
+    plan = make_plan("table1", "small", tmp_path, data="DATA", settings=["run.seed=5"])
+    rows = ["acgan", "sngan", "sngan-star", "sagan", "an"]
+    assert [job.name for job in plan.jobs] == [f"{row}-s{seed}" for seed in (5, 6) for row in rows]
+    for job in plan.jobs:
+        seed = int(job.name[-1])
+        expected = override(PRESETS[f"small32-{job.row}"][1], [f"run.seed={seed}", "data.source=DATA"])
+        assert job.config == expected and job.path == tmp_path / "runs" / job.name
+    assert (plan.extractor, plan.num, plan.scale.intervals) == ("efficientnet-lite0", 5000, True)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", ["table1", "table2", "table3", "table4"])
+def test_every_scale_has_the_rows_of_every_table(table: Any, scale: Any, tmp_path: Path) -> None:
+    jobs = make_plan(table, scale, tmp_path, data="DATA", seeds=1).jobs
+    assert tuple(job.row for job in jobs) == TABLE_ROWS[table]
+    families = {
+        "paper": ("paper-imagenet128", "paper-streetview256"),
+        "small": ("small32", "inpaint64"),
+        "smoke": ("smoke", "inpaint-smoke"),
+    }
+    family = families[scale][table == "table3"]
+    assert [job.config.preset for job in jobs] == [f"{family}-{row}" for row in TABLE_ROWS[table]]
+
+
+def test_the_papers_scale_has_the_papers_counts(tmp_path: Path) -> None:
+    plan = make_plan("table2", "paper", tmp_path, data="DATA")
+    assert (plan.extractor, plan.num, plan.scale.fakes_per_class, plan.scale.subset) == ("inception", 50_000, 5_000, 0)
+    assert plan.classes == ("table2",) and make_plan("table2", "small", tmp_path, data="DATA").classes == ()
+    plan = make_plan("table1", "paper", tmp_path, data="DATA", extractor="efficientnet-lite0", num=1000, device="cpu")
+    assert (plan.extractor, plan.num, plan.device, plan.classes) == ("efficientnet-lite0", 1000, "cpu", ())
+    assert {job.config.run.device for job in plan.jobs} == {"cpu"}
+
+
+def test_smoke_alone_has_data_of_its_own(tmp_path: Path) -> None:
+    assert make_plan("table3", "smoke", tmp_path).jobs[0].config.data.source == "builtin"
+    for scale in ("small", "paper"):
+        with pytest.raises(ConfigError, match="--data is missing: the scale"):
+            make_plan("table3", scale, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("table4 --scale smoke --rows an,sngan-stra", "there is no row 'sngan-stra'; did you mean sngan-star?"),
+        ("table3 --scale smoke --rows sagan", "there is no row 'sagan'; did you mean an? expected some of an, context"),
+        ("table4 --scale smoke --rows an,an", "--rows names a row twice"),
+        ("table4 --scale small", "--data is missing: the scale small needs a folder, a zip or CIFAR-10's files"),
+        ("table4 --scale smoke --seeds -1", "--seeds is -1, --num 0; expected at least 1 and 10, or 0"),
+        ("table4 --scale smoke --num 9", "--num 9; expected at least 1 and 10, or 0 for as many"),
+        ("table4 --scale smoke --extractor efficientnet", "there is no extractor 'efficientnet'; did you mean"),
+        ("table4 --scale smoke --inception-weights w.pth", "--inception-weights is for --extractor inception"),
+        ("table4 --scale smoke --set model.widht=3", "there is no setting model.widht; did you mean model.width?"),
+        ("table3 --scale smoke --extractor inception", "--extractor and --num are for generated images"),
+        ("table3 --scale smoke --inception-weights w.pth", "--inception-weights is for generated images"),
+        ("table5 --scale smoke --rows an", "table5 times layers alone"),
+        ("table5 --scale smoke --extractor inception", "table5 times layers alone"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert message in refused(["reproduce", *arguments.split(), "--out", str(out)], capsys)
+    assert not out.exists()
+
+
+# What is there already
+
+
+def test_runs_of_other_settings_data_or_presets_are_refused(photographs: Path, tmp_path: Path) -> None:
+    images = load_images(str(photographs), 32)
+    plan = plan_of(tmp_path / "out", photographs)
+    require_own(plan, images)
+    job = plan.jobs[0]
+    RunDirectory(job.path).create(
+        override(job.config, ["model.num_classes=3"]), {"source": "s", "fingerprint": images.fingerprint}
+    )
+    require_own(plan, images)
+    require_own(plan_of(tmp_path / "out", photographs, settings=(*TINY, "run.duration_images=80")), images)
+    with pytest.raises(ConfigError, match=r"optim.g_lr was 0\.0001, now 0\.5"):
+        require_own(plan_of(tmp_path / "out", photographs, settings=(*TINY, "optim.g_lr=0.5")), images)
+    with pytest.raises(ConfigError, match="was trained on other data"):
+        require_own(plan, replace(images, fingerprint="another"))
+    other = plan_of(tmp_path / "out", photographs, table="table3", rows=("an",), num=0, settings=())
+    with pytest.raises(ConfigError, match="is a run of smoke-an, not of inpaint-smoke-an"):
+        require_own(other, images)
+
+
+def test_a_folder_with_other_things_is_refused(photographs: Path, images: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty and holds no table of ours"):
+        require_own(plan_of(tmp_path, photographs), images)
+    with pytest.raises(ConfigError, match=r"letters.txt is a file; expected a folder"):
+        require_own(plan_of(tmp_path / "letters.txt", photographs), images)
+    (tmp_path / "estimate.json").write_text("{}")
+    require_own(plan_of(tmp_path, photographs), images)
+
+
+# The estimate
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, *, run: dict[str, float], score: dict[str, float] | None = None) -> None:
+    monkeypatch.setattr(reproduce, "_time_run", lambda *_: run)
+    monkeypatch.setattr(reproduce, "_time_scores", lambda *_: score)
+
+
+def test_the_estimate_is_what_is_left_times_what_an_image_takes(
+    images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(
+        monkeypatch,
+        run={"step": 0.5, "sample": 0.25},
+        score={"feature": 2.0, "distance": 7.0, "interval": 100.0},
+    )
+    plan = plan_of(tmp_path, photographs, seeds=2, settings=(*TINY, "run.duration_images=80"))
+    run = RunDirectory(plan.jobs[0].path)
+    run.create(plan.jobs[0].config, {})
+    run.checkpoint_file(20).touch()
+    left = estimate(plan, images, Projection(CPU))
+    assert left.training == {"an-s0": 30.0, "sngan-star-s0": 40.0, "an-s1": 40.0, "sngan-star-s1": 40.0}
+    # 12 images, sampled and seen; one distance; no intervals at this scale; 12 images for the layouts.
+    assert set(left.measuring.values()) == {12 * 2.25 + 7 + 12 * 0.25}
+    assert left.once == 24 * 2.0  # all real images, fewer than the subset
+    assert left.total == 150 + 4 * 37 + 48
+
+    doubled = plan_of(tmp_path, photographs, seeds=2, num=24, settings=(*TINY, "run.duration_images=160"))
+    more = estimate(doubled, images, Projection(CPU))
+    assert more.training["an-s1"] == 80.0 and more.measuring["an-s1"] == 24 * 2.25 + 7 + 24 * 0.25
+
+
+def test_intra_class_distances_and_intervals_are_counted(
+    images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(monkeypatch, run={"step": 1.0, "sample": 1.0}, score={"feature": 1.0, "distance": 1.0, "interval": 1.0})
+    left = estimate(plan_of(tmp_path, photographs, table="table2", rows=("an",)), images, Projection(CPU))
+    assert left.measuring == {"an-s0": 3 * (16 * 2 + 1)} and left.once == 24
+    plan = make_plan("table4", "small", tmp_path, data=str(photographs), rows=("an",), seeds=1, num=20)
+    left = estimate(plan, images, Projection(CPU))
+    assert left.measuring == {"an-s0": 20 * 2 + 1 + 100 + 20}
+    assert left.training == {"an-s0": plan.jobs[0].config.run.duration_images}
+
+
+def test_both_phases_of_inpainting_are_counted(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(monkeypatch, run={"first": 1.0, "step": 10.0})
+    images = load_images(str(photographs), 40)
+    plan = make_plan("table3", "smoke", tmp_path, data=str(photographs), seeds=1, rows=("an",))
+    assert estimate(plan, images, None).training == {"an-s0": 80 * 1 + 80 * 10}
+    run = RunDirectory(plan.jobs[0].path)
+    run.create(plan.jobs[0].config, {})
+    for seen, expected in ((40, 40 + 800), (120, 400), (160, 0)):
+        run.checkpoint_file(seen).touch()
+        assert estimate(plan, images, None).total == expected
+    plan = make_plan("table3", "paper", tmp_path, data=str(photographs), seeds=1, rows=("none",))
+    left = estimate(plan, images, None)
+    assert left.total == 150_000 * 16 * 10 and any("first phase" in note for note in left.notes)
+
+
+def test_an_image_is_timed_once_for_each_kind_of_step(
+    images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    def count(config: Any, *_: object) -> dict[str, float]:
+        timed.append(config.model.width)
+        return {"step": 1.0, "sample": 1.0}
+
+    monkeypatch.setattr(reproduce, "_time_run", count)
+    for _ in range(2):
+        left = estimate(plan_of(tmp_path, photographs, seeds=3), images, None)
+    assert timed == [2, 2] and any("its weights are not at hand" in note for note in left.notes)
+    estimate(plan_of(tmp_path, photographs, settings=(*TINY, "run.duration_images=800")), images, None)
+    assert timed == [2, 2]
+    estimate(plan_of(tmp_path, photographs, settings=(*TINY, "model.width=3")), images, None)
+    assert timed == [2, 2, 3, 3]
+    (tmp_path / "estimate.json").write_text('{"seconds"')
+    with pytest.raises(ConfigError, match=r"estimate.json cannot be read .* remove it"):
+        Timings(tmp_path / "estimate.json", CPU)
+
+
+def test_steps_samples_and_scores_are_really_timed(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
+    """A duration cannot be known; that it is one, and that what was timed leaves no trace, can."""
+    settings = (*TINY, "run.duration_images=80")
+    plan = plan_of(tmp_path, photographs, table="table1", rows=("acgan",), settings=settings)
+    extractor = Projection(CPU)
+    left = estimate(plan, images, extractor)
+    assert 0 < left.training["acgan-s0"] < 600 and 0 < left.measuring["acgan-s0"] < 600 and left.once > 0
+    assert extractor.calls == 3 and [path.name for path in tmp_path.iterdir()] == ["estimate.json"]
+
+    plan = make_plan(
+        "table3", "smoke", tmp_path, data=str(photographs), seeds=1, rows=("contextual",), settings=TINY[2:3]
+    )
+    pace = reproduce._time_run(plan.jobs[0].config, load_images(str(photographs), 40), CPU)
+    assert pace.keys() == {"first", "step"} and 0 < pace["first"] < pace["step"]  # five updates of the critic more
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (3600, "60 min"),
+        (5400, "1.5 h"),
+        (3 * 86400, "3.0 days"),
+        (90 * 86400, "3.0 months"),
+        (1000 * 365.25 * 86400 * 2, "2,000.0 years"),
+    ],
+)
+def test_a_rough_time_in_words(seconds: float, text: str) -> None:
+    assert in_words(seconds) == text
+
+
+# The doing
+
+
+def nothing_left(plan: Plan) -> Estimate:
+    return Estimate({job.name: 0.0 for job in plan.jobs}, {}, 0.0, ())
+
+
+def test_a_second_call_trains_and_measures_nothing(
+    images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, extractor = plan_of(tmp_path, photographs), Projection(CPU)
+    left = estimate(plan, images, extractor)
+    result = carry_out(plan, images, extractor, left, console=quiet())
+    assert result.scored == [tmp_path / "runs" / name for name in ("an-s0", "sngan-star-s0")] and not result.failed
+    assert all(map(is_trained, plan.jobs))
+    scores = {path.name: read_lines(scores_file(path)) for path in result.scored}
+    assert [row["metric"] for row in scores["sngan-star-s0"]] == ["is1", "is10", "frechet"]
+    assert [row["metric"] for row in scores["an-s0"]] == ["layout", "is1", "is10", "frechet"]
+    for row in (*scores["an-s0"], *scores["sngan-star-s0"]):
+        assert row["num_fakes"] == 12 and row["images_seen"] == 8 and row["run_seed"] == 0
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(reproduce, "train", never)
+    calls = extractor.calls
+    require_own(plan, images)
+    plan = replace(plan, extractor="projection")  # what the scores' lines say
+    left = estimate(plan, images, extractor)
+    assert left.total == 0
+    again = carry_out(plan, images, extractor, left, console=quiet())
+    assert again == result and extractor.calls == calls
+    assert {path.name: read_lines(scores_file(path)) for path in again.scored} == scores
+
+
+def test_a_run_goes_on_where_it_stopped(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
+    half = plan_of(tmp_path, photographs, rows=("an",), settings=(*TINY, "run.duration_images=4"))
+    carry_out(half, images, Projection(CPU), nothing_left(half), console=quiet())
+    whole = plan_of(tmp_path, photographs, rows=("an",), seeds=2)
+    assert [is_trained(job) for job in whole.jobs] == [False, False]
+    carry_out(whole, images, Projection(CPU), nothing_left(whole), console=quiet())
+    assert [is_trained(job) for job in whole.jobs] == [True, True]
+    seen = [row["images_seen"] for row in read_lines(scores_file(whole.jobs[0].path)) if row["metric"] == "frechet"]
+    assert seen == [4, 8]
+
+
+def test_a_run_that_collapses_is_recorded_and_the_others_go_on(
+    images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = reproduce.train, []
+
+    def collapse(config: Any, images: ImageSet, out: Path, **more: Any) -> Outcome:
+        tried.append(out.name)
+        outcome = real(config, images, out, **more)
+        if out.name == "an-s0":
+            raise TrainingError("a loss was not finite at step 2")
+        return outcome
+
+    monkeypatch.setattr(reproduce, "train", collapse)
+    plan = plan_of(tmp_path, photographs)
+    result = carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    assert tried == ["an-s0", "sngan-star-s0"] and [path.name for path in result.scored] == ["sngan-star-s0"]
+    assert result.failed == read_failed(plan) == {"an-s0": "a loss was not finite at step 2"}
+
+    again = carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    assert tried == ["an-s0", "sngan-star-s0"] and again == result
+    shutil.rmtree(tmp_path / "runs" / "an-s0")
+    assert read_failed(plan) == {}
+    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    assert tried == ["an-s0", "sngan-star-s0", "an-s0"]
+
+
+def test_a_stop_ends_the_whole_with_status_130(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = []
+
+    def stop(config: Any, images: ImageSet, out: Path, **_: Any) -> Outcome:
+        begun.append(out.name)
+        return Outcome("interrupted", 4, out)
+
+    monkeypatch.setattr(reproduce, "train", stop)
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
+    arguments = command(photographs, tmp_path)
+    said = refused(arguments, capsys, code=130)
+    assert begun == ["an-s0"] and said.endswith("The same command goes on from here.")
+
+
+def command(photographs: Path, out: Path, *more: str) -> list[str]:
+    options = ["--scale", "smoke", "--rows", "an,sngan-star", "--seeds", "1", "--num", "12", *more]
+    return ["reproduce", "table4", *options, "--data", str(photographs), "--out", str(out), "--set", *TINY]
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_how_long_it_takes(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(monkeypatch, run={"step": 1000.0, "sample": 0.0}, score={"feature": 0.0, "distance": 0.0, "interval": 0.0})
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
+    cli.main(command(photographs, tmp_path, "--dry-run"))
+    said = capsys.readouterr().out
+    for part in ("an-s0", "smoke-sngan-star", "2 x 4 images", "not begun", "2.2 h", "about 4.4 h left on cpu"):
+        assert part in said
+    assert "12 generated images a score" in said and "an estimate" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["estimate.json"]
+
+
+def test_a_dry_run_downloads_nothing(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(monkeypatch, run={"step": 1.0, "sample": 1.0})
+    monkeypatch.setattr(features, "_download", lambda *_: pytest.fail("a download was begun"))
+    cli.main(command(photographs, tmp_path, "--dry-run", "--extractor", "inception"))
+    assert "features of inception are not counted" in capsys.readouterr().out
+
+
+def test_table_4_from_the_command_line(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
+    out = tmp_path / "out"
+    cli.main(command(photographs, out))
+    said = capsys.readouterr()
+    for name in ("report.md", "report.html", "report.json"):
+        assert str(out / name) in said.out and (out / name).is_file()
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for name in ("an-s0", "sngan-star-s0"):
+        (value,) = (row["value"] for row in read_lines(scores_file(out / "runs" / name)) if row["metric"] == "frechet")
+        assert f"{value:.2f}" in text, name
+    assert "not run" in text and "## Table 4" in text and "## Table 1" not in text
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+    monkeypatch.setattr(reproduce, "train", lambda *_, **__: pytest.fail("trained again"))
+    cli.main(command(photographs, out, "--extractor", "projection"))
+    assert "nothing is left to train or to measure" in capsys.readouterr().out
+    assert (out / "report.md").read_text(encoding="utf-8") == text
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before and len(before) == 2
+
+
+def test_what_failed_is_in_the_report_and_in_the_status(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def collapse(config: Any, images: ImageSet, out: Path, **_: Any) -> Outcome:
+        RunDirectory(out).create(config, {"source": "", "classes": list(images.classes), "fingerprint": "x"})
+        raise TrainingError("a loss was not finite at step 2")
+
+    monkeypatch.setattr(reproduce, "train", collapse)
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
+    said = refused(command(photographs, tmp_path), capsys, code=1)
+    assert "failed: an-s0: a loss was not finite at step 2" in said
+    assert "a loss was not finite at step 2" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_table_3_from_the_command_line(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two arms of two steps, one in each phase."""
+    settings = ("run.batch_size=2", "run.duration_images=4", "inpainting.switch_images=2", "model.width=2")
+    arguments = ["reproduce", "table3", "--scale", "smoke", "--rows", "an,contextual"]  # one seed at this scale
+    arguments += ["--data", str(photographs), "--out", str(tmp_path / "out"), "--device", "cpu", "--set"]
+    arguments += [*settings, "data.held_out_every=2"]
+    cli.main(arguments)
+    out = tmp_path / "out"
+    assert {"scores.json", "scores.md", "scores.csv", "sheet.png", "report.md"} <= {path.name for path in out.iterdir()}
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores["models"]) == ["an-s0", "contextual-s0"] and scores["manifest"]["images"] == 3
+    assert scores["manifest"]["masks"] == "centre" and scores["manifest"]["image_size"] == 32
+
+    monkeypatch.setattr(reproduce, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(reproduce.inpainting, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    cli.main(arguments)
+    assert json.loads((out / "scores.json").read_text()) == scores
+    (out / "scores.json").write_text(json.dumps(scores | {"models": {}}))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        cli.main(arguments)
+
+
+def test_table_5_is_the_benchmark_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = []
+    environment = {"device_name": "cpu", "dtype": "float32"}
+    report = bench.BenchReport(environment=environment, cases=(bench.CASES[0],), cells=())
+
+    def run(**settings: Any) -> bench.BenchReport:
+        called.append({name: value for name, value in settings.items() if name != "console"})
+        return report
+
+    def write(report: bench.BenchReport, out: Path) -> list[Path]:
+        out.mkdir(parents=True)
+        (out / "bench.json").write_text("{}")
+        return []
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "write_report", write)
+    monkeypatch.setattr(bench, "read_report", lambda path: report)
+    plan = make_plan("table5", "smoke", tmp_path / "out", device="cpu")
+    cases, cells, seconds = reproduce.describe_table5(plan)
+    assert cases == "smoke, table5-128" and cells == 2 * 2 * len(bench.SUBJECTS)
+    assert seconds == pytest.approx(cells * 0.02)
+    for _ in range(2):
+        reproduce.time_layers(plan, console=quiet())
+    assert called == [{"cases": "smoke,table5-128", "device": "cpu", "seconds": 0.02}]
+    assert reproduce.describe_table5(make_plan("table5", "paper", tmp_path))[0].count("table5-") == 4
+
+    monkeypatch.setattr(reproduce, "time_layers", lambda *_, **__: pytest.fail("a dry run has measured"))
+    cli.main(["reproduce", "table5", "--scale", "smoke", "--out", str(tmp_path / "new"), "--dry-run"])
+    assert f"{cells} measurements" in capsys.readouterr().out and not (tmp_path / "new").exists()
