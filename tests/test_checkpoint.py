@@ -21,6 +21,7 @@ from attnorm.checkpoint import (
     load,
     load_discriminator,
     read_checkpoint,
+    read_lines,
     save_checkpoint,
     write_atomically,
     write_json,
@@ -330,3 +331,10 @@ def test_devices_that_are_not_there_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds none on this machine; take auto or cpu"):
             find_device("cuda")
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_even_within_a_letter(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_lines(file) == []
+    file.write_bytes('{"a": 1}\n{"name": "Fr\u00e9chet"}\n{"name": "Fr\u00e9'.encode()[:-1])
+    assert read_lines(file) == [{"a": 1}, {"name": "Fr\u00e9chet"}]

@@ -71,7 +71,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, none where there is no file; a line that a kill cut short is left out."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""  # cut within a letter, perhaps
+    for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]

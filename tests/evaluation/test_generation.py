@@ -335,8 +335,12 @@ def test_the_classes_of_table_2_are_found_by_either_name_or_by_number() -> None:
     by_name = SimpleNamespace(classes=tuple(sorted(n.replace(" ", "_").title() for n in TABLE_2_CLASSES)), path="x")
     labels, _ = find_classes(["table2"], by_name)  # type: ignore[arg-type]
     assert [by_name.classes[label].lower().replace("_", " ") for label in labels] == list(TABLE_2_CLASSES)
-    thousand = SimpleNamespace(classes=tuple(map(str, range(1000))), path="x")
-    assert find_classes(["table2"], thousand)[0] == [825, 974, 979, 991, 14, 141, 247, 282]  # type: ignore[arg-type]
+    thousand = SimpleNamespace(classes=tuple(sorted(map(str, range(1000)))), path="x")  # folders, "10" before "2"
+    labels, _ = find_classes(["table2"], thousand)  # type: ignore[arg-type]
+    assert [thousand.classes[label] for label in labels] == ["825", "974", "979", "991", "14", "141", "247", "282"]
+    others = SimpleNamespace(classes=tuple(f"class {i}" for i in range(1000)), path="x")
+    with pytest.raises(ConfigError, match="lacks the class 'stone wall'"):
+        find_classes(["table2"], others)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"lacks the class 'stone wall' \(n04326547\) of Table 2 among its 3"):
         find_classes(["table2"], SimpleNamespace(classes=CLASSES, path="x"))  # type: ignore[arg-type]
 

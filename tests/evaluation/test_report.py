@@ -14,8 +14,8 @@ from attnorm.bench import PAPER_TABLE_5
 from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_2, TABLE_4
-from attnorm.evaluation.report import NOT_RUN, Report, Table, build_report, to_dict
-from attnorm.evaluation.runs import row_of
+from attnorm.evaluation.report import NOT_RUN, Report, Table, _agrees, build_report, to_dict
+from attnorm.evaluation.runs import columns, read_run, row_of
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, PRESETS, ROWS
 
@@ -345,7 +345,7 @@ def test_a_run_that_failed_or_has_nothing_yet_says_so(tmp_path: Path) -> None:
 
 
 def test_table_2_finds_its_classes_by_name_by_wordnet_and_by_number(tmp_path: Path) -> None:
-    by_number = tuple(f"class {i}" for i in range(1000))
+    by_number = tuple(sorted(str(i) for i in range(1000)))  # as folders are: "10" before "2"
     runs = [
         make_run(tmp_path / "a", "an", lines=(line("intra-frechet", 5.0, values={"Stone_Wall": 4.0, "dog": 6.0}),)),
         make_run(tmp_path / "b", "sagan", lines=(line("intra-frechet", 7.0, values={"n09288635": 7.0}),)),
@@ -359,7 +359,7 @@ def test_table_2_finds_its_classes_by_name_by_wordnet_and_by_number(tmp_path: Pa
     assert measured["mean over the classes measured"] == ("5.00 (2 classes)", "7.00 (1 classes)")
     assert table.header[4] == "AN (n = 16), a: intra-FID, intra500_train_inception[all]"
 
-    values = {name: float(i) for i, name in enumerate(by_number)}
+    values = {name: float(name) for name in by_number}
     run = make_run(tmp_path / "c", "an", classes=by_number, lines=(line("intra-frechet", 5.0, values=values),))
     (table,) = section(build_report([run]), "Table 2").tables
     assert [row[-1] for row in table.rows[:8]] == [f"{row.label}.00" for row in TABLE_2] and len(table.rows) == 9
@@ -583,3 +583,31 @@ def test_what_cannot_be_reported_on_is_refused(tmp_path: Path) -> None:
     (run / "evaluation/metrics.jsonl").write_text('{"metric": "frechet"}\n', encoding="utf-8")
     with pytest.raises(CheckpointError, match="a line without images_seen, value"):
         build_report([run])
+
+
+def test_a_quick_look_at_a_later_checkpoint_does_not_hide_a_full_score(tmp_path: Path) -> None:
+    quick = {"images_seen": 640, "subset": True, "protocol": "fid5k_train_subset1k_inception"}
+    lines = (line("frechet", 5.0, images_seen=320), line("frechet", 4.0, **quick), line("is1", 3.0, images_seen=640))
+    assert read_run("a", make_run(tmp_path / "a", "an", lines=lines), "").scored_at == 320
+    assert read_run("b", make_run(tmp_path / "b", "an", lines=lines[1:]), "").scored_at == 640  # for want of others
+
+
+@pytest.mark.parametrize(
+    ("protocol", "num_reals", "agrees"),
+    [
+        ("intra5k_train_inception[all]", 1_281_167, True),
+        ("intra5k_train_inception[table2]", 10_400, True),
+        ("intra50_train_inception[all]", 1_281_167, False),  # trap 1: the number of generated images decides
+        ("intra5k_other_inception[all]", 1_281_167, False),
+        ("intra5k_train_inception[table2]", 400, False),
+    ],
+)
+def test_intra_fid_stands_beside_the_papers_by_its_protocol_alone(
+    tmp_path: Path, protocol: str, num_reals: int, agrees: bool
+) -> None:
+    data = {"source": "x", "fingerprint": "cd" * 32, "image_size": 128}
+    score = line("intra-frechet", 80.0, protocol=protocol, num_reals=num_reals, data=data)
+    classes = tuple(f"n{number:08d}" for number in range(1000))
+    run = read_run("a", make_run(tmp_path / "a", "an", "model.image_size=128", lines=(score,), classes=classes), "")
+    (column,) = columns([run], ["intra-frechet"])
+    assert _agrees(run, column) is agrees

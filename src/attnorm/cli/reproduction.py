@@ -46,7 +46,8 @@ def reproduce(
             AN) or table5 (time of the layer).
         scale: paper: its sizes, steps and counts; small: minutes a run on two CPU cores; smoke: everything once, in
             little, on built-in photographs.
-        out: Where runs, scores and report.md, report.html and report.json go; tables 1, 2 and 4 may share it.
+        out: Where runs, scores and report.md, report.html and report.json go; runs of tables 1, 2 and 4
+            may share it, and the report is of the last of these.
         data: What to train on, as the verb train takes it; smoke has its own.
         seeds: Runs of each row: 2, or 1 by scale.
         rows: Rows by name, as in `attnorm presets`; the table's own unless named.
@@ -192,9 +193,11 @@ def _finish(plan: Plan, result: Result) -> None:
         paths = write_report(report, plan.out, device=plan.device, progress=progress)
     for path in paths:
         print(path)
-    for name, why in result.failed.items():
+    own = {job.name for job in plan.jobs}  # the folder may hold other tables' runs
+    failed = {name: why for name, why in result.failed.items() if name in own}
+    for name, why in failed.items():
         console.print(f"failed: {name}: {why}", style="red")
-    if result.failed:
+    if failed:
         raise SystemExit(1)
 
 

@@ -112,14 +112,12 @@ def find_classes(names: Sequence[str], sampler: Sampler) -> tuple[list[int], str
 
 
 def _table_2_label(name: str, sampler: Sampler) -> int:
-    """By WordNet's number, by name, or, of 1,000 classes, by ImageNet's number."""
+    """By WordNet's number, by name, or by ImageNet's number as a name: classes are in the order of their names."""
     number, wordnet = TABLE_2_CLASSES[name]
     plain = [known.casefold().replace("_", " ").replace("-", " ") for known in sampler.classes]
     for label, known in enumerate(plain):
-        if known.startswith(wordnet) or known == name:
+        if known.startswith(wordnet) or known in (name, str(number)):
             return label
-    if len(plain) == 1000:
-        return number
     raise ConfigError(
         f"{sampler.path} lacks the class {name!r} ({wordnet}) of Table 2 among its {len(plain)}; name others with "
         "--classes"
@@ -187,7 +185,7 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def _identity(row: Mapping[str, Any]) -> str:

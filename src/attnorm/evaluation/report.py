@@ -308,9 +308,15 @@ def _agrees(run: Run, column: Column) -> bool:
         and not column.subset
         and column.image_size == run.model.image_size == 128
         and len(run.classes) == NUM_IMAGENET_CLASSES
-        and (column.metric == "intra-frechet" or column.num_fakes == 50_000)
-        and (column.metric.startswith("is") or column.num_reals > 1_200_000)
+        and (_is_intra_protocol(column) if column.metric == "intra-frechet" else column.num_fakes == 50_000)
+        and (column.metric in ("is1", "is10", "intra-frechet") or column.num_reals > 1_200_000)
     )
+
+
+def _is_intra_protocol(column: Column) -> bool:
+    """5,000 generated images a class against all that were trained on, of all classes or of Table 2's (row 20)."""
+    least = {"intra5k_train_inception[all]": 1_200_000, "intra5k_train_inception[table2]": 8_000}
+    return column.num_reals > least.get(column.protocol, math.inf)
 
 
 def _section_1(recipes: Mapping[str, list[Run]]) -> Section:
@@ -430,7 +436,7 @@ def _classes_table(recipe: str, measured: Sequence[tuple[str, Run, Score]]) -> T
             values = score.get("values") or {}
             names = {printed.name.lower()}
             if len(run.classes) == NUM_IMAGENET_CLASSES:
-                names.add(_plain(run.classes[printed.label]))
+                names.add(str(printed.label))
             key = next((key for key in values if _plain(key) in names or key.startswith(printed.wordnet)), None)
             if key is not None:
                 used.add((number, key))

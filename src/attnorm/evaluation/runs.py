@@ -90,9 +90,14 @@ class Run:
     @cached_property
     def scored_at(self) -> int | None:
         """Images seen by the checkpoint whose scores are shown: the latest that has any, subsets only for want of
-        others.
+        others. The Inception Score, which needs no real images, does not make a quick look a whole one.
         """
-        whole = [score["images_seen"] for score in self.scores if not score.get("subset")]
+        quick = {score["images_seen"] for score in self.scores if score.get("subset")}
+        whole = [
+            score["images_seen"]
+            for score in self.scores
+            if not score.get("subset") and not (score["metric"].startswith("is") and score["images_seen"] in quick)
+        ]
         return max(whole or [score["images_seen"] for score in self.scores], default=None)
 
     @property
