@@ -221,7 +221,8 @@ def _evaluate_generators(
                 console.quiet = False
             if not data:
                 _require_same_data(run, read[key])
-            for checkpoint in RunDirectory(run).checkpoints() if all_checkpoints and run.is_dir() else [run]:
+            kept = RunDirectory(run).checkpoints() if all_checkpoints and run.is_dir() else [run]
+            for checkpoint in map(Path, team.text_of_first("\n".join(map(str, kept))).split("\n")):
                 before = read_lines(files[run])
                 with progress_bar() as progress:
                     rows = evaluate_generator(

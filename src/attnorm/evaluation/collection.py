@@ -55,6 +55,18 @@ class Processes:
         dist.broadcast(values, 0)
         return [bool(value) for value in values.tolist()]
 
+    def text_of_first(self, text: str) -> str:
+        """The first one's text, for all."""
+        if self.count == 1:
+            return text
+        size = torch.tensor([len(text.encode())])
+        dist.broadcast(size, 0)
+        content = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
     def gather(self, part: Tensor) -> list[Tensor]:
         """Every process's part, of up to two axes, in their order: on the CPU of the first; the others get nothing."""
         if self.count == 1:

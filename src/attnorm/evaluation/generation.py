@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -68,6 +68,8 @@ TABLE_2_CLASSES = {row.name.casefold(): (row.label, row.wordnet) for row in TABL
 
 NEIGHBOURS = 3  # of precision and recall
 LAYOUT_IMAGES = 500
+# Latents of one --seed, so that two seeds share no image. torch's generator on the CPU reads 32 bits of a number.
+SEEDS_APART = 10_000_000
 FRECHET_RESAMPLES, SCORE_RESAMPLES = 100, 1000
 
 
@@ -245,9 +247,10 @@ def evaluate_generator(
     """Measures one checkpoint, appends a line a score to its metrics.jsonl, and returns these lines; a score that is
     there already is returned as it is, and not measured again. Of several processes, the first writes and returns.
 
-    Generated image number i is made from seed + i, in evaluation mode, rounded to uint8, with the labels of
-    `fake_labels`. Of class c, intra-frechet takes the seeds from seed + c * fakes_per_class on. Real images are all of
-    `images` but those that the run held out, cut at the centre to the model's size.
+    Generated image number i is made by Sampler from 10,000,000 seed + i, so that two seeds share none, in evaluation
+    mode, rounded to uint8, with the labels of `fake_labels`. Of class c, intra-frechet takes the numbers from
+    c * fakes_per_class on. Real images are all of `images` but those that the run held out, cut at the centre to the
+    model's size.
 
     Args:
         run: A run directory (its latest checkpoint is taken) or a checkpoint file.
@@ -268,8 +271,9 @@ def evaluate_generator(
         ConfigError: what is asked for cannot be measured.
     """
     with processes() as team:
+        checkpoint = Path(team.text_of_first(str(find_checkpoint(run))))  # training may go on and save another one
         evaluation = _Evaluation(
-            sampler=Sampler(find_checkpoint(run), ema=ema, device=str(find_own_device(device)), batch_size=batch_size),
+            sampler=Sampler(checkpoint, ema=ema, device=str(find_own_device(device)), batch_size=batch_size),
             images=images,
             extractor=extractor,
             metrics=find_metrics(metrics, extractor),
@@ -341,11 +345,14 @@ class _Evaluation:
             raise ConfigError(f"--subset is {self.subset}; expected 0 (all real images) or at least {NEIGHBOURS + 1}")
         if sampler.batch_size < 1:
             raise ConfigError(f"--batch-size is {sampler.batch_size}; expected at least 1 image at a time")
-        num_seeds = max(self.num, len(sampler.classes) * self.fakes_per_class)
-        if not 0 <= self.seed <= 2**63 - num_seeds:
+        if max(self.num, len(sampler.classes) * self.fakes_per_class) > SEEDS_APART:
             raise ConfigError(
-                f"--seed is {self.seed}; expected a whole number from 0 on, the {num_seeds} that follow below 2^63"
+                f"--num is {self.num}, and --fakes-per-class {self.fakes_per_class} for {len(sampler.classes)} "
+                f"classes; expected at most {SEEDS_APART:,} generated images in all"
             )
+        most = 2**32 // SEEDS_APART - 1
+        if not 0 <= self.seed <= most:
+            raise ConfigError(f"--seed is {self.seed}; expected a whole number from 0 to {most}")
         height, width = images.images.shape[2:]
         if min(height, width) < self.side:
             raise ConfigError(
@@ -558,7 +565,7 @@ class _Evaluation:
             logits="is" in due and self.intervals,
             score="is" in due,
         )
-        fakes = self.fakes(self.fake_labels[0], self.seed, wanted, self.team, "generated images")
+        fakes = self.fakes(self.fake_labels[0], 0, wanted, self.team, "generated images")
         reals, is_first = self.real_features(), self.team.rank == 0
         if "is" in due:
             yield "is", self.scores(fakes) if is_first else []
@@ -587,9 +594,15 @@ class _Evaluation:
             progress=self.progress,
         )
 
-    def fakes(self, labels: np.ndarray, seed: int, wanted: Wanted, team: Processes, what: str) -> Collected:
+    def seeds(self, numbers: Iterable[int]) -> list[int]:
+        """What Sampler makes the images of these numbers from."""
+        return [self.seed * SEEDS_APART + number for number in numbers]
+
+    def fakes(self, labels: np.ndarray, start: int, wanted: Wanted, team: Processes, what: str) -> Collected:
+        """Of the images numbered from `start` on."""
+
         def features_of(numbers: range) -> Features:
-            seeds = [seed + number for number in numbers]
+            seeds = self.seeds(start + number for number in numbers)
             return self.extractor(self.sampler.sample(seeds, labels[numbers.start : numbers.stop].tolist()).images)
 
         return collect(
@@ -657,7 +670,7 @@ class _Evaluation:
             assert pooled is not None
             fakes = self.fakes(
                 np.full(self.fakes_per_class, label),
-                self.seed + label * self.fakes_per_class,
+                label * self.fakes_per_class,
                 Wanted(moments=not is_few, pooled=is_few),
                 alone,
                 f"generated images of {name}",
@@ -670,14 +683,16 @@ class _Evaluation:
         return {"value": total.mean().item(), "values": dict(zip(names, total.tolist(), strict=True))}
 
     def layouts(self) -> Values:
-        """Entropy and usage at each site, as of one large batch."""
-        labels, num = self.fake_labels[0], min(self.num, LAYOUT_IMAGES)
+        """Entropy and usage at each site, as of one large batch; its images are spread evenly over all numbers."""
+        numbers = _spread(np.arange(self.num), LAYOUT_IMAGES)
+        num = len(numbers)
         entropies: dict[str, float] = {}
         usages: dict[str, Tensor] = {}
         for start in range(0, num, self.sampler.batch_size):
             stop = min(start + self.sampler.batch_size, num)
-            seeds = [self.seed + number for number in range(start, stop)]
-            seen = self.sampler.sample(seeds, labels[start:stop].tolist(), with_layouts=True).layouts
+            some = numbers[start:stop]
+            labels = self.fake_labels[0][some].tolist()
+            seen = self.sampler.sample(self.seeds(some.tolist()), labels, with_layouts=True).layouts
             for site, (_, layout) in seen.items():
                 share = (stop - start) / num
                 entropies[site] = entropies.get(site, 0.0) + share * layout_entropy(layout).item()
