@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from attnorm import __version__, cli
@@ -532,3 +533,18 @@ def test_what_was_sampled_was_trained(run: Path) -> None:
     assert tensors["optimiser.generator.to_rgb.bias.step"].item() == 2
     assert tensors["ema.to_rgb.bias"].abs().max() > 0
     assert os.environ["ATTNORM_CACHE"]
+
+
+def test_a_device_without_memory_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(cli.app, "cli", full)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["presets"])
+    assert stopped.value.code == 1 and "out of memory; a smaller batch" in capsys.readouterr().err
+    monkeypatch.setattr(cli.app, "cli", lambda **_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):  # others are ours to mend, and keep their traceback
+        cli.main(["presets"])

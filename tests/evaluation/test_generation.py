@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,13 +123,6 @@ def run(images: ImageSet, tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs" / "an", images)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATTNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def measured(run: Path, images: ImageSet, *metrics: str, **settings: Any) -> dict[str, dict[str, Any]]:
     """Lines by their metrics."""
     extractor = settings.pop("extractor", None) or TinyExtractor()
@@ -168,6 +160,8 @@ def test_every_score_is_that_of_its_definition_whatever_the_batches(run: Path, i
     assert lines["is10"]["value"] == near(ten) and lines["is10"]["spread"] == pytest.approx(spread, rel=1e-2)
     few = reals[np.unique(np.linspace(0, 59, 40).astype(np.int64))]  # as many real ones as generated ones
     assert lines["kid"]["value"] == near(kernel_distance(fakes.pooled, few, seed=5)[0])
+    assert lines["kid"]["protocol"] == "kernel40_train_40reals_tiny" and lines["kid"]["subset_size"] == 40
+    assert lines["recall"]["protocol"] == "pr40_k3_train_40reals_tiny" and lines["recall"]["num_reals"] == 40
     expected = precision_recall(few, fakes.pooled)
     assert (lines["precision"]["value"], lines["recall"]["value"]) == (expected.precision, expected.recall)
     assert (lines["precision"]["density"], lines["recall"]["coverage"]) == (expected.density, expected.coverage)

@@ -64,5 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         console.print(f"attnorm: {error}", style="red")
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported here
+            raise
+        console.print("attnorm: the device is out of memory; a smaller batch or --device cpu needs less", style="red")
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

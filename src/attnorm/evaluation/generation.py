@@ -67,6 +67,7 @@ PUBLISHED = {"fid": "frechet", "intra-fid": "intra-frechet"}
 TABLE_2_CLASSES = {row.name.casefold(): (row.label, row.wordnet) for row in TABLE_2}
 
 NEIGHBOURS = 3  # of precision and recall
+KID_SUBSETS, KID_SIZE = 100, 1000
 LAYOUT_IMAGES = 500
 # Latents of one --seed, so that two seeds share no image. torch's generator on the CPU reads 32 bits of a number.
 SEEDS_APART = 10_000_000
@@ -466,8 +467,10 @@ class _Evaluation:
             ]
 
         is_subset = len(self.measured_against) < len(self.real)
-        tail = f"{self.against(is_subset)}_{by}"
         num_reals = len(self.measured_against if metric == "frechet" else self.few_real)
+        # KID, precision and recall look at no more real images than generated ones; the latter two depend on how many.
+        few = f"_{_short(num_reals)}reals" if num_reals < len(self.measured_against) else ""
+        tail = f"{self.against(is_subset)}{few}_{by}"
         names = {
             "frechet": ("FID", "fid") if is_standard else (f"Fréchet distance ({by})", metric),
             "kid": ("KID", "kid") if is_standard else (f"kernel distance ({by})", "kernel"),
@@ -646,8 +649,9 @@ class _Evaluation:
         return found._asdict() | {"interval": f"{CONFIDENCE:.0%}, {how}"}
 
     def kid(self, fakes: Tensor, reals: Tensor) -> Values:
-        value, spread = kernel_distance(fakes, reals, seed=self.seed)
-        return [{"value": value, "spread": spread}]
+        value, spread = kernel_distance(fakes, reals, subsets=KID_SUBSETS, subset_size=KID_SIZE, seed=self.seed)
+        size = min(KID_SIZE, len(fakes), len(reals))
+        return [{"value": value, "spread": spread, "subsets": KID_SUBSETS, "subset_size": size}]
 
     def precision_recall(self, fakes: Tensor, reals: Tensor) -> Values:
         found = precision_recall(reals, fakes, neighbours=NEIGHBOURS)

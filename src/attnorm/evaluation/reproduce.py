@@ -572,7 +572,9 @@ def _measure(plan: Plan, job: Job, images: ImageSet, extractor: Extractor, progr
 def _measure_inpainters(
     plan: Plan, runs: Sequence[Path], images: ImageSet, progress: Progress
 ) -> inpainting.Evaluation | None:
-    """Table 3 on the images that all runs held out, written beside them; None where it is there already."""
+    """Table 3 on the images that all runs held out, written beside them; None where it and its sheet, which the caller
+    draws, are there already.
+    """
     config, folder = plan.jobs[0].config, plan.out / "manifest"
     assert isinstance(config.model, InpaintingConfig)
     if not (folder / "manifest.json").is_file():
@@ -586,10 +588,12 @@ def _measure_inpainters(
             every=config.data.held_out_every * plan.scale.tested,
         )
     manifest = read_manifest(folder)
-    if _has_scores(plan.out / "scores.json", runs, manifest.sha256):
+    sheet = plan.out / "sheet.png"
+    if sheet.is_file() and _has_scores(plan.out / "scores.json", runs, manifest.sha256):
         return None
     examples = read_examples(manifest, images)
     evaluation = inpainting.evaluate(runs, manifest, examples, device=plan.device, progress=progress)
+    sheet.unlink(missing_ok=True)  # of other runs
     inpainting.write_report(evaluation, plan.out)
     return evaluation
 
