@@ -98,7 +98,7 @@ CASES = [
     (1, 32, 8, 33, 37, 1),
     (1, 1, 1, 1, 1, 1),
     (1, 3, 32, 5, 4, 1),
-    (1, 130, 17, 5, 9, 1),
+    (1, 130, 13, 5, 9, 1),
 ]
 
 
@@ -152,7 +152,7 @@ def test_an_entity_without_pixels_and_a_constant_region_stay_finite() -> None:
     x = torch.ones_like(x)
     parameters[1] = torch.tensor([[0.0, 0.0, 0.0, -4000.0]], device=DEVICE)  # exp underflows
     out, *moments = forward(x, *parameters, TEMPERATURE, EPS)
-    assert moments[0][0, 3] == pytest.approx(1e-12)
+    assert moments[0][0, 3].item() == pytest.approx(1e-12)
     for result in (out, *moments, *backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)):
         assert torch.isfinite(result).all()
 
