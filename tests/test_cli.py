@@ -21,6 +21,7 @@ from PIL import Image
 
 from attnorm import __version__, cli
 from attnorm.checkpoint import RunDirectory, read_checkpoint
+from attnorm.cli import terminal
 from attnorm.config import Config, from_dict, override
 from attnorm.presets import PRESETS
 
@@ -548,3 +549,12 @@ def test_a_device_without_memory_is_said_in_a_line(
     monkeypatch.setattr(cli.app, "cli", lambda **_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # others are ours to mend, and keep their traceback
         cli.main(["presets"])
+
+
+def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", -1.0)
+    with terminal.progress_bar() as progress:
+        task = progress.add_task("real images", total=4000)
+        progress.update(task, completed=1000)
+        progress.update(task, completed=4000)
+    assert re.fullmatch(r"real images: 1,000 of 4,000(, \d:\d\d:\d\d left)?\n", capsys.readouterr().err)

@@ -14,6 +14,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from attnorm.ops import triton_kernels  # noqa: E402
+from attnorm.ops.regional_norm import regional_norm  # noqa: E402
 from attnorm.ops.triton_kernels import Plan, backward, disagreement, forward, obstacle  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -238,6 +239,31 @@ def test_both_kinds_of_maps_are_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     disagreement.cache_clear()
     assert disagreement(DEVICE, torch.float32, 16, 16, False, "ieee", side=16) is None
     assert exact == {True, False}
+
+
+@pytest.mark.slow
+def test_rounding_alone_is_no_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At this size the sum that is rho's gradient cancels to a 500th part for an arbitrary gradient of the output."""
+    kept: dict[str, Any] = {}
+
+    def rounded_forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = kept["leaves"] = [part.detach().float().requires_grad_() for part in inputs[:8]]
+            x, filters, offset, value_weight, value_bias, weight, bias, rho = leaves
+            flat = x.flatten(2)
+            soft = torch.softmax(inputs[8] * torch.baddbmm(offset[..., None], filters, flat), 1)
+            soft = soft + (soft.bfloat16() - soft).detach()
+            v = (value_weight @ flat + value_bias[:, None]).view_as(x)
+            kept["out"] = rho * regional_norm(v, soft.unflatten(2, x.shape[2:]), weight, bias, eps=inputs[9]) + x
+        return kept["out"].detach(), torch.empty(0), torch.empty(0), torch.empty(0)
+
+    def rounded_backward(grad: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(kept["out"], kept["leaves"], grad.float())
+
+    monkeypatch.setattr(triton_kernels, "forward", rounded_forward)
+    monkeypatch.setattr(triton_kernels, "backward", rounded_backward)
+    shape = (2, 256, 128, 128)
+    assert triton_kernels._compare(shape, torch.device("cpu"), torch.bfloat16, 16, False, "ieee") is None
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from attnorm.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from attnorm.data.images import ImageSet
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -24,11 +28,9 @@ Names = Annotated[str, tyro.conf.arg(metavar="NAME,...")]
 
 
 def read_images(config: Config) -> ImageSet:
-    from rich.progress import Progress
-
     from attnorm.data.images import load_images
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("reading images", total=None)
         try:
             images = load_images(
@@ -52,9 +54,26 @@ def read_images(config: Config) -> ImageSet:
     return images
 
 
+class _Lines(Progress):
+    """For logs, where no bar can be drawn: a line now and then, with the time left."""
+
+    def __init__(self) -> None:
+        super().__init__(console=console, disable=True)
+        self._last_line = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        task = self._tasks[task_id]
+        if not task.finished and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            of = f" of {task.total:,.0f}" if task.total is not None else ""
+            left = f", {datetime.timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            console.print(f"{task.description}: {task.completed:,.0f}{of}{left}")
+
+
 def progress_bar() -> Progress:
-    """A bar with the time left, on a terminal."""
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    """A bar with the time left on a terminal, lines elsewhere."""
+    return Progress(console=console, transient=True) if console.is_terminal else _Lines()
 
 
 def require_seed(seed: int, count: int = 1) -> None:

@@ -160,9 +160,16 @@ class EfficientNetExtractor(Extractor):
         network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         # The file's names are another library's, in the same order.
         network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
-        return network
+        return network.to(memory_format=torch.channels_last) if self.device.type == "cpu" else network
 
     def _extract(self, images: Tensor) -> Features:
+        if self.device.type != "cpu":
+            return self._of_few(images)
+        # A few at a time stay in the cache: with channels last, two to three times as fast as 50 without.
+        parts = [self._of_few(few) for few in images.split(8)]
+        return Features(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _of_few(self, images: Tensor) -> Features:
         x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True, align_corners=False)
         maps = self.network.forward_features((x.clamp(0, 255) - 127) / 128)  # type: ignore[operator]
         pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
