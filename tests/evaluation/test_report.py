@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -310,6 +311,26 @@ def test_the_latest_scored_checkpoint_is_shown_and_an_earlier_better_one_is_name
         "run was scored after 640 images; it has seen 1,280 since.",
         "run: its best FID (fid5k_train_inception) was 5.00 after 320 images; the table shows the last.",
     )
+
+
+def test_scores_of_a_checkpoint_that_was_trained_anew_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "an")
+    file = run / "evaluation/metrics.jsonl"
+    own = hashlib.sha256((run / "checkpoints/000000640.safetensors").read_bytes()).hexdigest()
+    old = {"date": "2020-01-01T00:00:00+00:00"}  # before the file was written, as after copying a run too
+    lines = (
+        line("frechet", 5.0, **old),
+        line("is1", 3.0, **old, checkpoint_sha256=own),
+        line("kid", 0.5, images_seen=320),
+    )
+    lines[2]["checkpoint"] = "checkpoints/000000320.safetensors"  # no longer kept: nothing speaks against it
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    (found,) = build_report([run]).runs
+    assert [score["metric"] for score in found.scores] == ["is1", "kid"]
+    assert found.note == "run: scores of checkpoints that have been trained anew are left out; measure again."
+    file.write_text(json.dumps(line("frechet", 5.0, date="2100-01-01T00:00:00+00:00")) + "\n", encoding="utf-8")
+    (found,) = build_report([run]).runs
+    assert [score["metric"] for score in found.scores] == ["frechet"] and not found.note
 
 
 def test_a_later_quick_look_does_not_displace_a_whole_measurement(tmp_path: Path) -> None:

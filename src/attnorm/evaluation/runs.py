@@ -6,6 +6,8 @@ in nothing but row and seed.
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -172,7 +174,11 @@ def read_run(name: str, path: Path, failure: str) -> Run:
             "evaluate` wrote, as --inpainting DIR"
         )
     _, g_parameters, d_parameters = describe(model, max(len(classes), 1))
-    lines = _read_scores(directory.scores_file)
+    scores = _read_scores(directory.scores_file)
+    lines = [score for score in scores if not _is_outdated(score, directory)]
+    if len(lines) < len(scores):
+        outdated = f"{name}: scores of checkpoints that have been trained anew are left out; measure again."
+        header = replace(header, note=" ".join(filter(None, (header.note, outdated))))
     return Run(
         name=name,
         path=path,
@@ -200,6 +206,17 @@ def _read_scores(file: Path) -> list[Score]:
                 f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
             )
     return scores
+
+
+def _is_outdated(score: Score, directory: RunDirectory) -> bool:
+    """Whether the checkpoint that was measured has since been replaced by another one of its name."""
+    checkpoint = directory.path / score.get("checkpoint", "")
+    if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
+        return False
+    if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
+        return False  # without reading it
+    with checkpoint.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]
 
 
 def _layouts(directory: RunDirectory, lines: Sequence[Score]) -> tuple[Layout, ...]:
