@@ -492,6 +492,30 @@ def test_an_interrupted_measurement_keeps_what_it_had(
     assert [line["metric"] for line in read_lines(scores_file(run))] == ["frechet"]
 
 
+def test_intra_class_distances_go_on_where_they_were_interrupted(
+    run: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, made_before = generation._Evaluation.distance_of_class, []
+
+    def two_alone(self: Any, label: int, name: str) -> float:
+        if len(made_before) == 2:
+            raise KeyboardInterrupt
+        made_before.append(label)
+        return whole(self, label, name)
+
+    monkeypatch.setattr(generation._Evaluation, "distance_of_class", two_alone)
+    with pytest.raises(KeyboardInterrupt):
+        measured(run, images, "intra-frechet")
+    monkeypatch.undo()
+    (kept, *_) = (run.parent / "kept").glob("intra-*.json")
+    kept.write_text('{"value": 12', encoding="utf-8")  # as a fault of the disk might leave it
+    extractor = TinyExtractor()
+    line = measured(run, images, "intra-frechet", extractor=extractor)["intra-frechet"]
+    assert extractor.num_seen == 20 + 2 * 15  # the third class, and the generated images of the damaged one
+    again = measured(run, images, "intra-frechet", overwrite=True)["intra-frechet"]
+    assert again["values"] == line["values"] and made_before == [0, 1]
+
+
 def test_progress_is_told_of_everything_that_takes_long(run: Path, images: ImageSet) -> None:
     told: list[tuple[int, int, str]] = []
     measured(run, images, "frechet", "intra-frechet", progress=lambda *values: told.append(values))

@@ -7,6 +7,7 @@ processes share the work.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
 import hashlib
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory, find_checkpoint, read_lines, write_atomically
+from attnorm.checkpoint import Header, RunDirectory, find_checkpoint, read_lines, write_atomically, write_json
 from attnorm.config import ClassConditionalConfig, ConfigError
 from attnorm.data.cache import default_cache_dir
 from attnorm.data.images import ImageSet, held_out_indices
@@ -187,6 +188,12 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(stream.fileno())
 
 
+def _read_value(file: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads(file.read_text(encoding="utf-8"))["value"])
+    return None
+
+
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
@@ -286,10 +293,11 @@ def evaluate_generator(
             intervals=intervals,
             ema=ema,
             cache_dir=cache_dir or default_cache_dir() / "features",
+            overwrite=overwrite,
             team=team,
             progress=progress if team.rank == 0 else lambda done, total, what: None,
         )
-        return evaluation.run(scores_file(run, out), overwrite=overwrite)
+        return evaluation.run(scores_file(run, out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,14 +316,15 @@ class _Evaluation:
     intervals: bool
     ema: bool
     cache_dir: Path
+    overwrite: bool
     team: Processes
     progress: Progress
 
-    def run(self, file: Path, *, overwrite: bool) -> list[dict[str, Any]]:
+    def run(self, file: Path) -> list[dict[str, Any]]:
         """Measures what is not in the file; every line that was asked for, in the order of METRICS."""
         self.check()
         rows = {metric: self.plan(metric) for metric in self.metrics}
-        old = {_identity(row): row for row in read_lines(file)} if self.team.rank == 0 and not overwrite else {}
+        old = {_identity(row): row for row in read_lines(file)} if self.team.rank == 0 and not self.overwrite else {}
 
         def is_there(row: dict[str, Any]) -> bool:
             found = old.get(_identity(row))
@@ -662,29 +671,43 @@ class _Evaluation:
 
     def intra(self) -> dict[str, Any]:
         """Mean over the classes of the distance between each one's generated and real images. Every process has classes
-        of its own.
+        of its own, and keeps the value of each: a thousand take hours, and none is made twice.
         """
-        alone, reals = Processes(), self.real_features()
         values = torch.zeros(len(self.labels), dtype=torch.float64)
-        is_few = self.fakes_per_class <= self.extractor.dimensions
         for index in range(self.team.rank, len(self.labels), self.team.count):
             label = self.labels[index]
-            name = f"{self.sampler.classes[label]} ({index + 1} of {len(self.labels)})"
-            pooled = reals.pooled(self.of_class(label), alone, f"real images of {name}")
-            assert pooled is not None
-            fakes = self.fakes(
-                np.full(self.fakes_per_class, label),
-                label * self.fakes_per_class,
-                Wanted(moments=not is_few, pooled=is_few),
-                alone,
-                f"generated images of {name}",
-            )
-            values[index] = frechet_distance(fakes.gaussian(), Gaussian.from_features(pooled))
+            kept = self.cache_dir / f"intra-{self.key_of_class(label)}.json"
+            value = None if self.overwrite else _read_value(kept)
+            if value is None:
+                value = self.distance_of_class(
+                    label, f"{self.sampler.classes[label]} ({index + 1} of {len(self.labels)})"
+                )
+                write_json(kept, {"value": value})
+            values[index] = value
         total = torch.zeros_like(values)
         for part in self.team.gather(values):  # of each class one process has the value, the others 0
             total += part
         names = [self.sampler.classes[label] for label in self.labels]
         return {"value": total.mean().item(), "values": dict(zip(names, total.tolist(), strict=True))}
+
+    def distance_of_class(self, label: int, name: str) -> float:
+        alone, is_few = Processes(), self.fakes_per_class <= self.extractor.dimensions
+        pooled = self.real_features().pooled(self.of_class(label), alone, f"real images of {name}")
+        assert pooled is not None
+        fakes = self.fakes(
+            np.full(self.fakes_per_class, label),
+            label * self.fakes_per_class,
+            Wanted(moments=not is_few, pooled=is_few),
+            alone,
+            f"generated images of {name}",
+        )
+        return frechet_distance(fakes.gaussian(), Gaussian.from_features(pooled))
+
+    def key_of_class(self, label: int) -> str:
+        """Of all that decides its distance."""
+        reals = self.real_features().key("pooled", self.of_class(label))
+        values = [reals, label, self.sha256, self.ema, self.fakes_per_class, self.seed]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def layouts(self) -> Values:
         """Entropy and usage at each site, as of one large batch; its images are spread evenly over all numbers."""
