@@ -87,6 +87,8 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
     at = f", from {task.state.images_seen:,} images on" if task.state.images_seen else ""
     console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
+    if device.type == "cuda" and config.model.context.startswith("an") and config.model.an.impl in ("auto", "triton"):
+        console.print("compiling AN's kernels before the first step: up to a few minutes, once on a machine")
     return _loop(task, config, images, run, device, console)
 
 
