@@ -259,6 +259,7 @@ def test_curves_show_distances_against_images_and_hours_a_panel_a_protocol(tmp_p
         score(200, 9.0),
         score(100, 20.0),
         score(200, 8.0),  # measured again
+        score(200, 5.0, seed=3),  # other draws
         score(200, 1.0, subset=True),
         score(200, 7.0, metric="kid"),
         score(100, 30.0, **lite),

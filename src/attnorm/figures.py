@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
+from attnorm.evaluation.runs import read_scores
 from attnorm.inference import Sampler, View
 from attnorm.layers.attentive_norm import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
@@ -193,7 +194,7 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
     hours of training, a panel for each protocol. Panels for which no run has anything are left out.
     """
     curves = {
-        name: [*_curves(read_metrics(path)), *_score_curves(read_lines(RunDirectory(path).scores_file))]
+        name: [*_curves(read_metrics(path)), *_score_curves(read_scores(RunDirectory(path))[0])]
         for name, path in runs.items()
     }
     found = {curve[:3] for of_run in curves.values() for curve in of_run}
@@ -260,9 +261,10 @@ def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
 
 
 def _score_curves(scores: list[dict[str, Any]]) -> Iterator[Curve]:
-    """Fréchet distances by protocol, real images and weights; of a repetition the last. Quick looks are left out."""
+    """Fréchet distances by protocol, real images and weights; of several draws the first seed's, of a repetition the
+    last, as in tables. Quick looks are left out."""
     kinds: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
-    for score in scores:
+    for score in sorted(scores, key=lambda score: -score.get("seed", 0)):
         if score["metric"] == "frechet" and not score.get("subset"):
             data = score.get("data", {}).get("fingerprint", "")[:8]
             panel = f"{score['protocol']}, data {data}" if data else score["protocol"]

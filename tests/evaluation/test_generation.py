@@ -372,10 +372,16 @@ def test_a_line_says_how_it_came_about(run: Path, images: ImageSet) -> None:
         "fingerprint": images.fingerprint,
         "split": "train",
         "held_out_every": 0,
+        "fit": "square",
+        "read_at": [32, 32],
         "image_size": 32,
         "note": "of no variety",
     }
-    assert line["seconds"] >= 0 and line["date"].endswith("+00:00") and isinstance(line["commit"], str)
+    assert line["seconds"] > 0 and line["date"].endswith("+00:00")
+    root = Path(__file__).parents[2]
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = git.stdout.strip() if (root / ".git").exists() else ""
+    assert line["commit"] in (head, f"{head}-dirty")
     assert read_lines(scores_file(run)) == [line]
 
 
@@ -441,7 +447,9 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 ) -> None:
     (tmp_path / "file").touch()
     line = measured(run, images, "frechet", cache_dir=tmp_path / "file" / "below")["frechet"]
-    assert line["value"] > 0 and "cannot be kept" in caplog.text
+    assert line["value"] > 0 and "features of real images cannot be kept" in caplog.text
+    line = measured(run, images, "intra-frechet", cache_dir=tmp_path / "file" / "below")["intra-frechet"]
+    assert min(line["values"].values()) > 0 and "the distance of a class cannot be kept" in caplog.text
 
 
 def test_what_is_measured_is_not_measured_again(run: Path, images: ImageSet) -> None:

@@ -341,6 +341,16 @@ def test_a_later_quick_look_does_not_displace_a_whole_measurement(tmp_path: Path
     assert not any("quick look" in name for name in table.header)
 
 
+def test_a_score_without_real_images_does_not_displace_a_distance(tmp_path: Path) -> None:
+    lines = (line("frechet", 5.0, images_seen=320, device="a GPU"), line("is1", 4.0), line("kid", 1.0, device="cpu"))
+    lines[2]["images_seen"] = 320
+    report = build_report([make_run(tmp_path / "run", "an", lines=lines)])
+    row = cells(section(report, "Table 1").tables[0], "run")
+    assert row["FID, fid5k_train_inception"] == "5.00" and row["images seen"] == "320"
+    about = cells(section(report, "Runs").tables[0], "run")
+    assert about["measured on"] == "a GPU, cpu" and about["s a step"] == row["s a step"] != "-"
+
+
 def test_rows_at_unlike_training_or_precision_are_told_apart(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", "an", lines=(line("frechet", 1.0),)),

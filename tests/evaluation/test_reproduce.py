@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from attnorm import bench, cli
-from attnorm.checkpoint import RunDirectory, read_lines
+from attnorm.checkpoint import RunDirectory, alone_in, read_lines
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
 from attnorm.evaluation import features, reproduce
@@ -164,6 +164,7 @@ def test_smoke_alone_has_data_of_its_own(tmp_path: Path) -> None:
         ("table4 --scale smoke --set model.widht=3", "there is no setting model.widht; did you mean model.width?"),
         ("table3 --scale smoke --extractor inception", "--extractor and --num are for generated images"),
         ("table3 --scale smoke --inception-weights w.pth", "--inception-weights is for generated images"),
+        ("table2 --scale smoke --num 50", "table2 takes 16 images of each class at the scale smoke"),
         ("table5 --scale smoke --rows an", "table5 times layers alone"),
         ("table5 --scale smoke --extractor inception", "table5 times layers alone"),
     ],
@@ -244,7 +245,7 @@ def test_intra_class_distances_and_intervals_are_counted(
     images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(monkeypatch, run={"step": 1.0, "sample": 1.0}, score={"feature": 1.0, "distance": 1.0, "interval": 1.0})
-    left = estimate(plan_of(tmp_path, photographs, table="table2", rows=("an",)), images, Projection(CPU))
+    left = estimate(plan_of(tmp_path, photographs, table="table2", rows=("an",), num=0), images, Projection(CPU))
     assert left.measuring == {"an-s0": 3 * (16 * 2 + 1)} and left.once == 24
     plan = make_plan("table4", "small", tmp_path, data=str(photographs), rows=("an",), seeds=1, num=20)
     left = estimate(plan, images, Projection(CPU))
@@ -370,6 +371,32 @@ def test_a_run_goes_on_where_it_stopped(images: ImageSet, photographs: Path, tmp
     assert seen == [4, 8]
 
 
+def test_a_run_whose_time_is_up_is_done(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, photographs, rows=("sngan-star",), settings=(*TINY, "run.max_minutes=0.00001"))
+    extractor = Projection(CPU)
+    carry_out(plan, images, extractor, Estimate({"sngan-star-s0": 1.0}, {}, 0.0, ()), console=quiet())
+    (job,) = plan.jobs
+    assert 0 < reproduce.images_seen(job) < 8 and is_trained(job)
+    assert estimate(plan, images, None).training == {job.name: 0}
+    longer = replace(job, config=override(job.config, ["run.max_minutes=0"]))
+    assert not is_trained(longer)
+
+
+def test_one_table_is_made_by_one_process_at_a_time(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["reproduce", "table4", "--scale", "smoke", "--rows", "an", "--data", str(photographs), "--out", str(out)]
+    command += ["--set", *TINY]
+    monkeypatch.setattr(features, "EXTRACTORS", {"efficientnet-lite0": Projection})
+    out.mkdir()
+    with alone_in(out):
+        assert f"another process is at work in {out}" in refused(command, capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "`attnorm reproduce` was started in 2 processes" in refused(command, capsys)
+    assert not (out / "runs").exists()
+
+
 def test_a_run_that_collapses_is_recorded_and_the_others_go_on(
     images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +489,23 @@ def test_table_4_from_the_command_line(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before and len(before) == 2
 
 
+@pytest.mark.slow
+def test_the_smallest_scale_makes_the_readmes_table_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "reproduced"
+    cli.main(["reproduce", "table4", "--scale", "smoke", "--out", str(out)])
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    (rows,) = (section["tables"][0]["rows"] for section in report["sections"] if section["title"].startswith("Table 4"))
+    assert [row[1] for row in rows] == [f"{row}-s0" for row in TABLE_ROWS["table4"]]
+    for run in report["runs"]:
+        metrics = {score["metric"] for score in run["scores"]}
+        assert run["images_seen"] == 160 and metrics == {"frechet", "is1", "is10"} and len(run["layouts"]) == 1
+        assert {score["extractor"]["name"] for score in run["scores"]} == {"efficientnet-lite0"}
+    assert (out / "report.html").stat().st_size > 100_000  # with its pictures
+    capsys.readouterr()
+    cli.main(["reproduce", "table4", "--scale", "smoke", "--out", str(out), "--dry-run"])
+    assert "nothing is left to train or to measure" in capsys.readouterr().out
+
+
 def test_what_failed_is_in_the_report_and_in_the_status(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,8 +552,9 @@ def test_table_5_is_the_benchmark_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     called = []
-    environment = {"device_name": "cpu", "dtype": "float32"}
-    report = bench.BenchReport(environment=environment, cases=(bench.CASES[0],), cells=())
+    environment = {"device_name": "cpu", "dtype": "float32", "device": "cpu", "seconds_a_cell": 0.02}
+    cases_of_smoke = tuple(case for case in bench.CASES if case.name in ("smoke", "table5-128"))
+    report = bench.BenchReport(environment=environment, cases=cases_of_smoke, cells=())
 
     def run(**settings: Any) -> bench.BenchReport:
         called.append({name: value for name, value in settings.items() if name != "console"})
@@ -530,6 +575,11 @@ def test_table_5_is_the_benchmark_once(
     for _ in range(2):
         reproduce.time_layers(plan, console=quiet())
     assert called == [{"cases": "smoke,table5-128", "device": "cpu", "seconds": 0.02}]
+    require_own(plan, None)
+    with pytest.raises(
+        ConfigError, match=r"is of smoke, table5-128, 0\.02 s each, on cpu; expected table5-128, .* 0\.2 s"
+    ):
+        require_own(make_plan("table5", "small", tmp_path / "out", device="cpu"), None)
     assert reproduce.describe_table5(make_plan("table5", "paper", tmp_path))[0].count("table5-") == 4
 
     monkeypatch.setattr(reproduce, "time_layers", lambda *_, **__: pytest.fail("a dry run has measured"))

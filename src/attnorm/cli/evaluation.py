@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from attnorm import config as configuration
-from attnorm.cli.terminal import Names, Overwrite, Seed, console, progress_bar, read_images, require_free, require_seed
+from attnorm.cli.terminal import (
+    Names,
+    Overwrite,
+    Seed,
+    console,
+    one_bar_each,
+    progress_bar,
+    read_images,
+    require_free,
+    require_seed,
+)
 from attnorm.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -232,27 +241,12 @@ def _evaluate_generators(
                         metrics=metrics,
                         device=device,
                         out=out,
-                        progress=_one_bar_each(progress),
+                        progress=one_bar_each(progress),
                         **settings,
                     )
                 if team.rank == 0:
                     _print_scores(checkpoint, rows, [row for row in rows if row in before])
                     print(files[run])
-
-
-def _one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
-    """A bar for what is being done, with the time that is left of this."""
-    bars: dict[str, TaskID] = {}
-
-    def tell(done: int, total: int, what: str) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                progress.remove_task(bar)
-            bars.clear()
-            bars[what] = progress.add_task(what, total=total)
-        progress.update(bars[what], completed=done)
-
-    return tell
 
 
 def _require_same_data(run: Path, images: ImageSet) -> None:

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from attnorm.cli.terminal import Names, console, progress_bar, read_images
+from attnorm.cli.terminal import Names, console, one_bar_each, progress_bar, read_images, require_one_process
 from attnorm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -53,13 +53,14 @@ def reproduce(
         rows: Rows by name, as in `attnorm presets`; the table's own unless named.
         extractor: inception or efficientnet-lite0; by default the former at the paper's scale.
         inception_weights: The file of Inception's weights, if it shall not be downloaded.
-        num: Generated images a score: 50,000, 5,000 or 64 by scale.
+        num: Generated images a score: 50,000, 5,000 or 64 by scale. Table 2 takes 5,000, 500 or 16 of each class.
         device: auto, cpu, cuda or mps.
         settings: Change a setting of every run, for example --set run.batch_size=64.
         dry_run: Say what there is to do and how long it will take, and stop.
     """
     from attnorm.evaluation import reproduce as reproduction
 
+    require_one_process("reproduce")
     names = tuple(name.strip() for name in rows.split(",") if name.strip())
     plan = reproduction.make_plan(
         table,
@@ -84,6 +85,7 @@ def reproduce(
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
     import torch
 
+    from attnorm.checkpoint import alone_in
     from attnorm.evaluation import reproduce as reproduction
 
     extractor = None if plan.table == "table3" else _load_extractor(plan, inception_weights, dry_run)
@@ -95,7 +97,9 @@ def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> No
     if dry_run:
         return
     try:
-        result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with alone_in(plan.out):
+            result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
     except torch.OutOfMemoryError:
         console.print(
             "attnorm: the device is out of memory; --set run.batch_size=... with a smaller one, or "
@@ -111,16 +115,16 @@ def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> No
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, str], None]]:
     with progress_bar() as progress:
-        task = progress.add_task("")
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+        yield one_bar_each(progress)
 
 
 def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -> Extractor | None:
-    """None where a dry run would have to download it."""
+    """None where a dry run would have to download its weights."""
     from attnorm.checkpoint import find_device
     from attnorm.evaluation.features import InceptionExtractor, load_extractor
 
-    if dry_run and plan.extractor == InceptionExtractor.name and inception_weights is None:
+    is_missing = inception_weights is None and not InceptionExtractor.kept_weights().exists()
+    if dry_run and plan.extractor == InceptionExtractor.name and is_missing:
         return None
     return load_extractor(plan.extractor, device=find_device(plan.device), inception_weights=inception_weights)
 
@@ -147,7 +151,10 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
             "of the whole test set" if measuring is None else in_words(measuring) if measuring else "-",
         )
     Console(highlight=False, width=None if console.is_terminal else 200).print(table)
-    counts = "" if plan.table == "table3" else f"; {plan.num:,} generated images a score, {plan.extractor}"
+    counts = {
+        "table2": f"; {plan.scale.fakes_per_class:,} generated images of each class, {plan.extractor}",
+        "table3": "",
+    }.get(plan.table, f"; {plan.num:,} generated images a score, {plan.extractor}")
     print(f"{plan.table} at scale {plan.scale_name} on {num_images:,} images{counts}")
     where = device_name(find_device(plan.device))
     if not left.total:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +75,30 @@ class _Lines(Progress):
 def progress_bar() -> Progress:
     """A bar with the time left on a terminal, lines elsewhere."""
     return Progress(console=console, transient=True) if console.is_terminal else _Lines()
+
+
+def one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
+    """A bar for what is being done, with the time that is left of this."""
+    bars: dict[str, TaskID] = {}
+
+    def tell(done: int, total: int, what: str) -> None:
+        if what not in bars:
+            for bar in bars.values():
+                progress.remove_task(bar)
+            bars.clear()
+            bars[what] = progress.add_task(what, total=total)
+        progress.update(bars[what], completed=done)
+
+    return tell
+
+
+def require_one_process(verb: str) -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise ConfigError(
+            f"`attnorm {verb}` was started in {count} processes, which would write over each other; start it in one, "
+            "without torchrun"
+        )
 
 
 def require_seed(seed: int, count: int = 1) -> None:

@@ -99,8 +99,13 @@ class InceptionExtractor(Extractor):
     )
     weights_sha256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+    @staticmethod
+    def kept_weights() -> Path:
+        """Where the file is, once it has been downloaded."""
+        return default_cache_dir() / INCEPTION_URL.rpartition("/")[2]
+
     def _find_weights(self) -> Path:
-        path = default_cache_dir() / INCEPTION_URL.rpartition("/")[2]
+        path = self.kept_weights()
         if not path.exists():
             try:
                 _download(INCEPTION_URL, path, self.weights_sha256)

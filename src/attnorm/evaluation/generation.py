@@ -12,12 +12,13 @@ import datetime
 import difflib
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
+
+_log = logging.getLogger(__name__)
 
 Values = list[dict[str, Any]]  # of the lines of one metric
 
@@ -180,7 +183,8 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     new, before = {_identity(row) for row in rows}, read_lines(file)
     kept = [row for row in before if _identity(row) not in new]
     if len(kept) < len(before):
-        write_atomically(file, partial(Path.write_text, data=_lines(kept), encoding="utf-8"))
+        write_atomically(file, partial(Path.write_text, data=_lines([*kept, *rows]), encoding="utf-8"))
+        return
     with file.open("ab+") as stream:
         is_torn = stream.tell() > 0 and stream.seek(-1, os.SEEK_END) >= 0 and stream.read(1) != b"\n"
         stream.write(b"\n" * is_torn + _lines(rows).encode())
@@ -192,6 +196,14 @@ def _read_value(file: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(file.read_text(encoding="utf-8"))["value"])
     return None
+
+
+def _keep_value(file: Path, value: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"value": value})
+    except OSError as error:
+        _log.warning("the distance of a class cannot be kept in %s (%s)", file.parent, error)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -213,6 +225,7 @@ def _run_of(checkpoint: Path) -> RunDirectory | None:
     return run if folder.name == "checkpoints" and run.exists() else None
 
 
+@cache  # what is measured later in this process was imported before
 def _commit() -> str:
     """The commit of the checkout that this package is run from, "-dirty" where its code was changed; or nothing."""
     root = Path(__file__).resolve().parents[3]
@@ -323,6 +336,7 @@ class _Evaluation:
     def run(self, file: Path) -> list[dict[str, Any]]:
         """Measures what is not in the file; every line that was asked for, in the order of METRICS."""
         self.check()
+        _commit()  # before anything takes long
         rows = {metric: self.plan(metric) for metric in self.metrics}
         old = {_identity(row): row for row in read_lines(file)} if self.team.rank == 0 and not self.overwrite else {}
 
@@ -518,6 +532,8 @@ class _Evaluation:
                 "fingerprint": self.images.fingerprint,
                 "split": "train" if self.is_train else "other",
                 "held_out_every": self.held_out_every,
+                "fit": self.header.config.data.fit,
+                "read_at": list(self.images.images.shape[2:]),
                 "image_size": self.side,
                 "note": self.images.note,
             },
@@ -679,10 +695,9 @@ class _Evaluation:
             kept = self.cache_dir / f"intra-{self.key_of_class(label)}.json"
             value = None if self.overwrite else _read_value(kept)
             if value is None:
-                value = self.distance_of_class(
-                    label, f"{self.sampler.classes[label]} ({index + 1} of {len(self.labels)})"
-                )
-                write_json(kept, {"value": value})
+                name = f"{self.sampler.classes[label]} ({index + 1} of {len(self.labels)})"
+                value = self.distance_of_class(label, name)
+                _keep_value(kept, value)
             values[index] = value
         total = torch.zeros_like(values)
         for part in self.team.gather(values):  # of each class one process has the value, the others 0
@@ -704,9 +719,10 @@ class _Evaluation:
         return frechet_distance(fakes.gaussian(), Gaussian.from_features(pooled))
 
     def key_of_class(self, label: int) -> str:
-        """Of all that decides its distance."""
+        """Of all that decides its distance, and of what its line will say of how it came about."""
         reals = self.real_features().key("pooled", self.of_class(label))
         values = [reals, label, self.sha256, self.ema, self.fakes_per_class, self.seed]
+        values += [__version__, _commit(), torch.__version__, device_name(self.sampler.device)]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def layouts(self) -> Values:
@@ -723,7 +739,7 @@ class _Evaluation:
             for site, (_, layout) in seen.items():
                 share = (stop - start) / num
                 entropies[site] = entropies.get(site, 0.0) + share * layout_entropy(layout).item()
-                usages[site] = usages.get(site, torch.zeros(())) + share * entity_usage(layout).double()
+                usages[site] = usages.get(site, torch.zeros(())) + share * entity_usage(layout).cpu().double()
             self.progress(stop, num, "layouts")
         return [
             {

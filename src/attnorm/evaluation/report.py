@@ -506,10 +506,22 @@ def _particulars(recipes: Mapping[str, list[Run]]) -> list[Section]:
     kept = ("score", "extractor", "preprocessing", "generated", "real", "data", "interval")
     table = Table("", kept, tuple(protocols))
     sections = [Section("Protocols", ("Images are rounded to uint8 before anything is measured.",), (table,))]
-    header = ("run", "row", "preset", "data", "precision", "checkpoint", "its SHA-256", "commit", "measured on")
+    header = (
+        "run",
+        "row",
+        "preset",
+        "data",
+        "precision",
+        "checkpoint",
+        "its SHA-256",
+        "commit",
+        "measured on",
+        *COST[:2],
+    )
     rows = []
     for run in runs:
-        score = next((s for s in reversed(run.scores) if s["images_seen"] == run.scored_at), {})
+        shown_scores = [s for s in run.scores if s["images_seen"] == run.scored_at]
+        score = next(reversed(shown_scores), {})
         rows.append(
             (
                 _run_cell(run),
@@ -519,11 +531,17 @@ def _particulars(recipes: Mapping[str, list[Run]]) -> list[Section]:
                 run.config.run.precision,
                 Path(score["checkpoint"]).name if score.get("checkpoint") else "-",
                 score.get("checkpoint_sha256", "")[:12] or "-",
-                score.get("commit", "")[:12] or "-",
-                score.get("device", "-"),
+                _all_of(s.get("commit", "")[:12] for s in shown_scores),
+                _all_of(s.get("device", "") for s in shown_scores),
+                *_cost(run)[:2],
             )
         )
     return [*sections, Section("Runs", (), (Table("", header, tuple(rows)),))]
+
+
+def _all_of(values: Iterable[str]) -> str:
+    """What scores of a run say of one thing, each answer once."""
+    return ", ".join(dict.fromkeys(filter(None, values))) or "-"
 
 
 # Table 3

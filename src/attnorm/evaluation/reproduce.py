@@ -26,7 +26,7 @@ from rich.console import Console
 
 from attnorm import bench
 from attnorm import config as configuration
-from attnorm.checkpoint import RunDirectory, find_checkpoint, find_device, read_lines, write_json
+from attnorm.checkpoint import RunDirectory, find_checkpoint, find_device, read_checkpoint, read_lines, write_json
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
     ClassConditionalConfig,
@@ -170,6 +170,11 @@ def make_plan(
         raise ConfigError(
             f"--seeds is {seeds}, --num {num}; expected at least 1 and {SPLITS}, or 0 for as many as the scale has"
         )
+    if table == "table2" and num:
+        raise ConfigError(
+            f"--num is for scores over all classes; table2 takes {scale.fakes_per_class:,} images of each class at the "
+            f"scale {scale_name}; leave it out"
+        )
     if is_inpainting and (extractor or num):
         raise ConfigError("--extractor and --num are for generated images; table3 measures every image of its test set")
     family = scale.inpainters if is_inpainting else scale.generators
@@ -214,6 +219,8 @@ def require_own(plan: Plan, images: ImageSet | None) -> None:
         raise ConfigError(f"{out} is a file; expected a folder")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ours):
         raise ConfigError(f"{out} is not empty and holds no table of ours; choose another --out")
+    if plan.table == "table5":
+        _require_own_bench(plan)
     for job in plan.jobs:
         run = RunDirectory(job.path)
         if images is None or not run.exists():
@@ -230,6 +237,18 @@ def require_own(plan: Plan, images: ImageSet | None) -> None:
             raise ConfigError(f"{job.path} was trained on other data ({data['source']}); take these, or another --out")
 
 
+def _require_own_bench(plan: Plan) -> None:
+    file = plan.out / "bench.json"
+    if not file.is_file():
+        return
+    report = bench.read_report(file)
+    names, seconds = ", ".join(case.name for case in report.cases), report.environment["seconds_a_cell"]
+    there = f"{names}, {seconds:g} s each, on {torch.device(report.environment['device']).type}"
+    wanted = f"{describe_table5(plan)[0]}, {plan.scale.seconds:g} s each, on {find_device(plan.device).type}"
+    if there != wanted:
+        raise ConfigError(f"{file} is of {there}; expected {wanted}; choose another --out")
+
+
 def finished_runs(plan: Plan, failed: Mapping[str, str]) -> list[Path]:
     """All runs of the folder that have scores or have failed, of this plan or of another table or rows before."""
     runs = [path for path in sorted((plan.out / "runs").iterdir()) if RunDirectory(path).exists()]
@@ -243,7 +262,13 @@ def images_seen(job: Job) -> int:
 
 
 def is_trained(job: Job) -> bool:
-    return images_seen(job) >= job.config.run.duration_images
+    """Whether training would end at once: all images are seen, or its time is up."""
+    settings, checkpoints = job.config.run, RunDirectory(job.path).checkpoints()
+    if settings.max_minutes and checkpoints:
+        _, header = read_checkpoint(checkpoints[-1], prefix="header alone")
+        if header.seconds >= settings.max_minutes * 60:
+            return True
+    return images_seen(job) >= settings.duration_images
 
 
 def read_failed(plan: Plan) -> dict[str, str]:
@@ -336,7 +361,9 @@ def estimate(
         progress(number, len(rows) + 1, f"timing a step of {row}")
         pace[row] = timings.get(_describe(row, config, images), partial(_time_run, config, images, device))
     training = {
-        job.name: 0.0 if job.name in failed else _training_seconds(job.config, images_seen(job), pace[job.row])
+        job.name: 0.0
+        if job.name in failed or is_trained(job)
+        else _training_seconds(job.config, images_seen(job), pace[job.row])
         for job in plan.jobs
     }
     if plan.table == "table3":

@@ -91,9 +91,13 @@ class Run:
 
     @cached_property
     def scored_at(self) -> int | None:
-        """Images seen by the checkpoint whose scores are shown: the latest that has any, subsets only for want of
-        others. The Inception Score, which needs no real images, does not make a quick look a whole one.
+        """Images seen by the checkpoint whose scores are shown: the latest with a distance to all real images, for want
+        of one with any other score, and only then with one to a subset. The Inception Score, which needs no real
+        images, does not make a quick look a whole one.
         """
+        distances = [s for s in self.scores if s["metric"] in ("frechet", "intra-frechet") and not s.get("subset")]
+        if distances:
+            return max(score["images_seen"] for score in distances)
         quick = {score["images_seen"] for score in self.scores if score.get("subset")}
         whole = [
             score["images_seen"]
@@ -174,9 +178,8 @@ def read_run(name: str, path: Path, failure: str) -> Run:
             "evaluate` wrote, as --inpainting DIR"
         )
     _, g_parameters, d_parameters = describe(model, max(len(classes), 1))
-    scores = _read_scores(directory.scores_file)
-    lines = [score for score in scores if not _is_outdated(score, directory)]
-    if len(lines) < len(scores):
+    lines, num_outdated = read_scores(directory)
+    if num_outdated:
         outdated = f"{name}: scores of checkpoints that have been trained anew are left out; measure again."
         header = replace(header, note=" ".join(filter(None, (header.note, outdated))))
     return Run(
@@ -196,8 +199,13 @@ def read_run(name: str, path: Path, failure: str) -> Run:
     )
 
 
-def _read_scores(file: Path) -> list[Score]:
-    """Lines that tables can use, none where nothing was measured."""
+def read_scores(directory: RunDirectory) -> tuple[list[Score], int]:
+    """Lines of metrics.jsonl for tables and curves, none where nothing was measured; and how many more are outdated.
+
+    Raises:
+        CheckpointError: a line is not what `attnorm evaluate` writes.
+    """
+    file = directory.scores_file
     scores = read_lines(file)
     for score in scores:
         missing = {"metric", "value", "images_seen"} - score.keys()
@@ -205,7 +213,8 @@ def _read_scores(file: Path) -> list[Score]:
             raise CheckpointError(
                 f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
             )
-    return scores
+    current = [score for score in scores if not _is_outdated(score, directory)]
+    return current, len(scores) - len(current)
 
 
 def _is_outdated(score: Score, directory: RunDirectory) -> bool:

@@ -21,6 +21,7 @@ from attnorm.checkpoint import (
     CheckpointError,
     Header,
     RunDirectory,
+    alone_in,
     find_device,
     read_checkpoint,
     save_checkpoint,
@@ -89,7 +90,8 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
     if device.type == "cuda" and config.model.context.startswith("an") and config.model.an.impl in ("auto", "triton"):
         console.print("compiling AN's kernels before the first step: up to a few minutes, once on a machine")
-    return _loop(task, config, images, run, device, console)
+    with alone_in(run.path):
+        return _loop(task, config, images, run, device, console)
 
 
 def _task(config: Config, images: ImageSet, device: torch.device) -> Task:
