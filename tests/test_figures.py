@@ -241,6 +241,11 @@ def test_curves_of_several_runs_are_told_apart(run: Path, tmp_path: Path) -> Non
     assert len({line.get_color() for line in figure.axes[0].lines if line.get_label().endswith("generator/loss")}) == 2
 
 
+def test_a_dozen_runs_have_a_dozen_colours() -> None:
+    names = [f"run-{number}" for number in range(12)]
+    assert len({figures._colour_of(name, names) for name in names}) == 12
+
+
 def write_scores(run: Path, *scores: dict[str, Any]) -> None:
     common = {"metric": "frechet", "name": "FID", "protocol": "fid5k_train_inception", "weights": "ema"}
     (run / "evaluation").mkdir(parents=True)

@@ -243,7 +243,9 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
 
 
 def _colour_of(name: str, runs: Iterable[str]) -> tuple[float, float, float, float]:
-    return colormaps["tab10"](list(runs).index(name) % 10)
+    names = list(runs)
+    colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return colours(names.index(name) % colours.N)
 
 
 def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
