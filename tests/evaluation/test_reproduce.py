@@ -371,6 +371,21 @@ def test_a_run_goes_on_where_it_stopped(images: ImageSet, photographs: Path, tmp
     assert seen == [4, 8]
 
 
+def test_every_checkpoint_can_be_measured_for_curves(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
+    settings = (*TINY, "run.checkpoint_every_images=4")
+    plan = plan_of(tmp_path, photographs, rows=("an",), settings=settings)
+    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    file = scores_file(plan.jobs[0].path)
+    assert {row["images_seen"] for row in read_lines(file)} == {8}
+    plan = plan_of(tmp_path, photographs, rows=("an",), settings=settings, all_checkpoints=True)
+    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    assert [(row["metric"], row["checkpoint"]) for row in read_lines(file) if row["images_seen"] == 4] == [
+        ("frechet", "checkpoints/000000004.safetensors")
+    ]
+    with pytest.raises(ConfigError, match="--checkpoints is for the Fréchet distance over all classes, which table2"):
+        plan_of(tmp_path, photographs, table="table2", num=0, all_checkpoints=True)
+
+
 def test_a_run_whose_time_is_up_is_done(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, photographs, rows=("sngan-star",), settings=(*TINY, "run.max_minutes=0.00001"))
     extractor = Projection(CPU)

@@ -35,6 +35,7 @@ def reproduce(
     settings: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
     ] = (),
+    checkpoints: Literal["latest", "all"] = "latest",
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Make a table of the paper: train what is missing, measure it, report; the same command goes on where it stopped.
@@ -56,6 +57,8 @@ def reproduce(
         num: Generated images a score: 50,000, 5,000 or 64 by scale. Table 2 takes 5,000, 500 or 16 of each class.
         device: auto, cpu, cuda or mps.
         settings: Change a setting of every run, for example --set run.batch_size=64.
+        checkpoints: all: of tables 1 and 4, the Fréchet distance at every checkpoint that each run has kept, which the
+            report draws against images seen and hours of training.
         dry_run: Say what there is to do and how long it will take, and stop.
     """
     from attnorm.evaluation import reproduce as reproduction
@@ -73,6 +76,7 @@ def reproduce(
         num=num,
         device=device,
         settings=settings,
+        all_checkpoints=checkpoints == "all",
     )
     if table in ("table3", "table5") and inception_weights is not None:
         raise ConfigError(f"--inception-weights is for generated images; leave it out of {table}")

@@ -201,6 +201,7 @@ def _about(inpainter: Inpainter) -> dict[str, Any]:
         "images_seen": header.images_seen,
         "switch_images": config.inpainting.switch_images if config.inpainting else None,
         "training_seconds": header.seconds,
+        "batch_size": config.run.batch_size,
         "trained_at": config.model.image_size,
         "trained_on": config.data.source,
         "note": header.note,

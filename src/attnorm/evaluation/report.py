@@ -564,7 +564,7 @@ def _tables_3(name: str, scores: dict[str, Any] | None) -> list[Table]:
     for key in ("psnr", "ssim", "mae"):
         header += [f"{TITLES[key]}, paper", "MAE x2, whole image" if key == "mae" else f"{TITLES[key]}, whole image"]
     header += ["MAE, whole image", *(f"{TITLES[key]}, hole" for key in ("psnr", "ssim", "mae"))]
-    header += ["seed", "parameters", "images seen", "device"]
+    header += ["seed", "parameters", "s a step", "images seen", "device"]
 
     def row(label: str, printed: Mapping[str, float] | None, model: str, values: dict[str, Any] | None) -> list[str]:
         means = (values or {}).get("means", {})
@@ -579,8 +579,11 @@ def _tables_3(name: str, scores: dict[str, Any] | None) -> list[Table]:
             cells.append(doubled if key == "mae" else shown[f"{key}_pasted"])
         cells += [shown["mae_pasted"], shown["psnr_hole"], shown["ssim_hole"], shown["mae_hole"]]
         about = values or {}
-        counts = [f"{about[key]:,}" if key in about else "" for key in ("parameters", "images_seen")]
-        return [*cells, str(about.get("seed", "")), *counts, str(about.get("device", ""))]
+        parameters, images_seen = (f"{about[key]:,}" if key in about else "" for key in ("parameters", "images_seen"))
+        seconds = ""
+        if about.get("images_seen") and "batch_size" in about:  # older results do not say
+            seconds = f"{about['training_seconds'] * about['batch_size'] / about['images_seen']:.3g}"
+        return [*cells, str(about.get("seed", "")), parameters, seconds, images_seen, str(about.get("device", ""))]
 
     models = scores["models"] if scores else {}
     rows = []

@@ -123,6 +123,7 @@ class Plan:
     extractor: str
     num: int
     device: str
+    all_checkpoints: bool = False  # measure the distance at those before the last too, for curves
 
     @property
     def scale(self) -> Scale:
@@ -146,6 +147,7 @@ def make_plan(
     num: int = 0,
     device: str = "auto",
     settings: Sequence[str] = (),
+    all_checkpoints: bool = False,
 ) -> Plan:
     """The runs of a table, none of which is begun by this.
 
@@ -155,6 +157,7 @@ def make_plan(
         seeds: Runs of each row: the first has the preset's seed (0), the next one more. 0: as many as the scale has.
         extractor, num: Empty or 0 for the scale's.
         settings: "key=value", as `--set` takes them, for every run.
+        all_checkpoints: Measure the Fréchet distance, without interval, at every checkpoint that a run has kept.
 
     Raises:
         ConfigError: a name, number or setting that cannot be meant, or no data.
@@ -174,6 +177,10 @@ def make_plan(
         raise ConfigError(
             f"--num is for scores over all classes; table2 takes {scale.fakes_per_class:,} images of each class at the "
             f"scale {scale_name}; leave it out"
+        )
+    if all_checkpoints and "frechet" not in METRICS.get(table, ()):
+        raise ConfigError(
+            f"--checkpoints is for the Fréchet distance over all classes, which {table} lacks; leave it out"
         )
     if is_inpainting and (extractor or num):
         raise ConfigError("--extractor and --num are for generated images; table3 measures every image of its test set")
@@ -201,7 +208,14 @@ def make_plan(
             "brings its own"
         )
     return Plan(
-        table, scale_name, out, tuple(jobs), extractor or scale.extractor, num or scale.num, jobs[0].config.run.device
+        table,
+        scale_name,
+        out,
+        tuple(jobs),
+        extractor or scale.extractor,
+        num or scale.num,
+        jobs[0].config.run.device,
+        all_checkpoints,
     )
 
 
@@ -355,6 +369,8 @@ def estimate(
     device = find_device(plan.device)
     timings = Timings(plan.out / "estimate.json", device)
     failed, notes = read_failed(plan), ["pictures, checkpoints and what else runs on this machine are not counted"]
+    if plan.all_checkpoints:
+        notes.append("measuring the checkpoints before the last is not counted")
     pace: dict[str, dict[str, float]] = {}
     rows = {job.row: job.config for job in plan.jobs}
     for number, (row, config) in enumerate(rows.items()):
@@ -581,19 +597,25 @@ def _say_where(plan: Plan, number: int, left: Estimate, elapsed: float, console:
 
 
 def _measure(plan: Plan, job: Job, images: ImageSet, extractor: Extractor, progress: Progress) -> None:
-    evaluate_generator(
-        job.path,
-        images,
-        extractor,
-        metrics=METRICS[plan.table],
-        num=plan.num,
-        fakes_per_class=plan.scale.fakes_per_class,
-        classes=plan.classes,
-        subset=plan.scale.subset,
-        intervals=plan.scale.intervals,
-        device=plan.device,
-        progress=lambda done, total, what: progress(done, total, f"{job.name}: {what}"),
-    )
+    def measure(checkpoint: Path, metrics: Sequence[str], name: str, *, intervals: bool) -> None:
+        evaluate_generator(
+            checkpoint,
+            images,
+            extractor,
+            metrics=metrics,
+            num=plan.num,
+            fakes_per_class=plan.scale.fakes_per_class,
+            classes=plan.classes,
+            subset=plan.scale.subset,
+            intervals=intervals,
+            device=plan.device,
+            progress=lambda done, total, what: progress(done, total, f"{name}: {what}"),
+        )
+
+    measure(job.path, METRICS[plan.table], job.name, intervals=plan.scale.intervals)
+    if plan.all_checkpoints:
+        for checkpoint in RunDirectory(job.path).checkpoints()[:-1]:
+            measure(checkpoint, ("frechet",), f"{job.name} at {int(checkpoint.stem):,}", intervals=False)
 
 
 def _measure_inpainters(
