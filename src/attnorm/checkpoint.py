@@ -14,6 +14,8 @@ that a checkpoint alone rebuilds its model.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import hashlib
 import json
 import os
 import re
@@ -310,3 +312,32 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error
+
+
+def read_scores(directory: RunDirectory) -> tuple[list[dict[str, Any]], int]:
+    """Lines of metrics.jsonl for tables and curves, none where nothing was measured; and how many more are outdated.
+
+    Raises:
+        CheckpointError: a line is not what `attnorm evaluate` writes.
+    """
+    file = directory.scores_file
+    scores = read_lines(file)
+    for score in scores:
+        missing = {"metric", "value", "images_seen"} - score.keys()
+        if missing:
+            raise CheckpointError(
+                f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
+            )
+    current = [score for score in scores if not _is_outdated(score, directory)]
+    return current, len(scores) - len(current)
+
+
+def _is_outdated(score: Mapping[str, Any], directory: RunDirectory) -> bool:
+    """Whether the checkpoint that was measured has since been replaced by another one of its name."""
+    checkpoint = directory.path / score.get("checkpoint", "")
+    if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
+        return False
+    if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
+        return False  # without reading it
+    with checkpoint.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]

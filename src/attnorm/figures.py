@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
-from attnorm.evaluation.runs import read_scores
+from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, read_scores, write_atomically, write_json
 from attnorm.inference import Sampler, View
 from attnorm.layers.attentive_norm import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy

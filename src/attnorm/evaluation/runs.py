@@ -6,8 +6,6 @@ in nothing but row and seed.
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, read_checkpoint, read_lines
+from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, read_lines, read_scores
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
 from attnorm.models.class_conditional import describe
@@ -197,35 +195,6 @@ def read_run(name: str, path: Path, failure: str) -> Run:
         layouts=_layouts(directory, [line for line in lines if line["metric"] == "layout"]),
         failure=failure,
     )
-
-
-def read_scores(directory: RunDirectory) -> tuple[list[Score], int]:
-    """Lines of metrics.jsonl for tables and curves, none where nothing was measured; and how many more are outdated.
-
-    Raises:
-        CheckpointError: a line is not what `attnorm evaluate` writes.
-    """
-    file = directory.scores_file
-    scores = read_lines(file)
-    for score in scores:
-        missing = {"metric", "value", "images_seen"} - score.keys()
-        if missing:
-            raise CheckpointError(
-                f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
-            )
-    current = [score for score in scores if not _is_outdated(score, directory)]
-    return current, len(scores) - len(current)
-
-
-def _is_outdated(score: Score, directory: RunDirectory) -> bool:
-    """Whether the checkpoint that was measured has since been replaced by another one of its name."""
-    checkpoint = directory.path / score.get("checkpoint", "")
-    if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
-        return False
-    if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
-        return False  # without reading it
-    with checkpoint.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]
 
 
 def _layouts(directory: RunDirectory, lines: Sequence[Score]) -> tuple[Layout, ...]:
