@@ -16,6 +16,7 @@ from attnorm.checkpoint import (
     CheckpointError,
     Header,
     RunDirectory,
+    alone_in,
     find_checkpoint,
     find_device,
     load,
@@ -331,6 +332,15 @@ def test_devices_that_are_not_there_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds none on this machine; take auto or cpu"):
             find_device("cuda")
+
+
+def test_where_the_file_system_has_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    with alone_in(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_even_within_a_letter(tmp_path: Path) -> None:

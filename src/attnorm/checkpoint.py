@@ -72,11 +72,14 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes of this machine that ask for it too out of a folder that exists.
+    """Keeps other processes that ask for it too out of a folder, which is made where missing; for as long as this one
+    lives at most, and only as far as the file system has locks.
 
     Raises:
         ConfigError: another one is there.
     """
+    if not folder.exists():  # a file is for the caller to refuse
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
@@ -84,12 +87,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the system, whatever becomes of us
-    except BlockingIOError:
-        raise ConfigError(
-            f"another process is at work in {folder}; wait until it has ended, or choose another --out"
-        ) from None
-    else:
+        with contextlib.suppress(OSError):  # of file systems without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is at work in {folder}; wait until it has ended, or choose another --out"
+                ) from None
         yield
     finally:
         os.close(descriptor)
@@ -184,6 +188,33 @@ class RunDirectory:
     @property
     def scores_file(self) -> Path:
         return self.path / "evaluation" / "metrics.jsonl"
+
+    def read_scores(self) -> tuple[list[dict[str, Any]], int]:
+        """What `attnorm evaluate` measured, for tables and curves; and how many more lines are outdated.
+
+        Raises:
+            CheckpointError: a line is not what `attnorm evaluate` writes.
+        """
+        scores = read_lines(self.scores_file)
+        for score in scores:
+            missing = {"metric", "value", "images_seen"} - score.keys()
+            if missing:
+                raise CheckpointError(
+                    f"{self.scores_file} has a line without {', '.join(sorted(missing))}; expected what `attnorm "
+                    "evaluate` writes"
+                )
+        current = [score for score in scores if not self._is_outdated(score)]
+        return current, len(scores) - len(current)
+
+    def _is_outdated(self, score: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint that was measured has since been replaced by another one of its name."""
+        checkpoint = self.path / score.get("checkpoint", "")
+        if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
+            return False
+        if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
+            return False  # without reading it
+        with checkpoint.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]
 
     def exists(self) -> bool:
         return self.config_file.is_file()
@@ -312,32 +343,3 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error
-
-
-def read_scores(directory: RunDirectory) -> tuple[list[dict[str, Any]], int]:
-    """Lines of metrics.jsonl for tables and curves, none where nothing was measured; and how many more are outdated.
-
-    Raises:
-        CheckpointError: a line is not what `attnorm evaluate` writes.
-    """
-    file = directory.scores_file
-    scores = read_lines(file)
-    for score in scores:
-        missing = {"metric", "value", "images_seen"} - score.keys()
-        if missing:
-            raise CheckpointError(
-                f"{file} has a line without {', '.join(sorted(missing))}; expected what `attnorm evaluate` writes"
-            )
-    current = [score for score in scores if not _is_outdated(score, directory)]
-    return current, len(scores) - len(current)
-
-
-def _is_outdated(score: Mapping[str, Any], directory: RunDirectory) -> bool:
-    """Whether the checkpoint that was measured has since been replaced by another one of its name."""
-    checkpoint = directory.path / score.get("checkpoint", "")
-    if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
-        return False
-    if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
-        return False  # without reading it
-    with checkpoint.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, read_scores, write_atomically, write_json
+from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
 from attnorm.inference import Sampler, View
 from attnorm.layers.attentive_norm import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
@@ -193,7 +193,7 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
     hours of training, a panel for each protocol. Panels for which no run has anything are left out.
     """
     curves = {
-        name: [*_curves(read_metrics(path)), *_score_curves(read_scores(RunDirectory(path))[0])]
+        name: [*_curves(read_metrics(path)), *_score_curves(RunDirectory(path).read_scores()[0])]
         for name, path in runs.items()
     }
     found = {curve[:3] for of_run in curves.values() for curve in of_run}

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, read_checkpoint
+from attnorm.checkpoint import CheckpointError, RunDirectory, alone_in, read_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
 from attnorm.training import phases, trainer
@@ -204,6 +204,23 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run"):
         run(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with alone_in(out), pytest.raises(ConfigError, match="another process is at work in"):
+        run(tiny(), out)
+    assert list(out.iterdir()) == []
+    run(tiny("run.duration_images=4"), out)  # the lock is gone, and was no obstacle itself
+    with alone_in(out):
+        pass
+
+
+def test_a_file_in_place_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="already there and is not a run"):
+        run(tiny(), tmp_path / "run")
+    assert (tmp_path / "run").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, whole: Path) -> None:

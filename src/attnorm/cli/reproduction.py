@@ -101,7 +101,6 @@ def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> No
     if dry_run:
         return
     try:
-        plan.out.mkdir(parents=True, exist_ok=True)
         with alone_in(plan.out):
             result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
     except torch.OutOfMemoryError:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, read_lines, read_scores
+from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, read_lines
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
 from attnorm.models.class_conditional import describe
@@ -176,7 +176,7 @@ def read_run(name: str, path: Path, failure: str) -> Run:
             "evaluate` wrote, as --inpainting DIR"
         )
     _, g_parameters, d_parameters = describe(model, max(len(classes), 1))
-    lines, num_outdated = read_scores(directory)
+    lines, num_outdated = directory.read_scores()
     if num_outdated:
         outdated = f"{name}: scores of checkpoints that have been trained anew are left out; measure again."
         header = replace(header, note=" ".join(filter(None, (header.note, outdated))))

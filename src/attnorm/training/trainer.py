@@ -72,7 +72,7 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     """Trains from the start, or from the last checkpoint where `out` is a run of the same configuration and data.
 
     Raises:
-        ConfigError, CheckpointError: `out` belongs to another run, or to something else.
+        ConfigError, CheckpointError: `out` belongs to another run, or to something else, or is being trained already.
         TrainingError: a loss stopped being a number.
     """
     console = console or Console(stderr=True)
@@ -82,16 +82,22 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
     torch.manual_seed(config.run.seed)
     task = _task(config, images, device)
-    _open(run, config, images, task.state)
+    with alone_in(out):
+        _open(run, config, images, task.state)
+        return _train(task, config, images, run, device, console)
+
+
+def _train(
+    task: Task, config: Config, images: ImageSet, run: RunDirectory, device: torch.device, console: Console
+) -> Outcome:
     # What checkpoints say of the run is how and where it was really made.
     precision = find_precision(config.run.precision, device)
     config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
     at = f", from {task.state.images_seen:,} images on" if task.state.images_seen else ""
     console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
     if device.type == "cuda" and config.model.context.startswith("an") and config.model.an.impl in ("auto", "triton"):
-        console.print("compiling AN's kernels before the first step: up to a few minutes, once on a machine")
-    with alone_in(run.path):
-        return _loop(task, config, images, run, device, console)
+        console.print("the first step waits, up to a few minutes, where AN's kernels have not been compiled here yet")
+    return _loop(task, config, images, run, device, console)
 
 
 def _task(config: Config, images: ImageSet, device: torch.device) -> Task:
