@@ -172,6 +172,21 @@ def test_both_kinds_of_factor_give_the_same_law() -> None:
     assert frechet_distance(other, thin) == pytest.approx(frechet_distance(thin, other), rel=1e-9)
 
 
+@pytest.mark.parametrize("images", [40, 60], ids=["thin", "full"])
+def test_a_law_read_back_gives_the_last_digit_of_the_law_that_was_kept(images: int) -> None:
+    """Files hold tensors contiguous, and a product of other strides rounds another way."""
+    other = Gaussian.from_features(normal(30, 48, seed=1))
+    for seed in range(5):
+        law = Gaussian.from_features(normal(images, 48, seed=seed))
+        read = Gaussian(
+            law.mean.clone(),
+            torch.frombuffer(bytearray(law.factor.numpy().tobytes()), dtype=torch.float64).view(law.factor.shape),
+            law.count,
+        )
+        assert frechet_distance(other, law) == frechet_distance(other, read)
+        assert law.factor.stride() == read.factor.stride()
+
+
 # Inception Score
 
 

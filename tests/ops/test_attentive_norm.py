@@ -67,7 +67,9 @@ def test_the_layer_is_the_same_by_every_implementation(
     fast, plain = make_layer(shape[1], 5, impl, **switches), make_layer(shape[1], 5, "reference", **switches)
     expected = results(plain.double().train(training), x.double())
     for layout in (torch.contiguous_format, torch.channels_last):
-        assert_close(results(fast.train(training), x.contiguous(memory_format=layout)), expected, 1e-4)
+        found = results(fast.train(training), x.contiguous(memory_format=layout))
+        assert_close(found, expected, 1e-4)
+        assert found[0].is_contiguous(memory_format=layout)
 
 
 def test_one_entity_is_instance_normalization(impl: str) -> None:

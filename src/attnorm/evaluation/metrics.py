@@ -104,7 +104,7 @@ class Gaussian(NamedTuple):
     """A normal law whose covariance is factor @ factor.T, singular or not."""
 
     mean: Tensor  # float64 [D]
-    factor: Tensor  # float64 [D, R]
+    factor: Tensor  # float64 [D, R], contiguous: as it is when it is read back, or products would differ in a last bit
     count: int  # type: ignore[assignment]  # of images that it was estimated from; a tuple's method is not missed
 
     @classmethod
@@ -120,7 +120,7 @@ class Gaussian(NamedTuple):
             return cls.from_moments(moments)
         values = _float64(features)
         mean = values.mean(0)
-        return cls(mean, (values - mean).T / (len(values) - 1) ** 0.5, len(values))
+        return cls(mean, (values - mean).T.contiguous() / (len(values) - 1) ** 0.5, len(values))
 
     @classmethod
     def from_moments(cls, moments: Moments) -> Gaussian:
@@ -130,7 +130,7 @@ class Gaussian(NamedTuple):
         values, vectors = torch.linalg.eigh(moments.covariance)  # in ascending order
         rank = min(len(values), moments.count - 1, int((values > 0).sum()))
         kept = slice(len(values) - rank, None)
-        return cls(moments.mean, vectors[:, kept] * values[kept].sqrt(), moments.count)
+        return cls(moments.mean, vectors[:, kept].contiguous() * values[kept].sqrt(), moments.count)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

@@ -110,7 +110,7 @@ class AttentiveNorm2d(nn.Module):
     def forward(
         self, x: Tensor, *, return_layout: bool = False, generator: torch.Generator | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalizes `x`, [N, C, H, W], floating; returns the same shape and dtype.
+        """Normalizes `x`, [N, C, H, W], floating; returns the same shape, dtype and memory format.
 
         Args:
             return_layout: Return (output, layout) with the layout [N, K, H, W] that was used.
@@ -137,7 +137,7 @@ class AttentiveNorm2d(nn.Module):
                 eps=self.eps,
                 impl=self._plain_impl,
             )
-            out = (self.rho * x_bar + x).to(x.dtype)  # Eq. 6
+            out = (x + self.rho * x_bar).to(x.dtype)  # Eq. 6; the first term's memory format is the sum's
         return (out, layout) if return_layout else out
 
     def layout(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

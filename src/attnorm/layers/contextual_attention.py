@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.layers.attentive_norm import no_autocast
+from attnorm.ops.dispatch import memory_format
 
 
 class ContextualAttention(nn.Module):
@@ -34,7 +35,8 @@ class ContextualAttention(nn.Module):
     matched_size, pasted_size, softmax_scale, norm_floor = 3, 4, 10.0, 1e-4
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x` is [N, C, H, W], floating, H and W even; `mask` [N, 1, H, W], 0 = known. Returns the shape of `x`.
+        """`x` is [N, C, H, W], floating, H and W even; `mask` [N, 1, H, W], 0 = known. Returns `x`'s shape
+        and memory format.
 
         Zeros come back for an image without a known patch. Scores and weights are float32 at least.
         """
@@ -57,7 +59,7 @@ class ContextualAttention(nn.Module):
 
             sources = F.unfold(features, self.pasted_size, stride=2, padding=1)  # [N, 16C, P]
             pasted = F.fold(sources @ weights.mT, (height, width), self.pasted_size, stride=2, padding=1)
-            return (pasted / 4).to(x.dtype)
+            return (pasted / 4).to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def score_bytes(height: int, width: int) -> int:

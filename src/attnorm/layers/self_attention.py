@@ -29,7 +29,7 @@ class SelfAttention2d(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` is [N, C, H, W]; so is what is returned. Time grows with (H*W)^2."""
+        """`x` is [N, C, H, W]; so is what is returned, in its memory format. Time grows with (H*W)^2."""
         if x.ndim != 4 or x.shape[1] != self.num_features or not x.is_floating_point():
             raise ValueError(
                 f"got {x.dtype} {tuple(x.shape)}; expected a floating feature map [N, {self.num_features}, H, W]"
@@ -45,7 +45,8 @@ class SelfAttention2d(nn.Module):
         query, key, value = (map.contiguous()[:, None] for map in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
         attended = attended.transpose(1, 2).unflatten(2, x.shape[2:])
-        return (self.gate * self.project(attended) + x).to(x.dtype)
+        # What attention returns has its channels last; the first term's memory format is the sum's.
+        return (x + self.gate * self.project(attended)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return str(self.num_features)

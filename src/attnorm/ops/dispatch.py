@@ -44,6 +44,13 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The order of the values of a feature map [N, C, H, W], which every operation and block hands on: channels_last
+    where only that fits its strides, else contiguous."""
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnorm.ops.dispatch import at_least_float32, resolve
+from attnorm.ops.dispatch import at_least_float32, memory_format, resolve
 
 Statistics = Literal["weighted", "masked", "released"]
 Moments = Literal["instance", "batch"]
@@ -50,7 +50,7 @@ def regional_norm(
         impl: "auto", "reference" (literal: K times the memory of x) or "fused" (never builds that tensor).
 
     Returns:
-        [N, C, H, W], dtype of `x`.
+        [N, C, H, W], dtype and memory format of `x`.
 
     Raises:
         ValueError: shapes that do not fit, or an explicit `impl` that cannot run.
@@ -74,7 +74,7 @@ def regional_norm(
         with torch.no_grad():
             running_mean.lerp_(mean[0].to(running_mean.dtype), momentum)
             running_var.lerp_(var[0].to(running_var.dtype), momentum)
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def _reference(
