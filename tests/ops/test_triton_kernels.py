@@ -148,6 +148,17 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
     assert torch.isfinite(backward(grad, x, *parameters, *forward(x, *parameters, 1e-5, EPS)[1:], 1e-5, EPS)[0]).all()
 
 
+@pytest.mark.parametrize("square", [True, False])  # the gradient of the value projection in one pass, or in two
+def test_an_offset_of_the_features_costs_the_value_projections_gradient_no_digits(
+    square: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = {name: plan._replace(square=square) for name, plan in triton_kernels._plans(16, 32).items()}
+    monkeypatch.setattr(triton_kernels, "_plans", lambda *_: plans)
+    x, parameters, grad = make(2, 16, 4, 12, 12, 2, mean=1e3)
+    parameters[0] -= parameters[0].mean(2, keepdim=True)  # the layout does not see the offset
+    assert errors_of(x, parameters, grad)["d value_weight"] < 1e-3  # v has a rounding of 1e-4 here
+
+
 def test_an_entity_without_pixels_and_a_constant_region_stay_finite() -> None:
     x, parameters, grad = make(1, 16, 4, 8, 8, 1)
     x = torch.ones_like(x)

@@ -341,7 +341,7 @@ typedef struct {
     double temperature, eps;
     void *out; /* forward: the output; backward: dx */
     float *area, *mean, *rstd;
-    float *dfilters, *doffset, *dvalue_weight, *dvalue_bias, *dweight, *dbias, *drho;
+    float *dfilters, *doffset, *dvalue_weight, *dweight, *dbias, *drho;
     float *workspace;
     void (*team)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of torch's OpenMP, or NULL */
     /* Derived. */
@@ -352,7 +352,7 @@ typedef struct {
     float *sums, *area_sums;           /* [N * segments][2][K][wide], [N * segments][K] */
     float *stacked;                    /* backward, pass 2: [N][K][4C] and [N][3C][K], of the images */
     float *filter_sums, *row_sums;     /* backward, pass 2: [N * segments][K][wide], [N * segments][K] */
-    float *weight_sums;                /* backward, pass 2: [shares][C + 1][wide] */
+    float *weight_sums;                /* backward, pass 2: [shares][C][wide] */
     float *scratch;
     long scratch_size; /* of one share, in floats */
     int backward;
@@ -432,7 +432,7 @@ static long plan(layer *l) {
         l->stacked = take(&cursor, n * (4 * c * k + 3 * c * k + k));
         l->filter_sums = take(&cursor, units * k * l->wide);
         l->row_sums = take(&cursor, units * k);
-        l->weight_sums = take(&cursor, shares * (c + 1) * l->wide);
+        l->weight_sums = take(&cursor, shares * c * l->wide);
     }
     long images_at_once = l->segments == 1 ? shares : n;
     l->kept_layout = l->keep ? take(&cursor, images_at_once * k * p) : NULL;
@@ -781,13 +781,11 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
     const float *start = mixing + 3 * c * k;
     float *g = t->operands;
     float *dv = t->slopes, *draw = dv + c * line;
-    float *weight_sums = l->weight_sums + share * (c + 1) * wide, *bias_sums = weight_sums + c * wide;
+    float *weight_sums = l->weight_sums + share * c * wide;
     float *filter_sums = l->filter_sums + unit * k * wide, *row_sums = l->row_sums + unit * k;
     float temperature = (float)l->temperature;
-    float *value_rows = t->shift; /* of no use after slopes_of_moments: the sums of dv over this unit */
     memset(filter_sums, 0, (size_t)(k * wide) * 4);
     memset(row_sums, 0, (size_t)k * 4);
-    memset(value_rows, 0, (size_t)c * 4);
     for (long pixel = from; pixel < to; pixel += l->block) {
         long count = least(l->block, to - pixel), padded = up(count, STEP);
         tile value, layout;
@@ -805,7 +803,6 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
                 store(draw + i * line + j,
                       temperature * load(s + i * layout.line) * (load(draw + i * line + j) - common));
         }
-        add_rows(dv, line, c, padded, value_rows);
         add_rows(draw, line, k, padded, row_sums);
         product(c, wide, count, dv, line, t->x_pm, l->wide_line, NULL, weight_sums, wide, weight_sums, wide);
         product(k, wide, count, draw, line, t->x_pm, l->wide_line, NULL, filter_sums, wide, filter_sums, wide);
@@ -814,11 +811,8 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
         product(c, padded, c + k, t->turned, c + k, dv, line, NULL, g, line, dx.at, dx.line);
         if (!direct) write_block(l, image, pixel, count, g, t->grad_pm, NULL);
     }
-    /* x was centred: put its centre back. */
-    for (long i = 0; i < c; i++) {
-        bias_sums[i] += value_rows[i];
-        for (long j = 0; j < c; j++) weight_sums[i * wide + j] += value_rows[i] * t->centre[j];
-    }
+    /* x was centred: put its centre back. Not so for the value projection: v's shift drops out of Eq. 5, so that dv sums
+       to 0 over an image, and the centre would multiply what rounding leaves of it. */
     for (long i = 0; i < k; i++)
         for (long j = 0; j < c; j++) filter_sums[i * wide + j] += row_sums[i] * t->centre[j];
 }
@@ -835,7 +829,7 @@ static void run_share(layer *l, int phase, long share) {
     tiles t = divide(l, l->scratch + share * l->scratch_size, NULL);
     long units = l->images * l->segments, begin = share * units / l->shares, end = (share + 1) * units / l->shares;
     if (l->backward && phase != 1)
-        memset(l->weight_sums + share * (l->channels + 1) * l->wide, 0, (size_t)((l->channels + 1) * l->wide) * 4);
+        memset(l->weight_sums + share * l->channels * l->wide, 0, (size_t)(l->channels * l->wide) * 4);
     for (long unit = begin, last = -1; unit < end; unit++) {
         long image = unit / l->segments, segment = unit % l->segments;
         /* Cut at whole blocks, so that only an image's last block may be shorter. */
@@ -946,12 +940,10 @@ int64_t attnorm_backward(layer *l) {
         }
     }
     for (long share = 0; share < l->shares; share++) {
-        const float *sums = l->weight_sums + share * (c + 1) * wide;
-        for (long i = 0; i < c; i++) {
-            l->dvalue_bias[i] = (share ? l->dvalue_bias[i] : 0) + sums[c * wide + i];
+        const float *sums = l->weight_sums + share * c * wide;
+        for (long i = 0; i < c; i++)
             for (long j = 0; j < c; j++)
                 l->dvalue_weight[i * c + j] = (share ? l->dvalue_weight[i * c + j] : 0) + sums[i * wide + j];
-        }
     }
     return 0;
 }

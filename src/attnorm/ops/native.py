@@ -37,6 +37,8 @@ _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared
 _TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 _LIBRARIES = ("-lm", "-lpthread")
 
+_PARAMETERS = ("filters", "offset", "value_weight", "value_bias", "weight", "bias", "rho")
+
 
 class _Layer(ctypes.Structure):
     """The first part of `layer` in native.c, field by field; its derived part is room."""
@@ -48,7 +50,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "rho")),
         *((name, ctypes.c_double) for name in ("temperature", "eps")),
         *((name, ctypes.c_void_p) for name in ("out", "area", "mean", "rstd", "dfilters", "doffset")),
-        *((name, ctypes.c_void_p) for name in ("dvalue_weight", "dvalue_bias", "dweight", "dbias", "drho")),
+        *((name, ctypes.c_void_p) for name in ("dvalue_weight", "dweight", "dbias", "drho")),
         ("workspace", ctypes.c_void_p),
         ("team", ctypes.c_void_p),
         ("derived", ctypes.c_int64 * 64),
@@ -132,23 +134,29 @@ def backward(
     """Gradients of `forward`, whose arguments and results it takes; `grad` is that of its output.
 
     Returns:
-        dx (as x), and float32: dfilters [M, K, C], doffset [M, K], dvalue_weight [C, C], dvalue_bias [C],
-        dweight and dbias [K, C], drho [].
+        dx (as x), and float32: dfilters [M, K, C], doffset [M, K], dvalue_weight [C, C], dvalue_bias [C] (zeros: it
+        shifts the regions' means and drops out of Eq. 5), dweight and dbias [K, C], drho [].
     """
     x, channels_last = _dense(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
     dx = torch.empty_like(x)
-    gradients = [_floats(*argument.shape) for argument in arguments]
+    gradients = {
+        f"d{name}": _floats(*part.shape)
+        for name, part in zip(_PARAMETERS, arguments, strict=True)
+        if name != "value_bias"
+    }
     if not x.numel():
-        dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = (g.zero_() for g in gradients)
+        for gradient in gradients.values():
+            gradient.zero_()
     else:
-        names = ("dfilters", "doffset", "dvalue_weight", "dvalue_bias", "dweight", "dbias", "drho")
         moments = {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
-        results = {"out": dx, **moments, **dict(zip(names, gradients, strict=True))}
-        _run("backward", x, grad, channels_last, arguments, temperature, eps, results)
-        dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = gradients
+        _run("backward", x, grad, channels_last, arguments, temperature, eps, {"out": dx, **moments, **gradients})
+    gradients["dvalue_bias"] = _floats(*value_bias.shape).zero_()
+    dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = (
+        gradients[f"d{name}"] for name in _PARAMETERS
+    )
     return dx, dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho
 
 

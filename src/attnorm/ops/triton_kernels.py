@@ -404,7 +404,7 @@ def _differentiate(
 
 @triton.jit
 def _gradients(
-    x, grad, filters, filter_offset, value_weight, centre, scale, offset, slope, level, constant,
+    x, grad, filters, filter_offset, value_weight, x_centre, centre, scale, offset, slope, level, constant,
     dx, dv_out, shares_out,
     temperature, P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
@@ -426,6 +426,7 @@ def _gradients(
     co = tl.arange(0, CP)
     o = _vector(filter_offset + n * filters_stride, k, K)
     f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    x_middle = _vector(x_centre + n * C, co, C)
     middle = tl.load(centre + n * CP + co)
     at = n * CP * KP + co[:, None] * KP + k[None, :]
     a = _operand(tl.load(scale + at), INNER, PRECISION)
@@ -481,15 +482,18 @@ def _gradients(
                 y = _dot(tl.trans(w.to(INNER)), dvi, y, PRECISION)
                 y = _dot(tl.trans(f.to(INNER)), drawi, y, PRECISION)
                 _store_tile(dx, y, c, p, P, C, EXACT, CHANNELS_LAST)
-        again = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST).to(INNER)
+        # Over an image dv sums to 0: x is centred, or its mean would multiply what rounding leaves of that.
+        again = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32) - x_middle[:, None]
+        again = _operand(again, INNER, PRECISION)
         d_filters = _over_pixels(drawi, again, d_filters, SPLIT, PRECISION)
         if not KEEP_DV:
             d_value = _over_pixels(dvi, again, d_value, SPLIT, PRECISION)
 
     shares_out += program * (KP * CP + KP + (0 if KEEP_DV else CP * CP))  # one row a block; see `backward`
-    tl.store(shares_out + k[:, None] * CP + co[None, :], tl.sum(d_filters, 0))
+    rows = tl.sum(d_offset, 1)
+    tl.store(shares_out + k[:, None] * CP + co[None, :], tl.sum(d_filters, 0) + rows[:, None] * x_middle[None, :])
     shares_out += KP * CP
-    tl.store(shares_out + k, tl.sum(d_offset, 1))
+    tl.store(shares_out + k, rows)
     if not KEEP_DV:
         shares_out += KP
         tl.store(shares_out + co[:, None] * CP + co[None, :], tl.sum(d_value, 0))
@@ -510,20 +514,22 @@ def _add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _outer(
-    dv, x, out, P, tiles_of_image, num_tiles, J,
+    dv, x, x_centre, out, P, tiles_of_image, num_tiles, J,
     C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv x^T over a share of all pixels, one SIDE x SIDE square of it: for C x C sums that one program cannot hold."""
+    """dv (x - x_centre)^T over a share of all pixels, one SIDE x SIDE square of it: a program cannot hold them all."""
     j = tl.program_id(0)
     co = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     ci = tl.program_id(2) * SIDE + tl.arange(0, SIDE)
     sums = tl.zeros([SIDE, SIDE], tl.float32)
     for tile in range(j, num_tiles, J):
-        image = (tile // tiles_of_image).to(tl.int64) * C * P
+        n = tile // tiles_of_image
+        image = n.to(tl.int64) * C * P
         p = (tile % tiles_of_image) * TILE + tl.arange(0, TILE)
         left = _tile(dv + image, co, p, P, C, EXACT, CHANNELS_LAST)
-        right = _tile(x + image, ci, p, P, C, EXACT, CHANNELS_LAST).to(left.dtype)
+        right = _tile(x + image, ci, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+        right = _operand(right - _vector(x_centre + n * C, ci, C)[:, None], left.dtype, PRECISION)
         sums = _dot(left, tl.trans(right), sums, PRECISION)
     tl.store(out + j * CP * CP + co[:, None] * CP + ci[None, :], sums)
 
@@ -899,6 +905,7 @@ def backward(
         _add[(images, triton.cdiv(length, block))](rows, sums, count, LENGTH=length, JP=blocks, BLOCK=block)
         return sums
 
+    x_centre = x.flatten(2)[:, :, :: max(pixels // 64, 1)].mean(2, dtype=torch.float32)
     centre = empty(num_images, padded)
     affine = empty(num_images, 3, entities, channels)
     scale, shifted, slope, level = empty(4, num_images, padded, padded_entities, dtype=_narrow(x))
@@ -925,7 +932,7 @@ def backward(
         lengths = [padded_entities * padded, padded_entities, padded * padded if square else 0]
         shares = empty(*cut.grid, sum(lengths))
         _gradients[cut.grid](
-            x, grad, filters, offset, value_weight, centre, scale, shifted, slope, level, constant,
+            x, grad, filters, offset, value_weight, x_centre, centre, scale, shifted, slope, level, constant,
             dx, dv, shares, temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options, KEEP_DV=not square,
         )  # fmt: skip
         of_images = add(shares, num_images)
@@ -942,7 +949,7 @@ def backward(
         shares = empty(blocks, padded, padded)
         names = ("C", "CP", "TILE", "EXACT", "CHANNELS_LAST", "PRECISION", "num_warps", "num_stages")
         _outer[(blocks, padded // side, padded // side)](
-            dv, x, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
+            dv, x, x_centre, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
             **{name: cut.options[name] for name in names},
         )  # fmt: skip
         found[2] = add(shares, 1)[0]
