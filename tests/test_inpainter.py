@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -383,8 +384,8 @@ def test_nothing_is_written_for_a_mistake(
     out = tmp_path / "out.png"
     for arguments, remedy in (
         ((file, photograph, folder / "small.png", "--out", out), "has 40x40 pixels, but"),
-        ((file, photograph, folder / "empty.png", "--out", out), "so nothing is missing; if black is, say --invert"),
-        ((file, photograph, folder / "full.png", "--out", out), "nothing of"),
+        ((file, photograph, folder / "empty.png", "--out", out), "its pixels are all of grey 0; expected white where"),
+        ((file, photograph, folder / "full.png", "--out", out), "x.png is missing: its pixels are all of grey 255"),
         ((file, photograph, folder / "text.png", "--out", out), "cannot read the mask"),
         ((file, folder / "text.png", mask, "--out", out), "it is no image"),
         ((file, folder / "none.png", mask, "--out", out), "there is no image"),
@@ -441,6 +442,18 @@ def test_a_folder_is_filled_by_stem(
     assert np.array_equal(look_at(tmp_path / "alone.png"), look_at(out / "a.png"))
 
 
+def test_names_that_are_no_text_are_filled_too(
+    file: Path, photograph: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"na\xefve.png")
+    for folder, source in (("images", photograph), ("masks", mask)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(source.read_bytes())
+    said = run(capsys, file, "--images", tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
+    assert "na\\udcefve.png: 17.7% of 48x40 pixels filled" in said
+    assert (tmp_path / "out" / name).is_file()
+
+
 def photograph_of(images: Path) -> Path:
     return images / "a.png"
 
@@ -484,7 +497,7 @@ def test_what_cannot_be_filled_is_named_and_the_rest_is_filled(
         cli.main([*map(str, command), *(["--dry-run"] if dry else [])])
     said = capsys.readouterr()
     assert caught.value.code == 2 and len(said.out.splitlines()) == 1
-    assert "not filled: nothing in the mask" in said.err and f"not filled: cannot read the image {images}" in said.err
+    assert "not filled: by the mask" in said.err and f"not filled: cannot read the image {images}" in said.err
     assert f"attnorm: 2 of 3 images {'would not be' if dry else 'were not'} filled" in said.err
     assert sorted(contents(out)) == ([] if dry else ["b.jpg"])
 

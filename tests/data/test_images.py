@@ -1,10 +1,12 @@
+import errno
 import io
 import os
-import shutil
+import struct
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,31 @@ def test_flat_zip_is_one_class(tmp_path, prefix, name):
     data = load_images(zip_of(tmp_path / "flat", tmp_path / "birds.zip", prefix), SIZE)
     assert data.classes == (name,)
     assert np.array_equal(data.images[0], chw(pixels(1)))
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "/{}", "set//{}", "set\\\\{}"], ids=["dot", "slash", "double", "windows"])
+def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path, spelling):
+    root = two_classes(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for file in filter(Path.is_file, root.rglob("*")):
+            member = zipfile.ZipInfo()
+            member.filename = spelling.format(file.relative_to(root).as_posix())
+            if "\\" in spelling:
+                member.filename = member.filename.replace("/", "\\")
+            archive.writestr(member, file.read_bytes())
+    assert equal(load_images(tmp_path / "s.zip", SIZE), load_images(root, SIZE))
+
+
+def test_of_a_name_that_is_twice_in_a_zip_the_last_is_read_and_it_is_said(tmp_path):
+    root = two_classes(tmp_path / "set")
+    archive = zip_of(root, tmp_path / "s.zip")
+    with zipfile.ZipFile(archive, "a") as file:
+        member = zipfile.ZipInfo()
+        member.filename = "dog\\x.png"
+        file.writestr(member, (root / "cat" / "a.png").read_bytes())
+    data = load_images(archive, SIZE)
+    assert data.skipped == ("dog/x.png: stands in the archive more than once; the last one is read",)
+    assert np.array_equal(data.images[2], chw(pixels(1)))
 
 
 def test_zip_leaves_nothing_on_disk(tmp_path):
@@ -325,17 +352,64 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     assert np.array_equal(one(tmp_path, grey, SIZE), np.stack([expected] * 3))
 
 
-def test_thirty_two_bit_grey_takes_the_sixteen_bit_range_or_is_skipped(tmp_path):
+def test_integers_of_32_bits_are_eight_or_sixteen_bits_or_skipped(tmp_path):
     grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 1040
     save(tmp_path / "set" / "a.tif", grey)
     save(tmp_path / "set" / "b.tif", grey * 2)
     save(tmp_path / "set" / "c.tif", grey.astype(np.float32))
+    save(tmp_path / "set" / "d.tif", grey // 260)
+    (tmp_path / "set" / "e.tif").write_bytes(tiff(grey.astype("<i2"), (339, 2)))
     data = load_images(tmp_path / "set", SIZE)
     assert np.array_equal(data.images[0, 0], np.rint(grey / 257).astype(np.uint8))
+    assert np.array_equal(data.images[1, 0], grey // 260)
     assert data.skipped == (
-        "b.tif: integer pixels from 0 to 131040, expected 0 to 65535",
+        "b.tif: integer pixels from 0 to 131040, whose range is not known: save it with 8 or 16 bits",
         "c.tif: floating-point pixels have no known range",
+        "e.tif: integer pixels from -32256 to 32240, whose range is not known: save it with 8 or 16 bits",
     )
+
+
+def tiff(samples: np.ndarray, *changes: tuple[int, int], depth: int = 16) -> bytes:
+    """Grey of 8x8 pixels, uncompressed; `changes` are tags and their values."""
+    tags = {256: 8, 257: 8, 258: depth, 259: 1, 262: 1, 273: 8, 277: 1, 279: samples.nbytes, 339: 1} | dict(changes)
+    directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in sorted(tags.items()))
+    return (
+        b"II*\0" + struct.pack("<I", 8 + samples.nbytes) + samples.tobytes() + struct.pack("<H", len(tags)) + directory
+    )
+
+
+def test_the_scale_of_grey_is_that_of_the_declared_depth(tmp_path):
+    """16 bits with white at zero, and 12 bits, two samples in three bytes."""
+    levels = np.arange(64).reshape(8, 8)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tif").write_bytes(tiff((levels * 1040).astype("<u2"), (262, 0)))
+    twelve = (levels * 65).reshape(-1, 2)
+    packed = np.stack([twelve[:, 0] >> 4, (twelve[:, 0] & 15) << 4 | twelve[:, 1] >> 8, twelve[:, 1] & 255], 1)
+    (tmp_path / "set" / "b.tif").write_bytes(tiff(packed.astype(np.uint8), depth=12))
+    first, second = load_images(tmp_path / "set", SIZE).images[:, 0]
+    assert np.array_equal(first, np.rint((65535 - levels * 1040) / 257))
+    assert np.array_equal(second, np.rint(levels * 65 / 4095 * 255))
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "samples", "key", "expected"),
+    [
+        (2, 0, np.array([0b00011011], np.uint8), (1,), [0, 255, 170, 255]),
+        (16, 0, np.array([514, 1799, 1800, 65535], ">u2"), (1799,), [2, 255, 7, 255]),
+        (16, 2, np.array([7, 7, 7, 1799, 1799, 1799, 1800, 1800, 1800, 257, 0, 0], ">u2"), (1799,) * 3, [0, 255, 7, 1]),
+    ],
+    ids=["2-bit", "16-bit", "16-bit colour"],
+)
+def test_a_transparent_colour_of_a_png_is_laid_over_white(tmp_path, depth, colour_type, samples, key, expected):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 4, 4, depth, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    chunks += chunk(b"IDAT", zlib.compress((b"\0" + samples.tobytes()) * 4)) + chunk(b"IEND", b"")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert load_images(tmp_path / "one", 4).images[0, 0].tolist() == [expected] * 4
 
 
 def test_eight_bit_grey_becomes_three_equal_channels(tmp_path):
@@ -726,13 +800,84 @@ def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path, monkeypatch)
     assert np.array_equal(seen.numpy(), first.images[[2, 0]])
 
 
-@pytest.mark.parametrize("as_zip", [False, True])
-def test_splits_are_not_taken_for_classes(tmp_path: Path, as_zip: bool) -> None:
-    root = tmp_path / "photographs"
-    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), "red").save(root / name)
-    source = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)) if as_zip else root
-    with pytest.raises(ValueError, match="train and val: splits of a data set, not classes"):
-        load_images(source, 4, cache_dir=tmp_path / "cache")
-    assert load_images(root / "train", 4, cache_dir=tmp_path / "cache").classes == ("cat", "dog")
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (("train", "val"), "train and val: splits of a data set, not classes"),
+        (("Train", "TEST"), "TEST and Train: splits of a data set, not classes"),
+        (("train", "val", "annotations"), "train and val: splits"),
+        (("training_set", "test_set"), "test_set and training_set: splits"),
+        (("seg_train", "seg_test"), "seg_test and seg_train: splits"),
+        (("train2017", "val2017"), "train2017 and val2017: splits"),
+        (("train",), "train: a split of a data set, not a class"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+def test_splits_are_not_taken_for_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, ...], said: str, as_zip: bool
+) -> None:
+    root = tmp_path / "set"
+    for name in folders:
+        save(root / name / "cat" / "a.png", pixels(1))
+    train = min(folders, key=lambda name: "train" not in name.casefold())
+    source = zip_of(root, tmp_path / "set.zip", "" if len(folders) > 1 else "set/") if as_zip else root
+    meant = root / "set" / train if as_zip and len(folders) == 1 else root / train
+    forbid_decoding(monkeypatch)
+    with pytest.raises(ValueError, match=f"set.* holds {said}.*; say which .*use --data {meant}$"):
+        load_images(source, SIZE)
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        save(tmp_path / "vehicles" / name / "a.png", pixels(1))
+    assert load_images(tmp_path / "vehicles", SIZE).classes == ("bus", "train")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    root = two_classes(tmp_path / "set")
+    os.mkfifo(root / "dog" / "pipe.png")
+    assert load_images(root, SIZE).skipped == ("dog/pipe.png: it is not a regular file",)
+    for source in (root / "dog" / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="neither a folder nor a regular file"):
+            load_images(source, SIZE)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(tmp_path, monkeypatch, code):
+    root = two_classes(tmp_path / "set")
+    read = sources.read_regular
+
+    def fail(path: Path) -> bytes:
+        if path.parent.name == "dog":
+            raise OSError(code, os.strerror(code))
+        return read(path)
+
+    monkeypatch.setattr(sources, "read_regular", fail)
+    first = load_images(root, SIZE)
+    assert first.classes == ("cat",) and first.skipped[0] == f"dog/x.png: {os.strerror(code)}"
+    with monkeypatch.context() as context:
+        forbid_decoding(context)  # while nothing has changed, the others need not be decoded again
+        assert equal(load_images(root, SIZE), first)
+    monkeypatch.setattr(sources, "read_regular", read)
+    data = load_images(root, SIZE)
+    assert data.classes == ("cat", "dog") and data.skipped == ()
+    forbid_decoding(monkeypatch)
+    assert equal(load_images(root, SIZE), data)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    root = two_classes(tmp_path / "set")
+    scan = os.scandir
+
+    def fail(path: str) -> object:
+        if Path(path).name == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    closed = "dog"
+    assert "dog/: Permission denied" in load_images(root, SIZE).skipped
+    closed = "set"
+    with pytest.raises(PermissionError):
+        load_images(root, SIZE)

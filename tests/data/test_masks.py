@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,37 @@ def test_the_threshold_is_the_least_grey_that_is_missing(tmp_path: Path) -> None
     for threshold in (1, 64, 65, 127, 128, 255):
         assert np.array_equal(read_mask(path, threshold)[0], threshold <= PIXELS)
     assert torch.equal(read_mask(str(path), invert=True), ~read_mask(path))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(EXPECTED.astype(np.uint8)),
+        Image.fromarray(EXPECTED.astype(np.uint16) * 255),
+        Image.fromarray(EXPECTED.astype(np.uint16)),
+        Image.fromarray(EXPECTED.astype(np.uint8) * 55 + 200),
+        Image.fromarray(EXPECTED[..., None] * np.array([128, 0, 0], np.uint8)),  # a label's colour
+    ],
+    ids=["0-1", "16-bit-255", "16-bit-1", "200-255", "dark-red"],
+)
+def test_of_two_greys_the_lighter_is_white_unless_a_threshold_is_said(tmp_path: Path, image: Image.Image) -> None:
+    path = save(tmp_path / "mask.png", image)
+    assert np.array_equal(read_mask(path)[0], EXPECTED)
+    assert np.array_equal(read_mask(path, invert=True)[0], ~EXPECTED)
+    top = np.asarray(image.convert("L") if image.mode == "RGB" else image).max()
+    assert read_mask(path, 128).any() == (top >= 128)  # a threshold that is said counts
+
+
+def test_of_three_greys_only_a_threshold_tells(tmp_path: Path) -> None:
+    path = save(tmp_path / "mask.png", Image.fromarray(np.array([[0, 1, 2]], np.uint16)))
+    assert not read_mask(path).any()
+    assert read_mask(path, 2).tolist() == [[[False, False, True]]]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="it is not a regular file"):
+        read_mask(tmp_path / "mask.png")
 
 
 def test_a_mask_is_turned_upright(tmp_path: Path) -> None:

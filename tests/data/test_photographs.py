@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -350,6 +352,82 @@ def test_a_colour_that_stands_for_transparency_stays_where_it_is(tmp_path: Path)
     assert after == [[[9, 8, 7, 0], [9, 8, 6, 255], [60, 60, 60, 255], [5, 5, 5, 255]]]
 
 
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "samples", "key", "expected"),
+    [
+        (2, 0, [0b00011011], [1], [0, 85, 0, 255]),
+        (16, 2, [9, 9, 9, 8, 8, 8, 7, 7, 7], [8] * 3, [8, 8, 9, 8, 8, 8, 8, 8, 9]),
+    ],
+    ids=["2-bit", "16-bit"],
+)
+def test_the_transparent_colour_has_the_depth_of_its_file(
+    depth: int, colour_type: int, samples: list[int], key: list[int], expected: list[int], tmp_path: Path
+) -> None:
+    """All pixels but the last become the colour of the transparent one, or what is next to it."""
+    rows = np.array([samples], np.uint8 if depth < 8 else ">u2")
+    width = 4 if depth < 8 else 3
+    path = tmp_path / "x.png"
+    path.write_bytes(
+        png(rows.view(np.uint8), width, depth, colour_type, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)))
+    )
+    photograph = read_photograph(path)
+    rgb = (
+        torch.full((3, 1, width), 85, dtype=torch.uint8) if depth < 8 else torch.full((3, 1, 3), 8, dtype=torch.uint16)
+    )
+    mask = torch.ones(1, 1, width, dtype=torch.bool)
+    mask[..., 3:] = False
+    assert photograph.with_hole_filled(rgb, mask).samples.reshape(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("white", [0, 1], ids=["white-is-zero", "black-is-zero"])
+def test_deep_grey_of_a_tiff_is_seen_and_kept_as_it_is_shown(white: int, tmp_path: Path) -> None:
+    grey = noise(HEIGHT, WIDTH, most=65536)
+    Image.fromarray(grey).save(tmp_path / "x.tif", tiffinfo={262: white})
+    data = bytearray((tmp_path / "x.tif").read_bytes())
+    at = data.index(struct.pack("<HHI", 262, 3, 1)) + 8  # Pillow writes 1 whatever is asked for
+    data[at] = white
+    (tmp_path / "x.tif").write_bytes(data)
+    shown = grey if white else 65535 - grey
+    photograph = read_photograph(tmp_path / "x.tif")
+    np.testing.assert_array_equal(photograph.rgb()[0].numpy(), shown)
+    again = decode(filled(photograph, hole()).encoded("TIFF"))
+    assert again.tag_v2[262] == 1  # type: ignore[attr-defined]
+    missing = hole()[0].numpy()
+    np.testing.assert_array_equal(np.asarray(again)[~missing], shown[~missing])
+
+
+def test_integers_of_32_bits_up_to_255_are_eight_bits(tmp_path: Path) -> None:
+    grey = noise(HEIGHT, WIDTH).astype(np.int32)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    photograph = read_photograph(tmp_path / "x.tif")
+    assert photograph.rgb().dtype == torch.uint8 and photograph.note == "its integers are kept with 8 bits"
+    np.testing.assert_array_equal(photograph.rgb()[2].numpy(), grey)
+    missing = hole()[0].numpy()
+    again = np.asarray(decode(filled(photograph, hole()).encoded("TIFF")))
+    np.testing.assert_array_equal(again[~missing], grey[~missing])
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"P1\n3 1\n1 0 1\n", [0, 255, 0]),
+        (b"P2\n3 1\n15\n0 3 15\n", [0, 51, 255]),
+        (b"P2\n3 1\n1000\n0 200 1000\n", [0, 13107, 65535]),
+        (b"P3\n1 1\n255\n7 7 7\n", [7]),
+        (b"P4\n3 1\n\xa0", [0, 255, 0]),
+        (b"P5\n3 1\n255\n\x00\x07\xff", [0, 7, 255]),
+        (b"P5\n2 1\n65535\n\x00\x07\xff\xff", [7, 65535]),
+        (b"P6\n1 1\n255\n\x07\x07\x07", [7]),
+    ],
+    ids=lambda value: value[:2].decode() if isinstance(value, bytes) else "",
+)
+def test_the_netpbm_family_is_read(data: bytes, expected: list[int], tmp_path: Path) -> None:
+    (tmp_path / "x.pnm").write_bytes(data)
+    photograph = read_photograph(tmp_path / "x.pnm")
+    assert photograph.rgb().reshape(3, -1).tolist() == [expected] * 3
+    assert photograph.encoded("PPM")
+
+
 # JPEG
 
 
@@ -389,6 +467,13 @@ def test_what_comes_back_changed_is_refused(tmp_path: Path, monkeypatch: pytest.
         photograph.encoded("WEBP")
 
 
+def test_a_format_that_is_advised_is_one_that_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(png(noise(HEIGHT, WIDTH * 6), WIDTH, 16, 2))
+    with pytest.raises(UserError, match=r"cannot be kept in TIFF exactly .*; let the output end in \.png$"):
+        read_photograph(path).encoded("TIFF")
+
+
 # Mistakes
 
 
@@ -415,8 +500,8 @@ def test_a_mask_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     }
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     for image, mask, message in (
-        ("x.png", masks["empty"], r"nothing in the mask .*empty\.png is white.*if black is, say --invert"),
-        ("x.png", masks["full"], r"all of the mask .*full\.png is white.*if black is, say --invert"),
+        ("x.png", masks["empty"], r"empty\.png nothing of .*x\.png is missing: its pixels are all of grey 0; expected"),
+        ("x.png", masks["full"], r"full\.png all of .*x\.png is missing: its pixels are all of grey 255; expected"),
         ("x.png", masks["lying"], r"mask .*lying\.png has 11x14 pixels, but .*x\.png has 14x11; expected equal sizes"),
         ("turned.jpg", masks["fine"], r"has 14x11 .* has 11x14, turned as its EXIF data say \(orientation 6\)"),
         ("x.png", tmp_path / "text.png", r"cannot read the mask"),
@@ -427,8 +512,30 @@ def test_a_mask_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             read_with_mask(tmp_path / image, mask)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"nothing in the mask .*full\.png is black.*if white is, leave --invert out"):
-        read_with_mask(tmp_path / "x.png", masks["full"], invert=True)
+
+
+@pytest.mark.parametrize(
+    ("greys", "threshold", "advice"),
+    [
+        ((3, 5, 9), None, (9, "T 9 or less")),
+        ((200, 210, 255), None, (201, "T more than 200")),
+        ((3, 9, 9), 10, (9, "T 9 or less")),
+    ],
+)
+@pytest.mark.parametrize("invert", [False, True])
+def test_the_advice_on_a_mask_is_its_remedy(
+    greys: tuple[int, ...], threshold: int | None, advice: tuple[int, str], invert: bool, tmp_path: Path
+) -> None:
+    picture("RGB").save(tmp_path / "x.png")
+    mask = np.tile(np.array(greys, np.uint8), HEIGHT * WIDTH)[: HEIGHT * WIDTH].reshape(HEIGHT, WIDTH)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = tmp_path / "x.png", tmp_path / "mask.png"
+    with pytest.raises(
+        UserError, match=f"from {min(greys)} to {max(greys)} of 255; say --threshold T, with {advice[1]}"
+    ):
+        read_with_mask(*files, threshold=threshold, invert=invert)
+    _, missing = read_with_mask(*files, threshold=advice[0], invert=invert)
+    assert np.array_equal(missing[0], (mask >= advice[0]) != invert)
 
 
 def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
@@ -444,13 +551,15 @@ def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + noise(12, most=65536).astype(">u2").tobytes())
     (tmp_path / "deep.tif").write_bytes(deep_tiff())
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     for name, message in {
         "cut.png": r"cut\.png: .*(truncated|broken)",
         "moving.gif": "it has 2 frames",
         "pages.tif": "it has 2 frames",
         "float.tif": "mode F: convert it to RGB",
         "lab.tif": "mode LAB: convert it to RGB",
-        "wide.tif": "32 bits a channel",
+        "wide.tif": "integer pixels from 70000 to 70000, whose range is not known",
+        "pipe.png": "not a regular file",
         "x.jp2": "it is JPEG2000; expected one of PNG, JPEG",
         "deep.ppm": "16 bits a channel in colour, which are kept in PNG only",
         "deep.tif": "16 bits a channel in colour, which are kept in PNG only",
@@ -503,6 +612,18 @@ def test_images_are_paired_with_masks_of_their_stem(tmp_path: Path) -> None:
     assert found.images_left == [images / "lone.png"] and found.masks_left == [masks / "odd.bmp"]
     one = pair_files(images, masks / "a.png")
     assert [mask.name for _, mask in one.pairs] == ["a.png"] * 4 and not one.images_left and not one.masks_left
+
+
+def test_names_are_paired_however_unicode_spells_them(tmp_path: Path) -> None:
+    """As macOS and others write the same name; where both spellings are there, each has its own."""
+    composed, apart = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for path in (images / apart, masks / composed):
+        path.parent.mkdir()
+        path.touch()
+    assert pair_files(images, masks).pairs == [(images / apart, masks / composed)]
+    (masks / apart).touch()
+    assert pair_files(images, masks).pairs == [(images / apart, masks / apart)]
 
 
 def test_folders_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:

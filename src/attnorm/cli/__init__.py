@@ -5,6 +5,7 @@ torch is imported inside the verbs only, so that help and mistakes are answered 
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -53,6 +54,8 @@ def _repeat_set(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user's mistake ends with status 2 and one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"attnorm {__version__}")
         return

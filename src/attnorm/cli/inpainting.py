@@ -26,7 +26,7 @@ def inpaint(
     images: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     masks: Annotated[Path | None, tyro.conf.arg(metavar="DIR|FILE")] = None,
     invert: Overwrite = False,
-    threshold: Annotated[int, tyro.conf.arg(metavar="T")] = 128,
+    threshold: Annotated[int | None, tyro.conf.arg(metavar="T")] = None,
     max_pixels: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     layout: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None,
     lossless: Overwrite = False,
@@ -48,7 +48,8 @@ def inpaint(
         images: Fill every image of this folder; subfolders are left alone.
         masks: A folder with a mask of the same stem for each image, or one mask file for all.
         invert: In the mask, black is missing.
-        threshold: The least grey, of 0 to 255, that counts as white.
+        threshold: The least grey, of 0 to 255, that counts as white; if not said, 128, or of a mask with two greys
+            the lighter.
         max_pixels: The largest area seen at once; 0: four times that of a training image. Holes in larger pictures
             are filled in windows around them, and a window that is larger still is reduced for it.
         layout: Draw what AN sees in the refinement stage: the winning entity, and every entity's map.

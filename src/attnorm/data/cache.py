@@ -22,11 +22,17 @@ from attnorm.data.sources import KINDS, Contents, find_source
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise it when decoding changes, so that no older cache is taken for a new one
+_FORMAT = 3  # raise it when decoding changes, so that no older cache is taken for a new one
 
 Progress = Callable[[int, int], None]
 Fit = Literal["square", "street-view"]
-_Labelling = tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]  # labels, classes, skipped
+
+
+class _Labelling(NamedTuple):
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...]
+    unread: list[int]  # files that the system did not give, by their numbers: no word on what they hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +62,19 @@ def load_decoded(
     folder = cache_dir or default_cache_dir()
     key = json.dumps([_FORMAT, str(path.resolve()), image_size, fit, found.stamp])
     stem = folder / f"images{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-    if decoded := _read(stem, source, max_memory_bytes):
-        return decoded
+    kept = _read(stem, source, max_memory_bytes)
+    if kept and not kept[1]:
+        return kept[0]
 
     with found.open() as contents:
+        if kept and not any(_is_given(contents, index) for index in kept[1]):
+            return kept[0]
         frame = _street_view_frame(contents, source, image_size) if fit == "street-view" else _square_frame(image_size)
         decode = functools.partial(_decode_all, contents, source, frame, progress)
         try:
             _write(stem, (3, image_size, frame.width), decode)
-            if decoded := _read(stem, source, max_memory_bytes):
-                return decoded
+            if kept := _read(stem, source, max_memory_bytes):
+                return kept[0]
         except OSError as error:
             _log.warning("decoded images cannot be kept in %s (%s): decoding into memory", folder, error)
 
@@ -76,7 +85,7 @@ def load_decoded(
                 "folder cannot be written; name one that can, with ATTNORM_CACHE, or choose a smaller image size"
             )
         buffer = bytearray()
-        labels, classes, skipped = decode(buffer.extend)
+        labels, classes, skipped, _ = decode(buffer.extend)
         images = np.frombuffer(buffer, np.uint8).reshape(-1, 3, image_size, frame.width)
         return Decoded(images, labels, classes, skipped, fingerprint(images, labels, classes))
 
@@ -106,15 +115,14 @@ def _decode_all(
 ) -> _Labelling:
     """Decode every file in order on a few threads, passing each one's pixels to `write`."""
 
-    def pixels_or_reason(index: int) -> bytes | str:
+    def pixels_or_reason(index: int) -> bytes | Exception:
         try:
             return frame.cut(contents.load(index)).tobytes()
-        except UnidentifiedImageError:
-            return "not an image that can be read"
         except Exception as error:  # a damaged file makes decoders fail in any way at all
-            return (isinstance(error, OSError) and error.strerror) or f"{error}" or type(error).__name__
+            return error
 
     kept: list[str] = []
+    unread: list[int] = []
     skipped = [*contents.skipped]
     total = len(contents.files)
     workers = min(8, os.cpu_count() or 1)
@@ -126,8 +134,10 @@ def _decode_all(
             results = pool.map(pixels_or_reason, range(start, min(start + block, total)))
             for index, result in enumerate(results, start):
                 class_name, name = contents.files[index]
-                if isinstance(result, str):
-                    skipped.append(f"{name}: {result}")
+                if isinstance(result, Exception):
+                    skipped.append(f"{name}: {_reason(result)}")
+                    if _is_the_systems(result):
+                        unread.append(index)
                 else:
                     write(result)
                     kept.append(class_name)
@@ -141,7 +151,26 @@ def _decode_all(
     missing = sorted(contents.expected_classes.difference(classes))
     skipped += [f"{name}: no readable image, so it is not a class" for name in missing]
     index_of = {name: index for index, name in enumerate(classes)}
-    return np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped)
+    return _Labelling(np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped), unread)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be read"
+    return (isinstance(error, OSError) and error.strerror) or f"{error}" or type(error).__name__
+
+
+def _is_the_systems(error: Exception) -> bool:
+    """Whether a file could not be had (permissions, a share that is away, no memory), whatever it holds."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _is_given(contents: Contents, index: int) -> bool:
+    try:
+        contents.load(index)
+    except Exception as error:
+        return not _is_the_systems(error)
+    return True
 
 
 def _square_frame(image_size: int) -> _Frame:
@@ -219,7 +248,7 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
     _remove_debris(stem.parent)
     with _replacing(stem.with_suffix(".npy")) as file:
         start = write_header(0)
-        labels, classes, skipped = decode(file.write)
+        labels, classes, skipped, unread = decode(file.write)
         # How many can be read is known only now. NumPy pads its header so that the first axis may change in place.
         end = write_header(len(labels))
         assert end == start
@@ -230,14 +259,15 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
             "probe": _probe(images, labels, classes),
             "classes": classes,
             "skipped": skipped,
+            "unread": unread,
             "labels": labels.tolist(),
         }
     with _replacing(stem.with_suffix(".json")) as file:
         file.write(json.dumps(record).encode())
 
 
-def _read(stem: Path, source: str, max_memory_bytes: int) -> Decoded | None:
-    """What `_write` left, or None where there is nothing or where it is damaged."""
+def _read(stem: Path, source: str, max_memory_bytes: int) -> tuple[Decoded, list[int]] | None:
+    """What `_write` left, and the files that could not be had then; None where there is nothing or it is damaged."""
     if not os.path.exists(stem.with_suffix(".json")):
         return None
     try:
@@ -252,7 +282,7 @@ def _read(stem: Path, source: str, max_memory_bytes: int) -> Decoded | None:
             intact = _probe(images, labels, classes) == record["probe"]
         if not intact:
             raise ValueError("its content has changed")
-        return Decoded(images, labels, classes, tuple(record["skipped"]), record["fingerprint"])
+        return Decoded(images, labels, classes, tuple(record["skipped"]), record["fingerprint"]), record["unread"]
     except Exception as error:  # whatever the damage, the remedy is the same
         _log.warning("decoding %s again: its cache %s is damaged (%s)", source, stem.with_suffix(".npy"), error)
         return None

@@ -8,6 +8,7 @@ promises the raw stream of a bit generator for ever, and what is made of it here
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attnorm.config import UserError
+from attnorm.data.sources import correct_transparency, deep_grey, read_regular
 
 # Brushes, steps and coverage of free-form masks. DeepFill v2's brushes are 12 to 40 of 256 pixels wide.
 _RADIUS = (6 / 256, 20 / 256)  # of the image size
@@ -106,35 +108,61 @@ def centre_mask(size: int) -> DrawnMask:
     return DrawnMask(torch.from_numpy(mask)[None], (start, start))
 
 
-def read_mask(path: str | Path, threshold: int = 128, invert: bool = False) -> Tensor:
+class MaskFile(NamedTuple):
+    """A mask as a file has it."""
+
+    missing: Tensor  # bool [1, H, W], True = missing
+    least: int  # grey of the darkest pixel, of 255
+    most: int  # and of the lightest
+
+
+def read_mask(path: str | Path, threshold: int | None = None, invert: bool = False) -> Tensor:
     """A mask from an image file of any mode: bool [1, H, W], True (missing) where it is white.
 
     Colours count by their luminance, transparent pixels as black; the file is turned upright as EXIF says.
 
     Args:
-        threshold: The least grey, of 0 to 255, that is missing; 16-bit files are scaled to 255.
+        threshold: The least grey, of 0 to 255, that is missing; 16-bit files are scaled to 255. None: 128, but of a
+            mask with two greys, whatever they are, the darker is black and the lighter white.
         invert: Black is missing instead: the complement of what would be returned without.
     Raises:
         UserError: If the file cannot be read as an image, or the threshold is not in 1 to 255.
     """
-    if not 1 <= threshold <= 255:
+    return read_mask_file(path, threshold, invert).missing
+
+
+def read_mask_file(path: str | Path, threshold: int | None = None, invert: bool = False) -> MaskFile:
+    """`read_mask`, with the range of its greys."""
+    if threshold is not None and not 1 <= threshold <= 255:
         raise UserError(f"the mask's threshold is {threshold}; expected 1 to 255, the least grey that is missing")
     try:
-        with Image.open(path) as file:
-            grey = _grey(ImageOps.exif_transpose(file))
+        grey = _grey(read_regular(Path(path)))
     except FileNotFoundError:
         raise UserError(f"there is no mask {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         raise UserError(f"cannot read the mask {path}: {error}; expected an image, white where it is missing") from None
-    return torch.from_numpy((grey >= threshold) != invert)[None]
+    least, most = grey.min(), grey.max()
+    if threshold is None and least < most and ((grey == least) | (grey == most)).all():
+        white = grey == most
+    else:
+        white = grey >= (threshold or 128)
+    return MaskFile(torch.from_numpy(white != invert)[None], int(least), int(most))
 
 
-def _grey(image: Image.Image) -> np.ndarray:
-    """[H, W] in 0 to 255."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):
-        return np.asarray(image) / 257  # Pillow itself would clip 16 bits at 255
+def _grey(data: bytes) -> np.ndarray:
+    """[H, W] in 0 to 255, fractions included; upright."""
+    with Image.open(io.BytesIO(data)) as file:
+        file.load()
+        correct_transparency(file, data)
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if image.mode.startswith("I"):
+            pixels = np.asarray(image)
+            # Of a mask only light and dark matter: what leaves all of 16 bits but the lowest eight is one of 8.
+            grey = pixels.astype(float) if 0 <= pixels.min() <= pixels.max() < 257 else deep_grey(pixels, file) / 257
+            key = image.info.get("transparency")
+            return grey if key is None else np.where(pixels == key, 0, grey)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from PIL import Image, ImageFile, JpegImagePlugin
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.data.masks import read_mask
+from attnorm.data.masks import read_mask_file
+from attnorm.data.sources import deep_grey, deep_png, read_regular
 
 # What is read and written, by Pillow's names; other formats may hold more bits than Pillow gives.
 SUFFIXES = {
@@ -114,13 +116,13 @@ class Photograph:
         samples = self.samples.copy()
         old = samples[stored]
         new = self._from_rgb(_stored(rgb.numpy().transpose(1, 2, 0), self.orientation)[stored], old)
-        key = self._decoded.info.get("transparency") if self.mode in ("1", "L", "RGB", "I;16") else None
+        key = self._decoded.info.get("transparency") if self.mode in ("1", "L", "RGB", "I;16", "RGB;16") else None
         if key is not None:
-            if self.mode == "1":
-                key = bool(key)
+            step = self._grey_step()
+            key = bool(key) if self.mode == "1" else np.multiply(key, step)
             new, old = new.reshape(len(new), -1), old.reshape(len(old), -1)
             taken = (new == key).all(1)
-            new[taken, -1] = new[taken, -1] ^ 1  # the smallest change
+            new[taken, -1] = (new[taken, -1] // step ^ 1) * step  # the smallest change
             new = np.where((old == key).all(1, keepdims=True), old, new)
             new = new.reshape(samples[stored].shape)
         samples[stored] = new
@@ -149,12 +151,18 @@ class Photograph:
             if format != "JPEG" and not self._is_held_by(data):
                 raise ValueError("it comes back changed")
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # Pillow raises all of these
-            others = " or .".join(suffix for suffix in ("png", "tif") if suffix.upper() not in (format, f"{format}F"))
+            others = [suffix for suffix, other in ((".png", "PNG"), (".tif", "TIFF")) if self._fits(other, format)]
+            remedy = f"let the output end in {' or '.join(others)}" if others else "convert it to RGB first"
             raise UserError(
-                f"{self.path} with its mode {self.mode} cannot be kept in {format} exactly ({error}); "
-                f"let the output end in .{others}"
+                f"{self.path} with its mode {self.mode} cannot be kept in {format} exactly ({error}); {remedy}"
             ) from None
         return data
+
+    def _fits(self, format: str, refused: str) -> bool:
+        try:
+            return format != refused and bool(self.encoded(format))
+        except UserError:
+            return False
 
     def largest_change(self, data: bytes, mask: Tensor) -> int:
         """By how many levels the file `data` differs from this photograph, at most, where `mask` is False."""
@@ -189,8 +197,7 @@ class Photograph:
         grey = colours @ _LUMINANCE
         if self.mode == "1":
             return grey >= 128
-        depth = self._png_depth()
-        step = 255 / (2**depth - 1) if self.mode == "L" and depth < 8 else 1  # a PNG of 2 or 4 bits has few greys
+        step = self._grey_step()
         grey = np.rint(np.rint(grey / step) * step)
         if new.ndim == 1:
             return grey.astype(new.dtype)
@@ -270,8 +277,10 @@ class Photograph:
         is_integer = {self.mode, other.mode} <= {"I", "I;16", "I;16B"}  # one thing to a reader
         return (is_integer or self.mode == other.mode) and np.array_equal(ours, theirs)
 
-    def _png_depth(self) -> int:
-        return self._file[24] if self.format == "PNG" else 8
+    def _grey_step(self) -> int:
+        """Between greys: a PNG of 2 or 4 bits has few."""
+        depth = self._file[24] if self.format == "PNG" and self.mode == "L" else 8
+        return 255 // (2**depth - 1)
 
     def _png(self) -> bytes:
         """This photograph's PNG file with other pixels."""
@@ -308,35 +317,40 @@ def read_photograph(path: Path) -> Photograph:
         UserError: it cannot be read, has several frames, or has pixels that would not be kept exactly.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror}; expected an image file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read the image {path}: {reason}; expected an image file") from None
     return _decode(path, data)
 
 
-def read_with_mask(image: Path, mask: Path, *, threshold: int = 128, invert: bool = False) -> tuple[Photograph, Tensor]:
+def read_with_mask(
+    image: Path, mask: Path, *, threshold: int | None = None, invert: bool = False
+) -> tuple[Photograph, Tensor]:
     """A photograph, and its mask as bool [1, H, W] (see `read_mask`): both as they are shown.
 
     Raises:
         UserError: one of them cannot be read, their sizes differ, or the mask is of nothing or of everything.
     """
-    photograph, hole = read_photograph(image), read_mask(mask, threshold=threshold, invert=invert)
-    (height, width), (mask_height, mask_width) = photograph.size, hole.shape[1:]
+    photograph, read = read_photograph(image), read_mask_file(mask, threshold, invert)
+    (height, width), (mask_height, mask_width) = photograph.size, read.missing.shape[1:]
     if (height, width) != (mask_height, mask_width):
         turned = f", turned as its EXIF data say (orientation {photograph.orientation})"
         raise UserError(
             f"the mask {mask} has {mask_width}x{mask_height} pixels, but {image} has {width}x{height}"
             f"{turned if photograph.orientation > 1 else ''}; expected equal sizes"
         )
-    colour, other = ("black", "white") if invert else ("white", "black")
-    hint = "leave --invert out" if invert else "say --invert"
-    if not hole.any():
-        raise UserError(f"nothing in the mask {mask} is {colour}, so nothing is missing; if {other} is, {hint}")
-    if hole.all():
-        raise UserError(f"all of the mask {mask} is {colour}, so nothing of {image} is known; if {other} is, {hint}")
-    return photograph, hole
+    if not read.missing.any() or read.missing.all():
+        fault = f"all of {image} is missing" if read.missing.all() else f"nothing of {image} is missing"
+        if read.least == read.most:
+            remedy = f"its pixels are all of grey {read.most}; expected white where something is missing, else black"
+        else:
+            side = f"{read.most} or less" if read.most < (threshold or 128) else f"more than {read.least}"
+            remedy = f"its greys go from {read.least} to {read.most} of 255; say --threshold T, with T {side}"
+        raise UserError(f"by the mask {mask} {fault}: {remedy}")
+    return photograph, read.missing
 
 
 def output_format(photograph: Photograph, out: Path) -> str:
@@ -377,9 +391,13 @@ def pair_files(images: Path, masks: Path) -> Pairs:
     if masks.is_dir() and masks.samefile(images):
         raise UserError(f"images and masks are both in {images}; expected a folder for each")
     candidates = _images_in(masks, "--masks")
+    by_stem: dict[str, list[Path]] = {}
+    for mask in candidates:
+        by_stem.setdefault(_composed(mask.stem), []).append(mask)
     pairs, images_left = [], []
     for image in found:
-        fitting = [mask for mask in candidates if mask.stem == image.stem]
+        alike = by_stem.get(_composed(image.stem), [])
+        fitting = [mask for mask in alike if mask.stem == image.stem] or alike
         if len(fitting) > 1:
             named = " and ".join(mask.name for mask in fitting)
             raise UserError(f"{image.name} has several masks in {masks}: {named}; expected one")
@@ -396,6 +414,11 @@ def pair_files(images: Path, masks: Path) -> Pairs:
     return Pairs(pairs, images_left, [mask for mask in candidates if mask not in used])
 
 
+def _composed(name: str) -> str:
+    """A name in the one of Unicode's equal spellings that most systems write; macOS writes the other."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _images_in(folder: Path, option: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{option} is {folder}, which is not a folder; expected one with image files")
@@ -409,27 +432,30 @@ def _images_in(folder: Path, option: str) -> list[Path]:
 
 
 def _decode(path: Path, data: bytes) -> Photograph:
+    note = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are no attack
             image = Image.open(io.BytesIO(data))
             _check_kept(image)
             image.load()
+        format, mode = image.format or "", image.mode
+        if format == "PNG" and data[24] == 16 and data[25] != 0:
+            mode = {2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}[data[25]]
+            samples = deep_png(data)
+        else:
+            samples = np.array(image)
+        if mode.startswith("I"):
+            grey, few = deep_grey(samples, image), int(samples.max()) <= 255
+            samples = grey.astype(samples.dtype)
+            if mode == "I" and format == "TIFF" and few:
+                mode, samples, note = "L", (grey // 257).astype(np.uint8), "its integers are kept with 8 bits"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         if isinstance(error, Image.UnidentifiedImageError):
             error = ValueError("it is no image, or of an unknown kind")
         raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
-    note = ""
-    format, mode = image.format or "", image.mode
     if format == "MPO":
         format, note = "JPEG", "only the first of its pictures is kept"
-    if format == "PNG" and data[24] == 16 and data[25] != 0:
-        mode = {2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}[data[25]]
-        samples = _decode_deep_png(data)
-    else:
-        samples = np.array(image)
-    if mode == "I" and not 0 <= samples.min() <= samples.max() <= 65535:
-        raise UserError(f"cannot read the image {path}: it has 32 bits a channel; expected 8 or 16")
     orientation = image.getexif().get(_ORIENTATION, 1)
     return Photograph(path, format, mode, samples, orientation if orientation in range(1, 9) else 1, note, image, data)
 
@@ -447,26 +473,10 @@ def _check_kept(image: ImageFile.ImageFile) -> None:
     if image.format == "TIFF":
         depth = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # BitsPerSample
     elif image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
-        depth = int(image.tile[0].args[1]).bit_length()  # type: ignore[index]
+        args = image.tile[0].args  # a mode and the largest value; of bits no value
+        depth = args[1].bit_length() if isinstance(args, tuple) else 1
     if depth > 8 and not image.mode.startswith("I"):
         raise ValueError(f"it has {depth} bits a channel in colour, which are kept in PNG only: convert it to PNG")
-
-
-def _decode_deep_png(data: bytes) -> np.ndarray:
-    """uint16 [rows, columns, channels] of a PNG file with 16 bits a channel in colour or with alpha.
-
-    Pillow keeps the upper eight of them; but it can be made to see the lower eight too.
-    """
-    if data[25] == 4:  # grey and alpha of 16 bits are four bytes, as red, green, blue and alpha of 8 are
-        header = data[12:24] + b"\x08\x06" + data[26:29]
-        with Image.open(io.BytesIO(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])) as image:
-            return np.array(image).view(">u2").astype(np.uint16)
-    with Image.open(io.BytesIO(data)) as image:
-        upper = np.asarray(image)
-    with Image.open(io.BytesIO(data)) as image:
-        # Little-endian samples have their upper half where these have their lower one.
-        image.tile = [tile._replace(args=f"{image.mode};16L") for tile in image.tile]
-        return (upper.astype(np.uint16) << 8) + np.asarray(image)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

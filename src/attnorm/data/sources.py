@@ -5,15 +5,18 @@ import difflib
 import io
 import os
 import re
+import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 KINDS = (
     "'builtin', a folder of class folders, a folder of images, a .zip of either, "
@@ -46,7 +49,10 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """Tell what lies at `path`, decoding none of it; ValueError if that is nothing, or of another kind."""
+    """Tell what lies at `path`, decoding none of it; ValueError if that is nothing, or of another kind.
+
+    OSError where the system does not let it be read: that says nothing of what it holds.
+    """
     if path.is_dir():
         if batches := sorted(path.glob(_CIFAR10_BATCHES)):
             return _cifar_folder(path, batches)
@@ -58,6 +64,10 @@ def find_source(path: Path) -> Source:
         near = difflib.get_close_matches(path.name, [*siblings, "builtin"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{path} does not exist.{hint} Expected {KINDS}.")
+    if not path.is_file():  # a pipe would be waited for, a device read without end
+        raise ValueError(f"{path} is neither a folder nor a regular file; expected {KINDS}")
+    with path.open("rb"):  # is_zipfile takes what it may not read for another kind
+        pass
     if zipfile.is_zipfile(path):
         return _zip(path)
     if tarfile.is_tarfile(path):
@@ -67,7 +77,14 @@ def find_source(path: Path) -> Source:
 
 def _folder(root: Path) -> Source:
     entries: list[str] = []
-    for directory, folders, files in os.walk(root, followlinks=True):
+    unread: list[str] = []
+
+    def note(error: OSError) -> None:
+        if error.filename == str(root):
+            raise error
+        unread.append(f"{Path(error.filename).relative_to(root).as_posix()}/: {error.strerror}")
+
+    for directory, folders, files in os.walk(root, onerror=note, followlinks=True):
         here = Path(directory)
         # A link to a folder that contains it would be walked for ever.
         real = here.resolve()
@@ -77,16 +94,13 @@ def _folder(root: Path) -> Source:
         entries += [f"{prefix}{name}" for name in files]
 
     def read(name: str) -> bytes:
-        file = root / name
-        _check_size(file.stat().st_size)
-        if not file.is_file():
-            raise ValueError("not a regular file")
-        return file.read_bytes()
+        _check_size((root / name).stat().st_size)
+        return read_regular(root / name)
 
     # Only the presence of other files matters: editing a read-me must not cost a decoding.
     visible = sorted(filter(_is_visible, entries))
     stamp = [[name, *_size_and_time(root / name)] if _IMAGE_NAME.search(name) else [name] for name in visible]
-    return Source(["folder", *stamp], lambda: contextlib.nullcontext(_arrange(entries, read, root.resolve().name)))
+    return Source(["folder", *stamp], lambda: contextlib.nullcontext(_arrange(entries, read, root, unread)))
 
 
 def _zip(path: Path) -> Source:
@@ -97,30 +111,63 @@ def _zip(path: Path) -> Source:
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is a damaged zip archive ({error}); copy or download it again") from error
         with archive:
+            members: dict[str, zipfile.ZipInfo] = {}
+            twice = []
+            for member in archive.infolist():
+                name = _member_name(member.filename)
+                if name in members and not name.endswith("/"):
+                    twice.append(f"{name}: stands in the archive more than once; the last one is read")
+                members[name] = member
 
             def read(name: str) -> bytes:
-                _check_size(archive.getinfo(name).file_size)
-                return archive.read(name)
+                _check_size(members[name].file_size)
+                return archive.read(members[name])
 
-            yield _arrange(archive.namelist(), read, path.stem, strip_root=True)
+            yield _arrange(members, read, path, sorted(set(twice)), is_archive=True)
 
     return Source(["zip", *_size_and_time(path)], open_zip)
 
 
-_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
+def _member_name(name: str) -> str:
+    """A member's name as others write it: older .NET parts it by backslashes, bsdtar begins it with "./"."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    return "/".join(parts) + ("/" if name.endswith(("/", "\\")) else "")
+
+
+# Names that splits of a data set go by: Train, test_set, val2017, seg_test, trainA, DIV2K_valid_HR.
+_SPLIT = re.compile(
+    r"(?P<set>.*[^a-z])??(?P<split>train(?:ing)?|trn|val(?:id(?:ation)?)?|dev|test(?:ing)?|eval(?:uation)?|hold-?out)"
+    r"(?:[ _-]?(?:set|split|data|images?|imgs?|hr|lr|[ab]))?[\d_-]*",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _splits(folders: set[str]) -> list[str]:
+    """Those of the folders that are splits of a data set: two of them, or one that is all there is.
+
+    A single one among others is a class: trains are vehicles, too.
+    """
+    found = {name: match for name in sorted(folders) if (match := _SPLIT.fullmatch(name))}
+    if len({match["split"].casefold() for match in found.values()}) > 1:
+        return list(found)
+    return [name for name, match in found.items() if len(folders) == 1 and not match["set"]]
 
 
 def _arrange(
-    entries: Iterable[str], read: Callable[[str], bytes], root_name: str, *, strip_root: bool = False
+    entries: Iterable[str], read: Callable[[str], bytes], root: Path, skipped: list[str], *, is_archive: bool = False
 ) -> Contents:
-    """Sort paths (folders end in "/") into classes: the first folder's name, or `root_name` where all are flat."""
+    """Sort paths (folders end in "/") into classes: the first folder's name, or the root's where all are flat.
+
+    An archive's root is the folder that holds all of its images, where there is one.
+    """
+    root_name = root.stem if is_archive else root.resolve().name
     visible = sorted(set(filter(_is_visible, entries)))
     images = [name for name in visible if _IMAGE_NAME.search(name)]
     others = [name for name in visible if not _IMAGE_NAME.search(name) and not name.endswith("/")]
-    skipped = [f"{name}: not an image file, by its name" for name in others]
+    skipped = [*skipped, *(f"{name}: not an image file, by its name" for name in others)]
 
     roots = {name[: name.find("/") + 1] for name in images}
-    prefix = roots.pop() if strip_root and len(roots) == 1 else ""
+    prefix = roots.pop() if is_archive and len(roots) == 1 else ""
 
     def class_of(name: str) -> str:
         return name.removeprefix(prefix).rpartition("/")[0].partition("/")[0]
@@ -129,14 +176,18 @@ def _arrange(
     if any(class_name for class_name, _ in files):
         skipped += [f"{name}: lies beside the class folders, in none" for class_name, name in files if not class_name]
         files = [(class_name, name) for class_name, name in files if class_name]
+        if splits := _splits({class_name for class_name, _ in files}):
+            named = " and ".join(splits)
+            meant = next((name for name in splits if "train" in name.casefold()), splits[0])
+            remedy = f"use --data {(root.with_suffix('') if is_archive else root) / prefix / meant}"
+            raise ValueError(
+                f"{root} holds {named}: {'a split' if len(splits) == 1 else 'splits'} of a data set, not "
+                f"{'a class' if len(splits) == 1 else 'classes'}; say which is meant: "
+                + (f"unpack it, and {remedy}" if is_archive else remedy)
+            )
     else:
         files = [(prefix[:-1] or root_name, name) for _, name in files]
     folders = {class_of(name) for name in visible if name.startswith(prefix)} - {""}
-    if len(folders) > 1 and folders <= _SPLITS:
-        named = " and ".join(sorted(folders))
-        raise ValueError(
-            f"{root_name} holds {named}: splits of a data set, not classes; name one of them, as {root_name}/train"
-        )
     return Contents(files, lambda index: _decode(read(files[index][1])), folders, skipped)
 
 
@@ -156,7 +207,7 @@ def _cifar_archive(path: Path) -> Source:
         try:
             with tarfile.open(path) as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
-                    place = PurePosixPath(member.name)
+                    place = PurePosixPath(_member_name(member.name))
                     if place.name == "data_batch_1":
                         raise ValueError(_pickle_refusal(path))
                     if place.match(_CIFAR10_BATCHES) or place.name == _CIFAR10_META:
@@ -165,6 +216,8 @@ def _cifar_archive(path: Path) -> Source:
                         assert stream is not None
                         files[place.name] = stream.read()
         except (tarfile.TarError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's, not the archive's
+                raise
             raise ValueError(f"{path} is a damaged archive ({error}); download it again") from error
         if not files.keys() - {_CIFAR10_META}:
             raise ValueError(
@@ -215,6 +268,13 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file; ValueError for a pipe, which would be waited for, a device, a folder."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    return path.read_bytes()
+
+
 def _check_size(num_bytes: int) -> None:
     if num_bytes > _MAX_FILE_BYTES:
         raise ValueError(f"{num_bytes} bytes, more than the {_MAX_FILE_BYTES} that are read from one file")
@@ -223,15 +283,72 @@ def _check_size(num_bytes: int) -> None:
 def _decode(data: bytes) -> Image.Image:
     """An image file's first frame, upright, as 8-bit RGB over white."""
     with Image.open(io.BytesIO(data)) as file:
+        file.load()
+        correct_transparency(file, data)
         image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"integer pixels from {grey.min()} to {grey.max()}, expected 0 to 65535")
-        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))  # Pillow itself would clip at 255
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if image.mode.startswith("I"):
+            grey = deep_grey(np.asarray(image), file)
+            key = image.info.get("transparency")
+            image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))  # Pillow itself would clip at 255
+            if key is not None:
+                image.putalpha(Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
+
+
+def deep_grey(pixels: np.ndarray, file: Image.Image) -> np.ndarray:
+    """Integer pixels [H, W] of a file with more than eight bits, scaled from the depth that it declares to 0 .. 65535;
+    uint16, white at the top.
+
+    Integers of 32 bits, and those with a sign, come from programs that never filled them: up to 255 they are eight bits
+    in a larger cell, and of 32 bits up to 65535 sixteen.
+
+    Raises:
+        ValueError: Nothing says which value is white.
+    """
+    tags = getattr(file, "tag_v2", {})  # TIFF: Pillow gives the samples as they are stored
+    depth, is_signed = max(tags.get(258, (16,))), 2 in tags.get(339, (1,))
+    least, most = int(pixels.min()), int(pixels.max())
+    if depth > 16 or is_signed:
+        depth = 8 if most <= 255 else 16 if most <= 65535 and depth > 16 else 0
+    if not depth or least < 0 or most > 65535:
+        raise ValueError(f"integer pixels from {least} to {most}, whose range is not known: save it with 8 or 16 bits")
+    grey = pixels if depth == 16 else np.rint(pixels * (65535 / (2**depth - 1)))
+    return (65535 - grey if tags.get(262) == 0 else grey).astype(np.uint16)  # 262, 0: white is zero
+
+
+def correct_transparency(file: ImageFile.ImageFile, data: bytes) -> None:
+    """In a loaded PNG, the colour that stands for transparency made comparable with Pillow's pixels: Pillow scales
+    grey of 2 or 4 bits to 8 and halves colours of 16, but not that colour.
+    """
+    key = file.info.get("transparency")
+    if file.format != "PNG" or key is None:
+        return
+    depth, colour_type = data[24:26]
+    if colour_type == 0 and 1 < depth < 8:
+        file.info["transparency"] = key * (255 // (2**depth - 1))
+    elif colour_type == 2 and depth == 16:
+        opaque = (deep_png(data) != key).any(2)
+        del file.info["transparency"]
+        file.putalpha(Image.fromarray(opaque.astype(np.uint8) * np.uint8(255)))
+
+
+def deep_png(data: bytes) -> np.ndarray:
+    """uint16 [rows, columns, channels] of a PNG file with 16 bits a channel in colour or with alpha.
+
+    Pillow keeps the upper eight of them; but it can be made to see the lower eight too.
+    """
+    if data[25] == 4:  # grey and alpha of 16 bits are four bytes, as red, green, blue and alpha of 8 are
+        header = data[12:24] + b"\x08\x06" + data[26:29]
+        with Image.open(io.BytesIO(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])) as image:
+            return np.array(image).view(">u2").astype(np.uint16)
+    with Image.open(io.BytesIO(data)) as image:
+        upper = np.asarray(image)
+    with Image.open(io.BytesIO(data)) as image:
+        # Little-endian samples have their upper half where these have their lower one.
+        image.tile = [tile._replace(args=f"{image.mode};16L") for tile in image.tile]
+        return (upper.astype(np.uint16) << 8) + np.asarray(image)
