@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from attnorm import AttentiveNorm2d, SelfAttention2d
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 from attnorm.layers.contextual_attention import ContextualAttention
+from attnorm.layers.linear_attention import LinearAttention2d
+from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.residual import DownBlock, UpBlock
 from attnorm.ops import regional_norm, soft_layout
 
@@ -29,6 +31,9 @@ BLOCKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     **{f"regional-norm-{impl}": lambda impl=impl: regional(impl) for impl in ("reference", "fused")},
     "self-attention": lambda: SelfAttention2d(8),
     "contextual-attention": lambda: lambda x: ContextualAttention()(x, torch.zeros(2, 1, 6, 4)),
+    "linear-attention": lambda: LinearAttention2d(8),
+    "region-norm-mask": lambda: lambda x: RegionNorm2d(8)(x, torch.eye(6, 4).expand(2, 1, 6, 4)),
+    "region-norm-learned": lambda: lambda x: RegionNorm2d(8, regions="learned")(x),
     "conditional-norm": lambda: lambda x: ConditionalBatchNorm2d(8, 3)(x, LABELS),
     "up": lambda: lambda x: UpBlock(8, 8, 3, an=AttentiveNorm2d(8, 4), after=SelfAttention2d(8))(x, LABELS),
     "down": lambda: DownBlock(8, 8, an=AttentiveNorm2d(8, 4), after=SelfAttention2d(8)),
