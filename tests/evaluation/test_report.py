@@ -248,7 +248,7 @@ def test_a_quick_look_is_marked_stands_last_and_is_read_no_meaning_into(tmp_path
         "FID, fid5k_train_inception",
         "FID, fid5k_train_subset1k_inception, a quick look at a subset",
     ]
-    assert report.readings == ()
+    assert report.seed_comparisons == ()
 
 
 def test_other_recipes_have_tables_of_their_own_that_say_what_differs(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_layouts_are_evaluations_last_or_else_trainings_last(tmp_path: Path) -> 
     ]
 
 
-# Readings
+# Rows against rows
 
 
 def scored(folder: Path, row: str, values: list[float], half: float | None, **settings: Any) -> list[Path]:
@@ -435,69 +435,58 @@ def scored(folder: Path, row: str, values: list[float], half: float | None, **se
     return runs
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "half", "said"),
-    [
-        (
-            [12.0, 12.4],
-            [14.0, 14.9],
-            0.5,
-            "12.00 to 12.40 against 14.00 to 14.90 (2 seeds each); neither the ranges over seeds nor the bootstrap "
-            "intervals overlap: separated, AN (n = 16) is better (lower).",
-        ),
-        (
-            [12.0, 12.4],
-            [14.0, 14.9],
-            0.9,
-            "12.00 to 12.40 against 14.00 to 14.90 (2 seeds each); the ranges over seeds do not overlap, but the "
-            "bootstrap intervals do: not separated.",
-        ),
-        (
-            [12.0, 14.5],
-            [14.0, 14.9, 15.0],
-            0.1,
-            "12.00 to 14.50 against 14.00 to 15.00 (2 and 3 seeds); the ranges over seeds overlap: not separated.",
-        ),
-        (
-            [16.0, 17.0],
-            [14.0, 14.9],
-            None,
-            "16.00 to 17.00 against 14.00 to 14.90 (2 seeds each); the ranges over seeds do not overlap (no intervals "
-            "were measured): separated, AN w/o SSR is better (lower).",
-        ),
-    ],
-)
-def test_a_reading_says_whether_seeds_and_intervals_separate_two_rows(
-    tmp_path: Path, first: list[float], second: list[float], half: float | None, said: str
+def test_every_two_rows_of_several_seeds_are_compared_and_the_undecided_ones_say_how_many_would_do(
+    tmp_path: Path,
 ) -> None:
-    report = build_report([*scored(tmp_path, "an", first, half), *scored(tmp_path, "an-no-ssr", second, half)])
-    (point,) = section(report, "Which rows differ").points
-    names = sorted(["AN (n = 16)", "AN w/o SSR"], key=lambda name: point.index(name))
-    start = f"{names[0]} against {names[1]}, FID, fid5k_train_inception: "
-    assert point == start + said
-    assert to_dict(report)["readings"][0]["is_separated"] == (": separated" in said)
+    """The distances of docs/results/table4-small."""
+    report = build_report(
+        [
+            *scored(tmp_path, "an", [90.66, 95.44, 84.86], 0.7),
+            *scored(tmp_path, "sngan-star", [96.89, 102.52, 105.25], 0.7),
+            *scored(tmp_path, "sagan", [97.50, 77.97, 85.04], None),
+        ]
+    )
+    (table,) = section(report, "Which rows differ").tables
+    title = "FID, fid5k_train_inception"
+    assert table.rows == (
+        ("SN-GAN* [39] - SA-GAN [39]", title, "3 each", "101.55 and 86.84", "+14.72 [-6.28, +35.71]", "undecided", "6"),
+        (
+            "SN-GAN* [39] - AN (n = 16)",
+            title,
+            "3 each",
+            "101.55 and 90.32",
+            "+11.23 [+0.13, +22.33]",
+            "AN (n = 16) is better (lower)",
+            "-",
+        ),
+        ("SA-GAN [39] - AN (n = 16)", title, "3 each", "86.84 and 90.32", "-3.48 [-23.87, +16.90]", "undecided", "83"),
+    )
+    assert "here 3." in section(report, "Which rows differ").paragraphs[0]
+    plain = json.loads(json.dumps(to_dict(report)["seed_comparisons"], allow_nan=False))
+    assert [(c["is_decided"], c["seeds_needed"]) for c in plain] == [(False, 6), (True, None), (False, 83)]
+    assert plain[2]["values"] == [[97.50, 77.97, 85.04], [90.66, 95.44, 84.86]]
 
 
 def test_of_a_score_that_should_be_high_the_higher_row_is_better(tmp_path: Path) -> None:
     runs = [
-        make_run(tmp_path / f"{row}-{seed}", row, seed=seed, lines=(line("is1", value + seed),))
+        make_run(tmp_path / f"{row}-{seed}", row, seed=seed, lines=(line("is1", value + 0.1 * seed),))
         for row, value in (("an", 8.0), ("sngan-star", 5.0))
         for seed in (0, 1)
     ]
-    (point,) = section(build_report(runs), "Which rows differ").points
-    assert point.endswith("separated, AN (n = 16) is better (higher).")
+    (table,) = section(build_report(runs), "Which rows differ").tables
+    assert table.rows[0][-2:] == ("AN (n = 16) is better (higher)", "-")
 
 
-def test_one_seed_is_no_reading_and_unequal_training_is_said(tmp_path: Path) -> None:
+def test_one_seed_is_no_comparison_and_unequal_training_is_said(tmp_path: Path) -> None:
     one = [*scored(tmp_path / "x", "an", [1.0, 2.0], None), *scored(tmp_path / "x", "sagan", [9.0], None)]
     same_seed = make_run(tmp_path / "again", "sagan", lines=(line("frechet", 9.5),))
     report = build_report([*one, same_seed])  # twice the same seed is one seed
-    assert report.readings == () and not any(s.title == "Which rows differ" for s in report.sections)
+    assert report.seed_comparisons == () and not any(s.title == "Which rows differ" for s in report.sections)
     other = make_run(
         tmp_path / "longer", "sagan", seed=1, images_seen=64, lines=(line("frechet", 9.0, images_seen=64),)
     )
-    (point,) = section(build_report([*one, other]), "Which rows differ").points
-    assert "(2 seeds each, after unlike numbers of images)" in point
+    (table,) = section(build_report([*one, other]), "Which rows differ").tables
+    assert table.rows[0][2] == "2 each, after unlike numbers of images"
 
 
 # Tables 3 and 5
@@ -568,6 +557,27 @@ def test_table_3_sets_inpainters_beside_the_printed_rows(tmp_path: Path) -> None
             "PSNR: mine is better; SSIM: undecided; MAE: mine is better",
         ),
     )
+
+
+def test_inpainters_of_several_seeds_are_compared_by_preset_and_score(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "scores")
+    values = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    for seed in (1, 2):
+        values["models"][f"mine-{seed}"] = model("an", means(26.123 + seed, 0.87654, 0.01234)) | {"seed": seed}
+        values["models"][f"plain-{seed}"] = model("none", means(24.0, 0.84, 0.03)) | {"seed": seed}
+    (folder / "scores.json").write_text(json.dumps(values), encoding="utf-8")
+    report = build_report([], inpainting=[folder])
+    (table,) = section(report, "Which rows differ").tables
+    assert table.title == "scores" and [row[:3] for row in table.rows] == [
+        ("context an - context none", f"{score}, whole image", "3 each") for score in ("PSNR, dB", "SSIM", "MAE")
+    ]
+    # 3.123 +- 4.30265 sqrt(1 / 3); the other two do not vary.
+    assert [row[4:6] for row in table.rows] == [
+        ("+3.12 [+0.64, +5.61]", "context an is better (higher)"),
+        ("+0.0365 [+0.0365, +0.0365]", "context an is better (higher)"),
+        ("-0.0177 [-0.0177, -0.0177]", "context an is better (lower)"),
+    ]
+    assert build_report([], inpainting=[folder], tables=(5,)).seed_comparisons == ()
 
 
 def test_table_5_has_the_times_of_a_benchmark_beside_the_papers() -> None:

@@ -5,6 +5,7 @@ Nothing is measured here. Rows that have not been run are shown as such.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,6 @@ from attnorm.evaluation.paper_tables import (
     TABLE_4,
     TABLE_4_COLUMNS,
 )
-from attnorm.evaluation.readings import COMPARED, Reading, readings_of, sentence
 from attnorm.evaluation.runs import (
     LABELS,
     SCORE_DIGITS,
@@ -43,6 +43,8 @@ from attnorm.evaluation.runs import (
     titles,
     without_paths,
 )
+from attnorm.evaluation.seed_comparison import HEADER as SEED_HEADER
+from attnorm.evaluation.seed_comparison import SeedComparison, compare, compare_runs, explanation
 
 ALL_TABLES = (1, 2, 3, 4, 5)
 NOT_RUN = "not run"
@@ -77,7 +79,7 @@ class Report:
 
     sections: tuple[Section, ...]
     runs: tuple[Run, ...] = ()
-    readings: tuple[Reading, ...] = ()
+    seed_comparisons: tuple[SeedComparison, ...] = ()
     inpainting: Mapping[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)  # folder, scores.json; by name
     benches: Mapping[str, BenchReport] = field(default_factory=dict)  # by name
 
@@ -123,12 +125,14 @@ def build_report(
         5: lambda: _section_5(measured),
     }
     sections = [builders[number]() for number in ALL_TABLES if number in tables]
-    readings = [reading for runs_of in recipes.values() for reading in readings_of(runs_of)]
-    if readings:
-        sections.append(_readings_section(recipes))
+    compared = {name: compare_runs(runs_of) for name, runs_of in recipes.items()}
+    if 3 in tables:
+        compared |= {name: _compare_inpainters(values) for name, (_, values) in scores.items()}
+    if any(compared.values()):
+        sections.append(_seeds_section(compared))
     if found:
         sections += _particulars(recipes)
-    return Report(tuple(sections), tuple(found), tuple(readings), scores, measured)
+    return Report(tuple(sections), tuple(found), tuple(itertools.chain(*compared.values())), scores, measured)
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -136,10 +140,7 @@ def to_dict(report: Report) -> dict[str, Any]:
     return {
         "attnorm": __version__,
         "sections": [asdict(section) for section in report.sections],
-        "readings": [
-            {**asdict(reading), "column": reading.column._asdict(), "is_separated": reading.is_separated}
-            for reading in report.readings
-        ],
+        "seed_comparisons": [comparison.to_dict() for comparison in report.seed_comparisons],
         "runs": [
             {
                 "name": run.name,
@@ -464,19 +465,13 @@ def _plain(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").lower().strip()
 
 
-def _readings_section(recipes: Mapping[str, list[Run]]) -> Section:
-    points = []
-    for recipe, runs in recipes.items():
-        shown = columns(runs, COMPARED)
-        texts = dict(zip(shown, titles(shown), strict=True))
-        found = [sentence(reading, texts[reading.column]) for reading in readings_of(runs)]
-        points += [f"{recipe}: {text}" if len(recipes) > 1 else text for text in found]
-    text = (
-        "Rows of two seeds or more, two by two. A range is from the smallest value to the largest over the seeds; an "
-        "interval is the bootstrap's over generated images, for these very weights. Two rows are called separated "
-        "where neither overlaps. With so few seeds that describes these runs; it is no test."
-    )
-    return Section("Which rows differ", (text,), (), tuple(points))
+def _seeds_section(compared: Mapping[str, Sequence[SeedComparison]]) -> Section:
+    tables = [
+        Table(title, SEED_HEADER, tuple(comparison.row() for comparison in comparisons))
+        for title, comparisons in compared.items()
+        if comparisons
+    ]
+    return Section("Which rows differ", (explanation(sum(len(table.rows) for table in tables)),), tuple(tables))
 
 
 # Where the numbers come from
@@ -611,9 +606,27 @@ def _tables_3(name: str, scores: dict[str, Any] | None) -> list[Table]:
             f"Differences, whole image: first minus second, with the {bootstrap['confidence']:.0%} interval of the "
             f"paired bootstrap over images ({bootstrap['resamples']:,} resamples, seed {bootstrap['seed']})"
         )
-        header = ["", *(TITLES[key] for key in ("psnr", "ssim", "mae")), "reading"]
-        tables.append(Table(text, tuple(header), tuple(differences)))
+        header = ["", *(TITLES[key] for key in ("psnr", "ssim", "mae")), "reading, over images"]
+        note = (
+            "These are of two models as they are; another seed of either is another model. What seeds decide, and how "
+            'many would, stands below in "Which rows differ" for every two presets of which several seeds are here.'
+        )
+        tables.append(Table(text, tuple(header), tuple(differences), (note,)))
     return tables
+
+
+def _compare_inpainters(scores: Mapping[str, Any]) -> list[SeedComparison]:
+    """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset."""
+    found = []
+    for key, digits in INPAINTING_DIGITS.items():
+        rows: dict[str, dict[int, tuple[float, int]]] = {}
+        for model in scores["models"].values():
+            if f"{key}_pasted" in model["means"] and "seed" in model:
+                label = model.get("preset") or f"context {model['context']}"
+                value = model["means"][f"{key}_pasted"]
+                rows.setdefault(label, {})[model["seed"]] = value, model.get("images_seen", 0)
+        found += compare(f"{TITLES[key]}, whole image", rows, is_less_better=key == "mae", digits=digits)
+    return found
 
 
 def _differences_3(differences: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -1,0 +1,112 @@
+"""How two rows differ over seeds, and how many would tell: against tables of t and of power, and by drawing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from attnorm.evaluation.seed_comparison import SeedComparison, compare, seeds_in_words, seeds_needed
+
+TABLE_4_SMALL = {  # docs/results/table4-small: Fréchet distances of seeds 0, 1 and 2
+    "AN": (90.66, 95.44, 84.86),
+    "none": (96.89, 102.52, 105.25),
+    "self-attention": (97.50, 77.97, 85.04),
+}
+
+
+def comparison(first: tuple[float, ...], second: tuple[float, ...], is_less_better: bool = True) -> SeedComparison:
+    return SeedComparison("first", "second", "score", (first, second), is_less_better, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # Equal variances: n1 + n2 - 2 = 4 degrees of freedom, whose quantile is 2.77645 in every table.
+        ((1, 2, 3), (4, 5, 6), -3 + 2.776445 * math.sqrt(2 / 3) * np.array([-1, 1])),
+        # One row that does not vary: those of the other alone, 2, with 4.30265.
+        ((5, 5, 5), (1, 2, 3), 3 + 4.302653 * math.sqrt(1 / 3) * np.array([-1, 1])),
+        ((5, 5), (7, 7, 7), (-2, -2)),
+    ],
+)
+def test_the_interval_is_welchs(first: tuple[float, ...], second: tuple[float, ...], expected: np.ndarray) -> None:
+    found = comparison(first, second)
+    assert found.interval == pytest.approx(expected, abs=1e-5)
+    assert found.is_decided and found.difference == np.mean(first) - np.mean(second)
+
+
+def test_rows_without_a_difference_are_undecided_and_no_number_of_seeds_helps() -> None:
+    for first, second in (((1.0, 3.0), (2.0, 2.0)), ((2.0, 2.0), (2.0, 2.0))):
+        found = comparison(first, second)
+        assert not found.is_decided and found.seeds_needed is None
+        assert found.row()[-2:] == ("undecided", "no number would: the observed difference is 0")
+
+
+@pytest.mark.parametrize(("effect", "expected"), [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17)])
+def test_seeds_needed_are_those_of_the_tables_of_power_where_variances_are_equal(effect: float, expected: int) -> None:
+    """As printed for the two-sample t test, two-sided at 5%, 80% power: 393.4, 63.8, 25.5 and 16.7 a group."""
+    assert seeds_needed(effect, 1.0, 1.0) == seeds_needed(-7 * effect, 7.0, 7.0) == expected
+
+
+@pytest.mark.parametrize(("difference", "s1", "s2"), [(11.2, 5.3, 4.3), (20.0, 5.0, 15.0), (6.0, 0.0, 5.0)])
+def test_drawn_rows_are_told_apart_four_times_in_five_with_the_seeds_needed(
+    difference: float, s1: float, s2: float
+) -> None:
+    """Welch's test on normal draws, its degrees of freedom from each draw's own variances."""
+    needed = seeds_needed(difference, s1, s2)
+    assert needed is not None and 4 <= needed <= 12
+
+    def share_found(n: int) -> float:
+        rng = np.random.default_rng(0)
+        first, second = (rng.normal(mean, s, (20_000, n)) for mean, s in ((difference, s1), (0.0, s2)))
+        v1, v2 = first.var(1, ddof=1) / n, second.var(1, ddof=1) / n
+        df = (v1 + v2) ** 2 / ((v1**2 + v2**2) / (n - 1))
+        t = (first.mean(1) - second.mean(1)) / np.sqrt(v1 + v2)
+        return float(np.mean(np.abs(t) > stats.t.ppf(0.975, df)))
+
+    assert share_found(needed) > 0.78 and share_found(needed - 1) < 0.8 < share_found(needed + 1)
+
+
+def test_table_4_at_a_small_scale_needs_five_seeds_against_none_and_83_against_self_attention() -> None:
+    """The first order of the answer is (1.96 + 0.84)^2 (s1^2 + s2^2) / d^2: 2.9 and 81."""
+    an, none, attention = TABLE_4_SMALL.values()
+    assert comparison(an, none).deviations == pytest.approx((5.30, 4.26), abs=0.01)
+    for other, expected, seeds in ((none, 2.9, 5), (attention, 81.0, 83)):
+        found = comparison(an, other)
+        rough = 7.849 * sum(s**2 for s in found.deviations) / found.difference**2
+        assert rough == pytest.approx(expected, rel=0.02)
+        assert found.seeds_needed == seeds and rough < seeds < rough + 3
+
+
+def test_extremes_have_an_answer() -> None:
+    assert seeds_needed(1e-3, 1.0, 1.0) is None
+    assert seeds_in_words(None, 1e-3) == ">1000" and seeds_in_words(12, 1.0) == "12"
+    assert seeds_needed(5.0, 0.0, 0.0) == seeds_needed(1e300, 1e-300, 0.0) == seeds_needed(1e9, 1.0, 1.0) == 2
+    # Just below and just above the limit: d = 2.8016 sqrt(2 / n).
+    assert seeds_needed(0.1254, 1.0, 1.0) in range(995, 1001) and seeds_needed(0.125, 1.0, 1.0) is None
+
+
+def test_only_rows_of_two_seeds_and_finite_scores_are_compared() -> None:
+    rows = {
+        "a": {0: (1.0, 64), 1: (2.0, 64)},
+        "one": {0: (1.0, 64)},
+        "b": {0: (8.5, 64), 5: (8.5, 32), 2: (8.5, 64)},
+        "nan": {0: (math.nan, 64), 1: (1.0, 64)},
+    }
+    (found,) = compare("distance", rows, is_less_better=True, digits=1)
+    assert (found.first, found.second, found.values) == ("a", "b", ((1.0, 2.0), (8.5, 8.5, 8.5)))
+    assert found.row()[:5] == (  # one degree of freedom: 12.706 times 1/2
+        "a - b",
+        "distance",
+        "2 and 3, after unlike numbers of images",
+        "1.5 and 8.5",
+        "-7.0 [-13.4, -0.6]",
+    )
+    assert found.row()[5:] == ("a is better (lower)", "-")
+
+
+def test_the_better_row_follows_the_scores_direction() -> None:
+    for is_less_better, better in ((True, "second"), (False, "first")):
+        assert comparison((8.0, 8.1), (5.0, 5.1), is_less_better).better == better
