@@ -1,4 +1,5 @@
-/* The whole Attentive Normalization layer on the CPU (Eq. 3 to 6 with weighted instance moments), forward and backward.
+/* The whole Attentive Normalization layer on the CPU (Eq. 3 to 6 with weighted instance moments): forward, backward and
+   the backward of the backward.
 
    Nothing of the size of the feature map is stored but the output: maps are read in blocks of pixels that stay in the
    cache, and what the second pass over the pixels needs of the first, layout and value, is computed again or, where
@@ -23,12 +24,15 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 8
+#define SUM_ROWS 4
 #elif defined(__AVX__)
 #define LANES 8
 #define ROWS 4
+#define SUM_ROWS 1
 #else
 #define LANES 4
 #define ROWS 8
+#define SUM_ROWS 1
 #endif
 #define VECTORS 2
 #define STEP (LANES * VECTORS) /* tiles are this many pixels, or a multiple */
@@ -249,6 +253,120 @@ static void mix_slopes(long c, long n, long k, const float *coefficients, tile s
         }
 }
 
+INLINE void sums_rows(const int rows, long depth, const float *s, const float *s_dot, long s_line, const float *g,
+                      const float *v, const float *v_dot, long line, float *c, long c_line, long table) {
+    vec sum[6][SUM_ROWS];
+    UNROLL for (int i = 0; i < 6; i++) UNROLL for (int r = 0; r < rows; r++) sum[i][r] = (vec){0};
+    for (long p = 0; p < depth; p++, s++, s_dot++, g += line, v += line, v_dot += line) {
+        vec gp = load(g), vp = load(v), up = load(v_dot);
+        vec gv = gp * vp, gu = gp * up, half_vv = 0.5f * vp * vp, vu = vp * up;
+        UNROLL for (int r = 0; r < rows; r++) {
+            float a = s[r * s_line], b = s_dot[r * s_line];
+            sum[0][r] += a * gp;
+            sum[1][r] += a * gv;
+            sum[2][r] += b * gp;
+            sum[3][r] += b * gv;
+            sum[3][r] += a * gu;
+            sum[4][r] += b * vp;
+            sum[4][r] += a * up;
+            sum[5][r] += b * half_vv;
+            sum[5][r] += a * vu;
+        }
+    }
+    UNROLL for (int i = 0; i < 6; i++) UNROLL for (int r = 0; r < rows; r++) {
+        float *at = c + i * table + r * c_line;
+        store(at, load(at) + sum[i][r]);
+    }
+}
+
+/* Six tables [k][n], one after the other, += sums over pixels of S g, S g v, S' g, (S g v)', (S v)' and (S v^2)' / 2, for
+   CM tiles S over S' and PM tiles g, v and v'. */
+static void product_sums(long k, long n, long depth, tile s, const float *g, const float *v, const float *v_dot,
+                         long line, float *c) {
+    const float *dot = s.at + k * s.line;
+    for (long j = 0; j < n; j += LANES)
+        for (long i = 0; i < k; i += SUM_ROWS) {
+#define SUMS(R)                                                                                                        \
+    sums_rows(R, depth, s.at + i * s.line, dot + i * s.line, s.line, g + j, v + j, v_dot + j, line, c + i * n + j, n,  \
+              k * n)
+            switch (least(SUM_ROWS, k - i)) {
+                case 1: SUMS(1); break;
+#if SUM_ROWS > 1
+                case 2: SUMS(2); break;
+                case 3: SUMS(3); break;
+                case 4: SUMS(4); break;
+#endif
+            }
+        }
+}
+
+INLINE void curve_rows(const int rows, long c, long k, const float *coefficients, tile s, tile operands, const float *u,
+                       long u_line, float *dv, float *dv_dot, tile out) {
+    vec mixed[ROWS][VECTORS], first[ROWS][VECTORS], second[ROWS][VECTORS];
+    long line = operands.line, next = 2 * c * k, both = 2 * k; /* a row: what multiplies S, then what multiplies S' */
+#define EACH                                                                                                           \
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < VECTORS; j++)
+#define AT(r, j) ((r) * line + (j) * LANES)
+#define OPERAND(i, r, j) load(operands.at + (i) * c * line + AT(r, j))
+    EACH mixed[r][j] = (vec){0};
+    accumulate(rows, VECTORS, k, coefficients + k, both, s.at, s.line, mixed); /* rho a S */
+    EACH {
+        vec g = OPERAND(0, r, j), v = OPERAND(1, r, j), v_dot = OPERAND(4, r, j);
+        float *at = operands.at + AT(r, j);
+        store(at + 2 * c * line, g * v);
+        store(at + 3 * c * line, v * v);
+        store(at + 5 * c * line, g * v_dot);
+        store(at + 6 * c * line, v * v_dot);
+        first[r][j] = mixed[r][j] * v_dot + load(u + r * u_line + j * LANES);
+        store(dv + AT(r, j), mixed[r][j] * g);
+        mixed[r][j] = (vec){0};
+    }
+    accumulate(rows, VECTORS, both, coefficients, both, s.at, s.line, mixed); /* (rho a S)' */
+    EACH {
+        first[r][j] += mixed[r][j] * OPERAND(1, r, j);
+        second[r][j] = mixed[r][j] * OPERAND(0, r, j);
+    }
+    accumulate(rows, VECTORS, both, coefficients + 3 * next, both, s.at, s.line, first); /* (rho b S)' */
+    EACH store(out.at + r * out.line + j * LANES, first[r][j]);
+    EACH first[r][j] = load(dv + AT(r, j)), mixed[r][j] = (vec){0};
+    accumulate(rows, VECTORS, k, coefficients + next + k, both, s.at, s.line, mixed); /* e1 S */
+    EACH {
+        first[r][j] += mixed[r][j] * OPERAND(1, r, j);
+        second[r][j] += mixed[r][j] * OPERAND(4, r, j);
+        mixed[r][j] = (vec){0};
+    }
+    accumulate(rows, VECTORS, k, coefficients + 2 * next + k, both, s.at, s.line, first); /* e0 S */
+    EACH store(dv + AT(r, j), first[r][j]);
+    accumulate(rows, VECTORS, both, coefficients + next, both, s.at, s.line, mixed); /* (e1 S)' */
+    EACH second[r][j] += mixed[r][j] * OPERAND(1, r, j);
+    accumulate(rows, VECTORS, both, coefficients + 2 * next, both, s.at, s.line, second); /* (e0 S)' */
+    EACH store(dv_dot + AT(r, j), second[r][j]);
+#undef EACH
+#undef AT
+#undef OPERAND
+}
+
+/* dv [c][n], its tangent and that of the output, `out`; see `curvatures` for the four matrices [c][2k]. Of the operands g,
+   v, g v, v^2, v', g v' and v v' the products are written here. */
+static void mix_curves(long c, long n, long k, const float *coefficients, tile s, tile operands, const float *u,
+                       long u_line, float *dv, float *dv_dot, tile out) {
+    for (long j = 0; j < n; j += STEP)
+        for (long i = 0; i < c; i += ROWS / 2) {
+            long at = i * operands.line + j;
+#define CURVE(R)                                                                                                       \
+    curve_rows(R, c, k, coefficients + i * 2 * k, (tile){s.at + j, s.line}, (tile){operands.at + at, operands.line},   \
+               u + i * u_line + j, u_line, dv + at, dv_dot + at, (tile){out.at + i * out.line + j, out.line})
+            switch (least(ROWS / 2, c - i)) {
+                case 1: CURVE(1); break;
+                case 2: CURVE(2); break;
+#if ROWS > 4
+                case 3: CURVE(3); break;
+                case 4: CURVE(4); break;
+#endif
+            }
+        }
+}
+
 /* ---- Tiles ------------------------------------------------------------------------------------------------------- */
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -339,9 +457,14 @@ typedef struct {
     const void *x, *grad;
     const float *filters, *offset, *value_weight, *value_bias, *weight, *bias, *rho;
     double temperature, eps;
-    void *out; /* forward: the output; backward: dx */
+    /* Of the backward of the backward: the tangents of x and of the parameters, each NULL for 0 but the first. */
+    const void *tangent;
+    const float *filters_dot, *offset_dot, *value_weight_dot, *weight_dot, *bias_dot, *rho_dot;
+    void *out; /* forward: the output; else dx */
     float *area, *mean, *rstd;
     float *dfilters, *doffset, *dvalue_weight, *dweight, *dbias, *drho;
+    void *dgrad;
+    float *dfilters_dot, *doffset_dot; /* gradients of the tangents of filters and offset */
     float *workspace;
     void (*team)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of torch's OpenMP, or NULL */
     /* Derived. */
@@ -349,13 +472,15 @@ typedef struct {
     long segments, shares;             /* parts of one image; parts of the work, of one thread each */
     int keep;                          /* whether v and S of pass 1 are kept for pass 2 */
     float *kept_layout, *kept_value;   /* kept_value: NULL where the output is its place meanwhile */
-    float *sums, *area_sums;           /* [N * segments][2][K][wide], [N * segments][K] */
-    float *stacked;                    /* backward, pass 2: [N][K][4C] and [N][3C][K], of the images */
-    float *filter_sums, *row_sums;     /* backward, pass 2: [N * segments][K][wide], [N * segments][K] */
+    long tables;                       /* of sums over pixels: 2, or 6 */
+    float *sums, *area_sums;           /* [N * segments][tables][K][wide], [N * segments][K] */
+    float *stacked;                    /* backward, pass 2: what it multiplies by, of every image */
+    long stacked_size;
+    float *filter_sums, *row_sums;     /* backward, pass 2: [N * segments][order][K][wide], [N * segments][order][K] */
     float *weight_sums;                /* backward, pass 2: [shares][C][wide] */
     float *scratch;
     long scratch_size; /* of one share, in floats */
-    int backward;
+    int order; /* 0: forward, 1: backward, 2: backward of the backward */
 } layer;
 
 /* What one share works with. */
@@ -370,6 +495,11 @@ typedef struct {
     float *value_pm, *grad_pm; /* [block][wide_line] */
     float *operands;           /* backward: g, v, g * v, v^2, [4C][line] */
     float *slopes;             /* backward: dv over draw, [C + K][line] */
+    /* Of the backward of the backward; there operands has 7C rows, turned [C][2C + 2K] and slopes 2C + 2K rows: dv', draw',
+       draw, dv. S' stands below S, and v and v' among the operands. */
+    float *start_dot, *rows_dot; /* as start and rows, of the tangents */
+    float *u, *u_pm, *out;       /* x', and the tangent of the output: [wide][line], [block][wide_line], [wide][line] */
+    float *value_dot_pm;         /* [block][wide_line] */
 } tiles;
 
 static float *take(float **cursor, long count) {
@@ -389,16 +519,28 @@ static tiles divide(const layer *l, float *scratch, long *size) {
     t.x = take(&cursor, l->wide * line);
     t.x_pm = take(&cursor, l->block * l->wide_line);
     t.value_pm = take(&cursor, l->block * l->wide_line);
-    if (l->backward) {
-        t.turned = take(&cursor, c * (c + k));
+    if (l->order) {
+        long times = l->order;
+        t.turned = take(&cursor, times * c * (c + k));
         t.grad_pm = take(&cursor, l->block * l->wide_line);
-        t.operands = take(&cursor, (4 * c + LANES) * line);
-        t.slopes = take(&cursor, (c + k) * line);
+        t.operands = take(&cursor, ((times == 1 ? 4 : 7) * c + LANES) * line);
+        t.slopes = take(&cursor, times * (c + k) * line);
     } else {
         t.coefficients = take(&cursor, 2 * c * k);
     }
-    t.value = take(&cursor, c * line);
-    t.layout = take(&cursor, k * line);
+    if (l->order == 2) {
+        t.start_dot = take(&cursor, k);
+        t.rows_dot = take(&cursor, (c + k) * c);
+        t.u = take(&cursor, l->wide * line);
+        t.u_pm = take(&cursor, l->block * l->wide_line);
+        t.out = take(&cursor, l->wide * line);
+        t.value_dot_pm = take(&cursor, l->block * l->wide_line);
+        t.value = t.operands + c * line;
+        t.layout = take(&cursor, 2 * k * line);
+    } else {
+        t.value = take(&cursor, c * line);
+        t.layout = take(&cursor, k * line);
+    }
     if (size) *size = (long)(cursor - scratch);
     return t;
 }
@@ -410,28 +552,30 @@ static long plan(layer *l) {
     l->wide_line = l->wide + (l->wide % 64 ? 0 : LANES); /* no line a multiple of 256 bytes: rows would share cache sets */
 
     /* Threads are worth their start from about 10 microseconds of work on. */
-    double work = (double)n * p * c * (c + 5 * k) * (l->backward ? 4 : 1);
+    double work = (double)n * p * c * (c + 5 * k) * (l->order == 2 ? 10 : l->order ? 4 : 1);
     long shares = work < 1e6 ? 1 : least(l->threads, MAX_SHARES);
     l->segments = n % shares ? shares : 1; /* whole images where they share out evenly, else equal parts of each */
     l->shares = shares;
 
-    long per_pixel = 4 * (l->backward ? 12 * c + 3 * k : 5 * c + k);
+    long per_pixel = 4 * (l->order == 2 ? 17 * c + 4 * k : l->order ? 12 * c + 3 * k : 5 * c + k);
     long block = 512 * 1024 / per_pixel / STEP * STEP;
     block = block < 2 * STEP ? 2 * STEP : least(block, 512);
     l->block = least(block, up(p, STEP));
     l->line = l->block + LANES;
 
     int small = l->segments == 1 && (c + k) * p <= 384 * 1024;
-    l->keep = small || (!l->half && c >= 48 && 2 * k <= c);
+    l->keep = l->order < 2 && (small || (!l->half && c >= 48 && 2 * k <= c));
+    l->tables = l->order == 2 ? 6 : 2;
+    l->stacked_size = l->order == 2 ? 19 * c * k + 2 * k : 7 * c * k + k;
 
     float *cursor = l->workspace;
     long units = n * l->segments;
-    l->sums = take(&cursor, units * 2 * k * l->wide);
+    l->sums = take(&cursor, units * l->tables * k * l->wide);
     l->area_sums = take(&cursor, units * k);
-    if (l->backward) {
-        l->stacked = take(&cursor, n * (4 * c * k + 3 * c * k + k));
-        l->filter_sums = take(&cursor, units * k * l->wide);
-        l->row_sums = take(&cursor, units * k);
+    if (l->order) {
+        l->stacked = take(&cursor, n * l->stacked_size);
+        l->filter_sums = take(&cursor, units * l->order * k * l->wide);
+        l->row_sums = take(&cursor, units * l->order * k);
         l->weight_sums = take(&cursor, shares * c * l->wide);
     }
     long images_at_once = l->segments == 1 ? shares : n;
@@ -442,17 +586,16 @@ static long plan(layer *l) {
     return (long)(cursor - l->workspace);
 }
 
-int64_t attnorm_workspace(layer *l, int backward) {
-    l->backward = backward;
+int64_t attnorm_workspace(layer *l, int order) {
+    l->order = order;
     l->workspace = NULL;
     return plan(l) + 16;
 }
 
-static int prepare(layer *l, int backward) {
-    l->backward = backward;
+static void prepare(layer *l, int order) {
+    l->order = order;
     l->workspace = (float *)(((uintptr_t)l->workspace + 63) & ~(uintptr_t)63);
     plan(l);
-    return 0;
 }
 
 /* Element of pixel 0 of a row of a CM block, or of a pixel. */
@@ -492,9 +635,9 @@ static void read_block(const layer *l, const void *from, long image, long pixel,
     }
 }
 
-/* The block `cm` (plus that of `residual` if given) into the output; `cm` is spoilt. */
-static void write_block(const layer *l, long image, long pixel, long count, float *cm, float *pm,
-                        const void *residual) {
+/* The block `cm` (plus that of `residual` if given) into the map `into`; `cm` is spoilt. */
+static void write_block(const layer *l, long image, long pixel, long count, float *cm, float *pm, const void *residual,
+                        void *into) {
     long c = l->channels, padded = up(count, STEP), line = l->line, wide_line = l->wide_line;
     if (l->channels_last) transpose(cm, line, c, padded, pm, wide_line);
     long rows = l->channels_last ? count : c, length = l->channels_last ? c : count;
@@ -502,16 +645,16 @@ static void write_block(const layer *l, long image, long pixel, long count, floa
         long at = l->channels_last ? (image * l->pixels + pixel + i) * c : row_at(l, image, i, pixel);
         float *row = l->channels_last ? pm + i * wide_line : cm + i * line;
         if (!residual) {
-            write_row(l->out, (int)l->half, at, length, row);
+            write_row(into, (int)l->half, at, length, row);
         } else if (l->half) {
             const uint16_t *x = (const uint16_t *)residual + at;
             long j = 0;
             for (; j + LANES <= length; j += LANES) store(row + j, load(row + j) + widen(*(const uhvec *)(x + j)));
             for (; j < length; j++) row[j] += widen_one(x[j]);
-            write_row(l->out, 1, at, length, row);
+            write_row(into, 1, at, length, row);
         } else {
             const float *x = (const float *)residual + at;
-            float *to = (float *)l->out + at;
+            float *to = (float *)into + at;
             long j = 0;
             for (; j + LANES <= length; j += LANES) store(to + j, load(row + j) + load(x + j));
             for (; j < length; j++) to[j] = row[j] + x[j];
@@ -585,6 +728,31 @@ static float dot(const float *a, const float *b, long n) {
     return total;
 }
 
+/* The same for the tangents. The tangent of v's shift is left out: it drops out of Eq. 5 like the shift. */
+static void enter_image_of_tangents(const layer *l, const tiles *t, long own, int first) {
+    const double log2_e = 1.4426950408889634;
+    long c = l->channels, k = l->entities, width = 2 * (c + k);
+    float scale = (float)(l->temperature * log2_e);
+    for (long i = 0; i < k; i++) {
+        const float *filter = l->filters_dot ? l->filters_dot + (own * k + i) * c : NULL;
+        double at_centre = l->offset_dot ? l->offset_dot[own * k + i] : 0;
+        for (long j = 0; j < c; j++) {
+            float value = filter ? filter[j] : 0;
+            at_centre += (double)value * t->centre[j];
+            t->rows_dot[(c + i) * c + j] = scale * value;
+            t->turned[j * width + c + k + i] = value;
+        }
+        t->start_dot[i] = (float)(at_centre * l->temperature * log2_e);
+    }
+    if (!first) return;
+    for (long i = 0; i < c; i++)
+        for (long j = 0; j < c; j++) {
+            float value = l->value_weight_dot ? l->value_weight_dot[i * c + j] : 0;
+            t->rows_dot[i * c + j] = value;
+            t->turned[j * width + c + 2 * k + i] = value;
+        }
+}
+
 /* What depends on the image alone: the centre of x, the shift of v, filters and offset of the logits. */
 static void enter_image(const layer *l, const tiles *t, long image, int first) {
     const double log2_e = 1.4426950408889634;
@@ -630,13 +798,16 @@ static void enter_image(const layer *l, const tiles *t, long image, int first) {
     if (first || own) {
         for (long i = 0; i < k * c; i++) t->rows[c * c + i] = scale * filters[i];
     }
-    if (t->turned && (first || own)) {
+    if (l->order && (first || own)) {
+        long width = l->order * (c + k);
         for (long i = 0; i < c; i++) {
+            float *row = t->turned + i * width;
             if (first)
-                for (long j = 0; j < c; j++) t->turned[i * (c + k) + j] = l->value_weight[j * c + i];
-            for (long j = 0; j < k; j++) t->turned[i * (c + k) + c + j] = filters[j * c + i];
+                for (long j = 0; j < c; j++) row[j] = l->value_weight[j * c + i];
+            for (long j = 0; j < k; j++) row[c + j] = filters[j * c + i];
         }
     }
+    if (l->order == 2) enter_image_of_tangents(l, t, own, first);
 }
 
 /* v and S of the block whose x - xs is in t->x. */
@@ -650,7 +821,7 @@ static void value_and_layout(const layer *l, const tiles *t, long count, tile va
 /* Pass 1 over pixels [from, to): forward, the sums of S, S v and S v^2; backward, those of S g and S g v. */
 static void first_pass(const layer *l, const tiles *t, long share, long image, long unit, long from, long to) {
     long k = l->entities, wide = l->wide;
-    float *sums = l->sums + unit * 2 * k * wide, *area = l->area_sums + unit * k;
+    float *sums = l->sums + unit * l->tables * k * wide, *area = l->area_sums + unit * k;
     memset(sums, 0, (size_t)(2 * k * wide) * 4);
     memset(area, 0, (size_t)k * 4);
     for (long pixel = from; pixel < to; pixel += l->block) {
@@ -661,7 +832,7 @@ static void first_pass(const layer *l, const tiles *t, long share, long image, l
         value_and_layout(l, t, count, value, layout);
         transpose(value.at, value.line, l->channels, padded, t->value_pm, l->wide_line);
         const float *factor = t->value_pm;
-        if (l->backward) {
+        if (l->order) {
             read_block(l, l->grad, image, pixel, count, NULL, t->x, t->grad_pm, 0, 1);
             factor = t->grad_pm;
         } else {
@@ -681,7 +852,7 @@ static void merge(const layer *l, long image, float *sums, long size) {
 
 static void moments(const layer *l, const tiles *t, long image) {
     long c = l->channels, k = l->entities, wide = l->wide;
-    const float *first = l->sums + image * l->segments * 2 * k * wide, *second = first + k * wide;
+    const float *first = l->sums + image * l->segments * l->tables * k * wide, *second = first + k * wide;
     const float *areas = l->area_sums + image * l->segments * k;
     for (long i = 0; i < k; i++) {
         float area = areas[i] < SMALLEST_AREA ? SMALLEST_AREA : areas[i]; /* NaN stays */
@@ -734,7 +905,7 @@ static void second_pass_forward(const layer *l, const tiles *t, long share, long
             mix(c, padded, k, t->coefficients, layout, value, (const float *)l->x + at, l->pixels, out);
         } else {
             mix(c, padded, k, t->coefficients, layout, value, NULL, 0, (tile){t->x, l->line});
-            write_block(l, image, pixel, count, t->x, t->x_pm, l->x);
+            write_block(l, image, pixel, count, t->x, t->x_pm, l->x, l->out);
         }
     }
 }
@@ -743,8 +914,8 @@ static void second_pass_forward(const layer *l, const tiles *t, long share, long
    multiplies by. The sums are taken about the shift, so every mean here is, too. */
 static float slopes_of_moments(const layer *l, const tiles *t, long image) {
     long c = l->channels, k = l->entities, wide = l->wide;
-    float *b_sums = l->sums + image * l->segments * 2 * k * wide, *a_sums = b_sums + k * wide;
-    float *stacked = l->stacked + image * (7 * c * k + k), *mixing = stacked + 4 * c * k, *start = mixing + 3 * c * k;
+    float *b_sums = l->sums + image * l->segments * l->tables * k * wide, *a_sums = b_sums + k * wide;
+    float *stacked = l->stacked + image * l->stacked_size, *mixing = stacked + 4 * c * k, *start = mixing + 3 * c * k;
     float rho = *l->rho;
     double drho = 0;
     for (long i = 0; i < k; i++) {
@@ -777,7 +948,7 @@ static float slopes_of_moments(const layer *l, const tiles *t, long image) {
 
 static void second_pass_backward(const layer *l, const tiles *t, long share, long image, long unit, long from, long to) {
     long c = l->channels, k = l->entities, line = l->line, wide = l->wide;
-    const float *stacked = l->stacked + image * (7 * c * k + k), *mixing = stacked + 4 * c * k;
+    const float *stacked = l->stacked + image * l->stacked_size, *mixing = stacked + 4 * c * k;
     const float *start = mixing + 3 * c * k;
     float *g = t->operands;
     float *dv = t->slopes, *draw = dv + c * line;
@@ -809,11 +980,187 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
         int direct = count == padded && !l->channels_last && !l->half;
         tile dx = direct ? (tile){(float *)l->out + row_at(l, image, 0, pixel), l->pixels} : (tile){g, line};
         product(c, padded, c + k, t->turned, c + k, dv, line, NULL, g, line, dx.at, dx.line);
-        if (!direct) write_block(l, image, pixel, count, g, t->grad_pm, NULL);
+        if (!direct) write_block(l, image, pixel, count, g, t->grad_pm, NULL, l->out);
     }
     /* x was centred: put its centre back. Not so for the value projection: v's shift drops out of Eq. 5, so that dv sums
        to 0 over an image, and the centre would multiply what rounding leaves of it. */
     for (long i = 0; i < k; i++)
+        for (long j = 0; j < c; j++) filter_sums[i * wide + j] += row_sums[i] * t->centre[j];
+}
+
+/* ---- The backward of the backward --------------------------------------------------------------------------------
+
+   For cotangents x', ... of the gradients dx, ... the sum <x', dx> + ... is <g, out'>, with out' the tangent of the output
+   where x and the parameters move along x', ...: so its gradient by g is out', and its gradient by x is the tangent of
+   dx. Every name with a prime or `dot` is the tangent of what has the name without. */
+
+/* v and v' among the operands, S over S' in t->layout, of the block whose x - xs is in t->x and whose x' is in t->u. */
+static void value_layout_and_tangents(const layer *l, const tiles *t, long count) {
+    const float ln_2 = 0.69314718f;
+    long c = l->channels, k = l->entities, line = l->line, padded = up(count, STEP);
+    float *v_dot = t->operands + 4 * c * line, *dot = t->layout + k * line;
+    value_and_layout(l, t, count, (tile){t->value, line}, (tile){t->layout, line});
+    product(c, padded, c, t->rows, c, t->u, line, NULL, NULL, 0, v_dot, line);
+    product(k, padded, c, t->rows + c * c, c, t->u, line, t->start_dot, NULL, 0, dot, line);
+    if (l->value_weight_dot) product(c, padded, c, t->rows_dot, c, t->x, line, NULL, v_dot, line, v_dot, line);
+    if (l->filters_dot) product(k, padded, c, t->rows_dot + c * c, c, t->x, line, NULL, dot, line, dot, line);
+    for (long j = 0; j < padded; j += LANES) {
+        const float *s = t->layout + j;
+        vec common = {0};
+        for (long i = 0; i < k; i++) common += load(s + i * line) * load(dot + i * line + j);
+        for (long i = 0; i < k; i++)
+            store(dot + i * line + j, ln_2 * load(s + i * line) * (load(dot + i * line + j) - common));
+    }
+}
+
+/* Pass 1 over pixels [from, to): the sums of `product_sums`, and those of S'. */
+static void first_pass_of_tangents(const layer *l, const tiles *t, long image, long unit, long from, long to) {
+    long c = l->channels, k = l->entities, line = l->line, wide_line = l->wide_line;
+    float *sums = l->sums + unit * 6 * k * l->wide, *area = l->area_sums + unit * k;
+    memset(sums, 0, (size_t)(6 * k * l->wide) * 4);
+    memset(area, 0, (size_t)k * 4);
+    for (long pixel = from; pixel < to; pixel += l->block) {
+        long count = least(l->block, to - pixel), padded = up(count, STEP);
+        read_block(l, l->grad, image, pixel, count, NULL, t->out, t->grad_pm, 0, 1);
+        read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 0);
+        read_block(l, l->tangent, image, pixel, count, NULL, t->u, t->u_pm, 1, 0);
+        value_layout_and_tangents(l, t, count);
+        transpose(t->value, line, c, padded, t->value_pm, wide_line);
+        transpose(t->operands + 4 * c * line, line, c, padded, t->value_dot_pm, wide_line);
+        add_rows(t->layout + k * line, line, k, padded, area);
+        product_sums(k, l->wide, count, (tile){t->layout, line}, t->grad_pm, t->value_pm, t->value_dot_pm, wide_line,
+                     sums);
+    }
+}
+
+/* As slopes_of_moments, with the tangents of all that it finds. For the second pass: dv = g (rho a S) + v (e1 S) + e0 S,
+   and dS is the stacked product of [4C] with (g, v, g v, v^2); dS' that of [7C] with all operands. */
+static float curvatures(const layer *l, const tiles *t, long image) {
+    long c = l->channels, k = l->entities, table = k * l->wide;
+    float *sums = l->sums + image * l->segments * 6 * table;
+    const float *areas_dot = l->area_sums + image * l->segments * k;
+    float *stacked = l->stacked + image * l->stacked_size, *stacked_dot = stacked + 4 * c * k;
+    float *mixing = stacked_dot + 7 * c * k, *start = mixing + 8 * c * k;
+    float rho = *l->rho, rho_dot = l->rho_dot ? *l->rho_dot : 0;
+    double drho = 0;
+    for (long i = 0; i < k; i++) {
+        float area = l->area[image * k + i], growth = areas_dot[i] / area;
+        float *of_slope = stacked + i * 4 * c, *of_dot = stacked_dot + i * 7 * c;
+        double constant = 0, constant_dot = 0;
+        for (long j = 0; j < c; j++) {
+            long at = (image * k + i) * c + j;
+            float *sum = sums + i * l->wide + j;
+            float g = sum[0], gv = sum[table], g_dot = sum[2 * table], gv_dot = sum[3 * table];
+            float v_dot = sum[4 * table], half_square_dot = sum[5 * table];
+            float rstd = l->rstd[at], mean = l->mean[at] - t->shift[j];
+            float beta = l->weight[i * c + j], alpha = l->bias[i * c + j];
+            float beta_dot = l->weight_dot ? l->weight_dot[i * c + j] : 0;
+            float alpha_dot = l->bias_dot ? l->bias_dot[i * c + j] : 0;
+            float var = 1 / (rstd * rstd) - (float)l->eps;
+            var = var > 0 ? var : 0;
+
+            float mean_dot = v_dot / area - mean * growth;
+            float var_dot = 2 * (half_square_dot - mean * v_dot) / area + (mean * mean - var) * growth;
+            float cube = rstd * rstd * rstd, rstd_dot = -0.5f * cube * var_dot;
+            float a = beta * rstd, a_dot = beta_dot * rstd + beta * rstd_dot;
+            float b = alpha - a * mean, b_dot = alpha_dot - a_dot * mean - a * mean_dot;
+            float centred = gv - mean * g, centred_dot = gv_dot - mean_dot * g - mean * g_dot;
+            float drstd = rho * beta * centred;
+            float drstd_dot = rho_dot * beta * centred + rho * (beta_dot * centred + beta * centred_dot);
+            float dvar = -0.5f * cube * drstd;
+            float dvar_dot = -1.5f * rstd * rstd * rstd_dot * drstd - 0.5f * cube * drstd_dot;
+            float dmean = -rho * a * g, dmean_dot = -rho_dot * a * g - rho * (a_dot * g + a * g_dot);
+            float e1 = 2 * dvar / area, e1_dot = 2 * dvar_dot / area - e1 * growth;
+            float e0 = (dmean - 2 * dvar * mean) / area;
+            float e0_dot = (dmean_dot - 2 * (dvar_dot * mean + dvar * mean_dot)) / area - e0 * growth;
+            constant += dvar * (mean * mean - var) - dmean * mean;
+            constant_dot += dvar_dot * (mean * mean - var) + dvar * (2 * mean * mean_dot - var_dot) -
+                            dmean_dot * mean - dmean * mean_dot;
+            drho += (double)a_dot * centred + (double)a * centred_dot + (double)alpha_dot * g + (double)alpha * g_dot;
+
+            float rho_a = rho * a, rho_a_dot = rho_dot * a + rho * a_dot;
+            float rho_b = rho * b, rho_b_dot = rho_dot * b + rho * b_dot;
+            of_slope[j] = rho_b;
+            of_slope[c + j] = e0;
+            of_slope[2 * c + j] = rho_a;
+            of_slope[3 * c + j] = e1 / 2;
+            of_dot[j] = rho_b_dot;
+            of_dot[c + j] = e0_dot;
+            of_dot[2 * c + j] = rho_a_dot;
+            of_dot[3 * c + j] = e1_dot / 2;
+            of_dot[4 * c + j] = e0;
+            of_dot[5 * c + j] = rho_a;
+            of_dot[6 * c + j] = e1;
+            float *row = mixing + j * 2 * k + i;
+            row[0] = rho_a_dot;
+            row[k] = rho_a;
+            row[2 * c * k] = e1_dot;
+            row[2 * c * k + k] = e1;
+            row[4 * c * k] = e0_dot;
+            row[4 * c * k + k] = e0;
+            row[6 * c * k] = rho_b_dot;
+            row[6 * c * k + k] = rho_b;
+            sum[0] = rho_dot * g + rho * g_dot; /* dbias */
+            sum[table] = rho_dot * rstd * centred + rho * (rstd_dot * centred + rstd * centred_dot); /* dweight */
+        }
+        start[i] = (float)(constant / area);
+        start[k + i] = (float)(constant_dot / area - constant / area * growth);
+    }
+    return (float)drho;
+}
+
+static void second_pass_of_tangents(const layer *l, const tiles *t, long share, long image, long unit, long from,
+                                    long to) {
+    long c = l->channels, k = l->entities, line = l->line, wide = l->wide, wide_line = l->wide_line;
+    const float *stacked = l->stacked + image * l->stacked_size, *stacked_dot = stacked + 4 * c * k;
+    const float *mixing = stacked_dot + 7 * c * k, *start = mixing + 8 * c * k;
+    float *g = t->operands, *dv_dot = t->slopes, *draw_dot = dv_dot + c * line, *draw = draw_dot + k * line;
+    float *dv = draw + k * line, temperature = (float)l->temperature;
+    float *weight_sums = l->weight_sums + share * c * wide, *filter_sums = l->filter_sums + unit * 2 * k * wide;
+    float *first_sums = filter_sums + k * wide, *row_sums = l->row_sums + unit * 2 * k;
+    memset(filter_sums, 0, (size_t)(2 * k * wide) * 4);
+    memset(row_sums, 0, (size_t)(2 * k) * 4);
+    long depth = c + k + (l->value_weight_dot ? k + c : l->filters_dot ? k : 0);
+    for (long pixel = from; pixel < to; pixel += l->block) {
+        long count = least(l->block, to - pixel), padded = up(count, STEP);
+        read_block(l, l->grad, image, pixel, count, NULL, g, t->grad_pm, 1, 0);
+        read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 1);
+        read_block(l, l->tangent, image, pixel, count, NULL, t->u, t->u_pm, 1, 1);
+        value_layout_and_tangents(l, t, count);
+        int direct = count == padded && !l->channels_last && !l->half;
+        long at = row_at(l, image, 0, pixel);
+        tile out = direct ? (tile){(float *)l->dgrad + at, l->pixels} : (tile){t->out, line};
+        mix_curves(c, padded, k, mixing, (tile){t->layout, line}, (tile){g, line}, t->u, line, dv, dv_dot, out);
+        if (!direct) write_block(l, image, pixel, count, t->out, t->grad_pm, NULL, l->dgrad);
+        product(k, padded, 4 * c, stacked, 4 * c, g, line, start, NULL, 0, draw, line);
+        product(k, padded, 7 * c, stacked_dot, 7 * c, g, line, start + k, NULL, 0, draw_dot, line);
+        for (long j = 0; j < padded; j += LANES) {
+            const float *s = t->layout + j, *s_dot = s + k * line;
+            vec common = {0}, common_dot = {0};
+            for (long i = 0; i < k; i++) {
+                vec ds = load(draw + i * line + j), si = load(s + i * line);
+                common += si * ds;
+                common_dot += load(s_dot + i * line) * ds + si * load(draw_dot + i * line + j);
+            }
+            for (long i = 0; i < k; i++) {
+                float *to_draw = draw + i * line + j, *to_dot = draw_dot + i * line + j;
+                vec ds = load(to_draw) - common, si = temperature * load(s + i * line);
+                store(to_draw, si * ds);
+                store(to_dot, temperature * load(s_dot + i * line) * ds + si * (load(to_dot) - common_dot));
+            }
+        }
+        add_rows(draw_dot, line, 2 * k, padded, row_sums);
+        product(c, wide, count, dv_dot, line, t->x_pm, wide_line, NULL, weight_sums, wide, weight_sums, wide);
+        product(c, wide, count, dv, line, t->u_pm, wide_line, NULL, weight_sums, wide, weight_sums, wide);
+        product(k, wide, count, draw_dot, line, t->x_pm, wide_line, NULL, filter_sums, wide, filter_sums, wide);
+        product(k, wide, count, draw, line, t->u_pm, wide_line, NULL, filter_sums, wide, filter_sums, wide);
+        if (l->filters_dot)
+            product(k, wide, count, draw, line, t->x_pm, wide_line, NULL, first_sums, wide, first_sums, wide);
+        tile dx = direct ? (tile){(float *)l->out + at, l->pixels} : (tile){t->out, line};
+        product(c, padded, depth, t->turned, 2 * (c + k), dv_dot, line, NULL, NULL, 0, dx.at, dx.line);
+        if (!direct) write_block(l, image, pixel, count, t->out, t->grad_pm, NULL, l->out);
+    }
+    for (long i = 0; i < 2 * k; i++) /* the sums over x - xs; see second_pass_backward */
         for (long j = 0; j < c; j++) filter_sums[i * wide + j] += row_sums[i] * t->centre[j];
 }
 
@@ -825,10 +1172,20 @@ typedef struct job {
     atomic_long next;
 } job;
 
+/* From the sums over an image's pixels, what its second pass needs. */
+static void finish_first_pass(const layer *l, const tiles *t, long image) {
+    if (l->order == 0) {
+        moments(l, t, image);
+    } else {
+        float drho = l->order == 1 ? slopes_of_moments(l, t, image) : curvatures(l, t, image);
+        l->area_sums[image * l->segments * l->entities] = drho;
+    }
+}
+
 static void run_share(layer *l, int phase, long share) {
     tiles t = divide(l, l->scratch + share * l->scratch_size, NULL);
     long units = l->images * l->segments, begin = share * units / l->shares, end = (share + 1) * units / l->shares;
-    if (l->backward && phase != 1)
+    if (l->order && phase != 1)
         memset(l->weight_sums + share * l->channels * l->wide, 0, (size_t)(l->channels * l->wide) * 4);
     for (long unit = begin, last = -1; unit < end; unit++) {
         long image = unit / l->segments, segment = unit % l->segments;
@@ -836,18 +1193,20 @@ static void run_share(layer *l, int phase, long share) {
         long blocks = (l->pixels + l->block - 1) / l->block;
         long from = segment * blocks / l->segments * l->block;
         long to = least(l->pixels, (segment + 1) * blocks / l->segments * l->block);
-        if (image != last || l->backward) enter_image(l, &t, image, last < 0);
+        if (image != last) enter_image(l, &t, image, last < 0);
         last = image;
-        if (phase != 2) first_pass(l, &t, share, image, unit, from, to);
-        if (phase == 0) {
-            if (l->backward) {
-                l->area_sums[unit * l->entities] = slopes_of_moments(l, &t, image);
+        if (phase != 2) {
+            if (l->order == 2) {
+                first_pass_of_tangents(l, &t, image, unit, from, to);
             } else {
-                moments(l, &t, image);
+                first_pass(l, &t, share, image, unit, from, to);
             }
         }
+        if (phase == 0) finish_first_pass(l, &t, image);
         if (phase == 1) continue;
-        if (l->backward) {
+        if (l->order == 2) {
+            second_pass_of_tangents(l, &t, share, image, unit, from, to);
+        } else if (l->order == 1) {
             second_pass_backward(l, &t, share, image, unit, from, to);
         } else {
             mixing(l, &t, image);
@@ -890,31 +1249,25 @@ static void both_passes(layer *l) {
         share_out(l, 0);
         return;
     }
-    long size = 2 * l->entities * l->wide;
+    long size = l->tables * l->entities * l->wide;
     share_out(l, 1);
     tiles t = divide(l, l->scratch, NULL);
     for (long image = 0; image < l->images; image++) {
         merge(l, image, l->sums, size);
         merge(l, image, l->area_sums, l->entities);
         enter_image(l, &t, image, image == 0);
-        if (l->backward) {
-            l->area_sums[image * l->segments * l->entities] = slopes_of_moments(l, &t, image);
-        } else {
-            moments(l, &t, image);
-        }
+        finish_first_pass(l, &t, image);
     }
     share_out(l, 2);
 }
 
-int64_t attnorm_forward(layer *l) {
+void attnorm_forward(layer *l) {
     prepare(l, 0);
     both_passes(l);
-    return 0;
 }
 
-int64_t attnorm_backward(layer *l) {
-    prepare(l, 1);
-    both_passes(l);
+/* The gradients of the parameters, from what the shares have found. */
+static void gather_gradients(layer *l) {
     long n = l->images, c = l->channels, k = l->entities, wide = l->wide, segments = l->segments;
     double drho = 0;
     for (long i = 0; i < n; i++) drho += l->area_sums[i * segments * k];
@@ -922,21 +1275,24 @@ int64_t attnorm_backward(layer *l) {
     memset(l->dbias, 0, (size_t)(k * c) * 4);
     memset(l->dweight, 0, (size_t)(k * c) * 4);
     for (long image = 0; image < n; image++) {
-        const float *sums = l->sums + image * segments * 2 * k * wide;
+        const float *sums = l->sums + image * segments * l->tables * k * wide;
         for (long i = 0; i < k; i++)
             for (long j = 0; j < c; j++) {
                 l->dbias[i * c + j] += sums[i * wide + j];
                 l->dweight[i * c + j] += sums[(k + i) * wide + j];
             }
     }
-    memset(l->dfilters, 0, (size_t)(l->filter_images * k * c) * 4);
-    memset(l->doffset, 0, (size_t)(l->filter_images * k) * 4);
-    for (long unit = 0; unit < n * segments; unit++) {
-        long own = l->filter_images > 1 ? unit / segments : 0;
-        for (long i = 0; i < k; i++) {
-            l->doffset[own * k + i] += l->row_sums[unit * k + i];
-            for (long j = 0; j < c; j++)
-                l->dfilters[(own * k + i) * c + j] += l->filter_sums[(unit * k + i) * wide + j];
+    for (long which = 0; which < l->order; which++) {
+        float *dfilters = which ? l->dfilters_dot : l->dfilters, *doffset = which ? l->doffset_dot : l->doffset;
+        memset(dfilters, 0, (size_t)(l->filter_images * k * c) * 4);
+        memset(doffset, 0, (size_t)(l->filter_images * k) * 4);
+        for (long unit = 0; unit < n * segments; unit++) {
+            long own = l->filter_images > 1 ? unit / segments : 0, rows = (unit * l->order + which) * k;
+            for (long i = 0; i < k; i++) {
+                doffset[own * k + i] += l->row_sums[rows + i];
+                for (long j = 0; j < c; j++)
+                    dfilters[(own * k + i) * c + j] += l->filter_sums[(rows + i) * wide + j];
+            }
         }
     }
     for (long share = 0; share < l->shares; share++) {
@@ -945,5 +1301,16 @@ int64_t attnorm_backward(layer *l) {
             for (long j = 0; j < c; j++)
                 l->dvalue_weight[i * c + j] = (share ? l->dvalue_weight[i * c + j] : 0) + sums[i * wide + j];
     }
-    return 0;
+}
+
+void attnorm_backward(layer *l) {
+    prepare(l, 1);
+    both_passes(l);
+    gather_gradients(l);
+}
+
+void attnorm_double_backward(layer *l) {
+    prepare(l, 2);
+    both_passes(l);
+    gather_gradients(l);
 }

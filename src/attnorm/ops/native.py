@@ -37,6 +37,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared
 _TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 _LIBRARIES = ("-lm", "-lpthread")
 
+_ORDERS = {"forward": 0, "backward": 1, "double_backward": 2}
 _PARAMETERS = ("filters", "offset", "value_weight", "value_bias", "weight", "bias", "rho")
 
 
@@ -49,8 +50,11 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "grad", "filters", "offset", "value_weight", "value_bias")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "rho")),
         *((name, ctypes.c_double) for name in ("temperature", "eps")),
+        *((name, ctypes.c_void_p) for name in ("tangent", "filters_dot", "offset_dot", "value_weight_dot")),
+        *((name, ctypes.c_void_p) for name in ("weight_dot", "bias_dot", "rho_dot")),
         *((name, ctypes.c_void_p) for name in ("out", "area", "mean", "rstd", "dfilters", "doffset")),
         *((name, ctypes.c_void_p) for name in ("dvalue_weight", "dweight", "dbias", "drho")),
+        *((name, ctypes.c_void_p) for name in ("dgrad", "dfilters_dot", "doffset_dot")),
         ("workspace", ctypes.c_void_p),
         ("team", ctypes.c_void_p),
         ("derived", ctypes.c_int64 * 64),
@@ -111,7 +115,7 @@ def forward(
         return out, area.fill_(SMALLEST_AREA), mean.zero_(), rstd.fill_(eps**-0.5)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
     results = {"out": out, "area": area, "mean": mean, "rstd": rstd}
-    _run("forward", x, None, channels_last, arguments, temperature, eps, results)
+    _run("forward", x, channels_last, arguments, temperature, eps, results)
     return out, area, mean, rstd
 
 
@@ -141,35 +145,91 @@ def backward(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    dx = torch.empty_like(x)
-    gradients = {
-        f"d{name}": _floats(*part.shape)
-        for name, part in zip(_PARAMETERS, arguments, strict=True)
-        if name != "value_bias"
-    }
+    dx, gradients = torch.empty_like(x), _gradients(arguments)
     if not x.numel():
         for gradient in gradients.values():
             gradient.zero_()
     else:
         moments = {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
-        _run("backward", x, grad, channels_last, arguments, temperature, eps, {"out": dx, **moments, **gradients})
-    gradients["dvalue_bias"] = _floats(*value_bias.shape).zero_()
-    dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho = (
-        gradients[f"d{name}"] for name in _PARAMETERS
-    )
+        parts = {"grad": grad, "out": dx, **moments, **gradients}
+        _run("backward", x, channels_last, arguments, temperature, eps, parts)
+    dfilters, doffset, dvalue_weight, dweight, dbias, drho = gradients.values()
+    dvalue_bias = _floats(*value_bias.shape).zero_()
     return dx, dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho
 
 
-def _run(
-    direction: str,
+def double_backward(
+    tangent: Tensor,
+    filters_dot: Tensor | None,
+    offset_dot: Tensor | None,
+    value_weight_dot: Tensor | None,
+    weight_dot: Tensor | None,
+    bias_dot: Tensor | None,
+    rho_dot: Tensor | None,
+    grad: Tensor,
     x: Tensor,
-    grad: Tensor | None,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    temperature: float,
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:
+    """Gradients of <tangent, dx> + <filters_dot, dfilters> + ..., where dx, dfilters, ... are what `backward` returns.
+
+    Args:
+        tangent: That of dx, as x; a gradient of a norm of dx, say.
+        filters_dot, ...: Those of the parameters' gradients; None for zeros. dvalue_bias is 0 and has none.
+        grad, ...: The arguments of `backward`.
+
+    Returns:
+        dgrad, which is also the derivative of the output along the tangents (forward mode), and dx, both as x; float32:
+        dfilters, doffset, dvalue_weight, dvalue_bias (zeros), dweight, dbias and drho as of `backward`; and what
+        `backward` returns for filters and offset, which are the gradients of filters_dot and offset_dot (where
+        filters_dot is None, zeros for the first).
+    """
+    x, channels_last = _dense(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad, tangent = (part.detach().to(x.dtype).contiguous(memory_format=layout) for part in (grad, tangent))
+    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    dgrad, dx, gradients = torch.empty_like(x), torch.empty_like(x), _gradients(arguments)
+    gradients |= {"dfilters_dot": _floats(*filters.shape), "doffset_dot": _floats(*offset.shape)}
+    if not x.numel():
+        for gradient in gradients.values():
+            gradient.zero_()
+    else:
+        dots = {"filters_dot": filters_dot, "offset_dot": offset_dot, "value_weight_dot": value_weight_dot}
+        dots |= {"weight_dot": weight_dot, "bias_dot": bias_dot, "rho_dot": rho_dot}
+        parts = {name: _plain(part) for name, part in dots.items() if part is not None}
+        parts |= {"grad": grad, "tangent": tangent, "out": dx, "dgrad": dgrad, **gradients}
+        parts |= {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
+        _run("double_backward", x, channels_last, arguments, temperature, eps, parts)
+    dfilters, doffset, dvalue_weight, *others = gradients.values()
+    return dgrad, dx, dfilters, doffset, dvalue_weight, _floats(*value_bias.shape).zero_(), *others
+
+
+def _gradients(arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Room for the gradients of the parameters, but for value_bias."""
+    names = zip(_PARAMETERS, arguments, strict=True)
+    return {f"d{name}": _floats(*part.shape) for name, part in names if name != "value_bias"}
+
+
+def _run(
+    function: str,
+    x: Tensor,
     channels_last: bool,
     arguments: tuple[Tensor, ...],
     temperature: float,
     eps: float,
-    results: dict[str, Tensor],
+    parts: dict[str, Tensor],
 ) -> None:
+    """Call a function of native.c; `parts` are the other tensors that it reads and all that it writes."""
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(f"attentive_norm: the native implementation cannot run: {library}")
@@ -186,7 +246,6 @@ def _run(
         half=x.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         x=x.data_ptr(),
-        grad=None if grad is None else grad.data_ptr(),
         filters=filters,
         offset=offset,
         value_weight=value_weight,
@@ -197,12 +256,12 @@ def _run(
         temperature=temperature,
         eps=eps,
         team=_team(),
-        **{name: result.data_ptr() for name, result in results.items()},
+        **{name: part.data_ptr() for name, part in parts.items()},
     )
     pointer = ctypes.byref(layer)
-    workspace = _floats(library.attnorm_workspace(pointer, direction == "backward"))
+    workspace = _floats(library.attnorm_workspace(pointer, _ORDERS[function]))
     layer.workspace = workspace.data_ptr()
-    getattr(library, f"attnorm_{direction}")(pointer)  # ctypes releases the GIL meanwhile
+    getattr(library, f"attnorm_{function}")(pointer)  # ctypes releases the GIL meanwhile
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -285,7 +344,8 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer = ctypes.POINTER(_Layer)
     library.attnorm_workspace.argtypes = (pointer, ctypes.c_int)
     library.attnorm_workspace.restype = ctypes.c_int64
-    for function in (library.attnorm_forward, library.attnorm_backward):
+    for name in _ORDERS:
+        function = getattr(library, f"attnorm_{name}")
         function.argtypes, function.restype = (pointer,), None
     return library
 
