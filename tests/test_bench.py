@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import attnorm.layers.attentive_norm as layer_module
+import attnorm.ops.attentive_norm as operation
 from attnorm import bench, cli
 from attnorm.bench import Case, Cell
 from attnorm.checkpoint import CheckpointError
@@ -50,14 +50,14 @@ ENVIRONMENT: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the benchmark has no Triton kernels: interpreted they take minutes, and tests/ops holds them."""
-    obstacle = layer_module.obstacle
+    unsupported_reason = operation.unsupported_reason
 
     def without(impl: str, device: torch.device, *kind: Any) -> str | None:
         if impl == "triton" and device.type != "cuda":
             return f"x is on {device}; it runs on CUDA devices"
-        return obstacle(impl, device, *kind)
+        return unsupported_reason(impl, device, *kind)
 
-    monkeypatch.setattr(layer_module, "obstacle", without)
+    monkeypatch.setattr(operation, "unsupported_reason", without)
 
 
 def measured(case: str, subject: str, mode: bench.Mode, median: float, **values: Any) -> Cell:

@@ -20,7 +20,7 @@ from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_check
 from attnorm.config import Config, override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.inference import Sampler
-from attnorm.layers.attentive_norm import Observation
+from attnorm.layers.observe import Observation
 from attnorm.page import write_page
 from attnorm.training.phases import ClassConditionalTask
 

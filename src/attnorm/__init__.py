@@ -19,7 +19,7 @@ _HOME = {
     "entity_usage": "attnorm.ops.soft_layout",
     "layout_entropy": "attnorm.ops.soft_layout",
     "load": "attnorm.checkpoint",
-    "observe_layouts": "attnorm.layers.attentive_norm",
+    "observe_layouts": "attnorm.layers.observe",
     "regional_norm": "attnorm.ops.regional_norm",
     "soft_layout": "attnorm.ops.soft_layout",
 }
@@ -28,7 +28,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from attnorm.checkpoint import load as load
     from attnorm.layers.attentive_norm import AttentiveNorm2d as AttentiveNorm2d
-    from attnorm.layers.attentive_norm import observe_layouts as observe_layouts
+    from attnorm.layers.observe import observe_layouts as observe_layouts
     from attnorm.layers.self_attention import SelfAttention2d as SelfAttention2d
     from attnorm.ops.regional_norm import regional_norm as regional_norm
     from attnorm.ops.soft_layout import entity_usage as entity_usage

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
 from attnorm.inference import Sampler, View
-from attnorm.layers.attentive_norm import Observation
+from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 
 ENTITY_COLOURS = colormaps["tab20"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from attnorm.checkpoint import CheckpointError, load
 from attnorm.config import ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
-from attnorm.layers.attentive_norm import Observation, observe_layouts
+from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
 

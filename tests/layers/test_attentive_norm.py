@@ -868,7 +868,7 @@ def test_every_fall_back_is_logged_once_with_its_reason(
     assert [record.getMessage() for record in caplog.records] == [
         "AttentiveNorm2d: not using the native implementation: statistics='masked' with moments='instance' is computed "
         "by the plain implementations only",
-        "regional_norm: not using the fused implementation: statistics='masked' has the reference form only",
+        "AttentiveNorm2d: not using the fused implementation: statistics='masked' has the reference form only",
     ]
 
 

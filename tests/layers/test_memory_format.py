@@ -20,7 +20,7 @@ LABELS = torch.tensor([0, 1])
 
 
 def regional(impl: str) -> Callable[[Tensor], Tensor]:
-    return lambda x: regional_norm(x, soft_layout(x, torch.eye(8)), impl=impl)
+    return lambda x: regional_norm(x, soft_layout(x, torch.eye(8)[None], torch.zeros(1, 8)), impl=impl)
 
 
 BLOCKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {

@@ -1,156 +1,109 @@
-"""The soft layout as a function: fused against reference, the draw of positions, and what is reported of a layout."""
+"""The soft layout as a function, the draw of positions and of pixels, and what is reported of a layout."""
 
-# N batch, C channels, D channels of key and query, K entities (the paper's n).
+# N batch, C channels, K entities (the paper's n).
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnorm.ops import SelfSampling, draw_positions, entity_usage, layout_entropy, soft_layout
-
-IMPLS = ("reference", "fused")
-
-# (rtol, atol). Three products in other orders: some hundred roundings, of 1e-16 and of 6e-8.
-TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-4, 1e-5)}
+from attnorm.ops import draw_positions, entity_usage, layout_entropy, sample, soft_layout
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_inputs(
-    num_images: int, channels: int, entities: int, height: int, width: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, SelfSampling]:
-    generator = seeded()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    x = normal(num_images, channels, height, width)
-    return (
-        x,
-        normal(entities, channels),
-        SelfSampling(
-            key_weight=normal(2, channels),
-            key_bias=normal(2),
-            query_weight=normal(2, channels),
-            query_bias=normal(2),
-            t=normal(entities),
-            positions=draw_positions(x, entities, generator=generator),
-        ),
-    )
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def results(x: Tensor, entities: Tensor, sampling: SelfSampling | None, **options: Any) -> list[Tensor]:
-    """The layout and the gradient of a fixed random projection of it with respect to every argument."""
-    leaves = [x.detach().requires_grad_(), entities.detach().requires_grad_()]
-    if sampling is not None:
-        leaves += [part.detach().requires_grad_() for part in sampling[:-1]]
-        sampling = SelfSampling(*leaves[2:], sampling.positions)
-    layout = soft_layout(*leaves[:2], sampling, **options)
-    projection = torch.randn(layout.shape, generator=seeded(1), dtype=torch.float64).to(layout.dtype)
-    return [layout.detach(), *torch.autograd.grad(layout, leaves, projection)]
+@pytest.mark.parametrize("sets", [1, 2], ids=["shared-filters", "own-filters"])
+def test_layout_is_the_softmax_of_a_1x1_convolution(sets: int) -> None:
+    x, filters, offset = normal(2, 3, 5, 4), normal(sets, 6, 3, seed=1), normal(sets, 6, seed=2)
+    logits = torch.cat([F.conv2d(x[n : n + 1], filters[n % sets, :, :, None, None], offset[n % sets]) for n in (0, 1)])
+    torch.testing.assert_close(soft_layout(x, filters, offset), torch.softmax(logits, 1), rtol=1e-12, atol=1e-14)
 
 
-SHAPES = {
-    "one-pixel": (2, 3, 4, 1, 1),
-    "one-row": (2, 3, 2, 1, 5),  # no pooling window is complete
-    "odd": (2, 3, 4, 5, 7),
-    "more-entities-than-positions": (1, 3, 9, 4, 4),
-    "even": (3, 8, 5, 6, 4),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
-@pytest.mark.parametrize("samples", [True, False], ids=["sampling", "no-sampling"])
-def test_fused_equals_reference(shape: tuple[int, ...], samples: bool, dtype: torch.dtype) -> None:
-    x, entities, sampling = make_inputs(*shape, dtype=dtype)
-    given = sampling if samples else None
-    expected, got = (results(x, entities, given, temperature=0.4, impl=impl) for impl in IMPLS)
-    rtol, atol = TOLERANCES[dtype]
-    for index, (value, expected_value) in enumerate(zip(got, expected, strict=True)):
-        torch.testing.assert_close(value, expected_value, rtol=rtol, atol=atol, msg=lambda t, i=index: f"{i}: {t}")
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_sampled_position_counts_the_pooled_map_row_by_row(impl: str) -> None:
-    """With W = 0, q(x) = 1 and k(x) = x, an entity's logit is t times the maximum of x in its 2x2 window."""
-    x = torch.tensor([[1.0, 5.0, 2.0], [3.0, 4.0, 9.0], [7.0, 6.0, 8.0]], dtype=torch.float64)[None, None]
-    one = torch.ones(1, 1, dtype=torch.float64)
-    pooled = [5.0, 9.0, 7.0, 8.0]
-    for position, maximum in enumerate(pooled):
-        positions = torch.tensor([[position, 0]])
-        t = torch.tensor([0.3, 0.0], dtype=torch.float64)
-        sampling = SelfSampling(one, torch.zeros(1).double(), 0 * one, torch.ones(1).double(), t, positions)
-        layout = soft_layout(x, torch.zeros(2, 1).double(), sampling, temperature=1.0, impl=impl)
-        expected = torch.full((3, 3), 1 / (1 + math.exp(-0.3 * maximum)), dtype=torch.float64)
-        torch.testing.assert_close(layout[0, 0], expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_known_logits_give_known_probabilities(impl: str) -> None:
+def test_known_logits_give_known_probabilities() -> None:
     x = torch.tensor([0.0, math.log(3)], dtype=torch.float64).reshape(1, 1, 1, 2)
-    entities = torch.tensor([[2.0], [0.0]], dtype=torch.float64)
-    layout = soft_layout(x, entities, temperature=0.5, impl=impl)  # logits (0, 0) and (log 3, 0)
-    torch.testing.assert_close(layout[0, :, 0], torch.tensor([[0.5, 0.75], [0.5, 0.25]], dtype=torch.float64))
+    filters, offset = torch.tensor([[[1.0], [0.0]]]).double(), torch.tensor([[0.0, math.log(2)]]).double()
+    layout = soft_layout(x, filters, offset)  # logits (0, log 2) and (log 3, log 2)
+    torch.testing.assert_close(layout[0, :, 0], torch.tensor([[1 / 3, 0.6], [2 / 3, 0.4]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=25, deadline=None)
-@given(temperature=st.floats(1e-3, 1e3), log_scale=st.floats(-3, 6))
-def test_layout_is_a_distribution_at_any_scale(impl: str, temperature: float, log_scale: float) -> None:
-    x, entities, sampling = make_inputs(1, 3, 4, 3, 3, dtype=torch.float32)
-    layout = soft_layout(10**log_scale * x, entities, sampling, temperature=temperature, impl=impl)
+@given(log_scale=st.floats(-3, 9))
+def test_layout_is_a_distribution_at_any_scale(log_scale: float) -> None:
+    x, filters, offset = normal(1, 3, 3, 3).float(), normal(1, 4, 3, seed=1).float(), normal(1, 4, seed=2).float()
+    layout = soft_layout(10**log_scale * x, filters, offset)
     assert layout.min() >= 0 and layout.max() <= 1
     torch.testing.assert_close(layout.sum(1), torch.ones(1, 3, 3), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_low_precision_features_get_float32_logits(impl: str) -> None:
-    x, entities, sampling = make_inputs(2, 8, 4, 4, 4, dtype=torch.bfloat16)
-    layout = soft_layout(x, entities, sampling, impl=impl)
-    wide = SelfSampling(*(part.double() for part in sampling[:-1]), sampling.positions)
-    exact = soft_layout(x.double(), entities.double(), wide, impl="reference")
+def test_low_precision_features_get_float32_logits() -> None:
+    x, filters, offset = (part.bfloat16() for part in (normal(2, 8, 4, 4), normal(1, 4, 8), normal(1, 4)))
+    layout = soft_layout(x, filters, offset)
     assert layout.dtype == torch.float32
+    exact = soft_layout(x.double(), filters.double(), offset.double())
     torch.testing.assert_close(layout.double(), exact, rtol=1e-4, atol=1e-6)  # bfloat16 logits would err by 1e-2
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_batch_of_zero_images_gives_zero_layouts(impl: str) -> None:
-    x, entities, sampling = make_inputs(0, 3, 4, 4, 4)
-    assert sampling.positions.shape == (0, 4)
-    layout, *gradients = results(x, entities, sampling, impl=impl)
+def test_batch_of_zero_images_gives_zero_layouts() -> None:
+    filters = normal(1, 4, 3).requires_grad_()
+    layout = soft_layout(normal(0, 3, 4, 4), filters, torch.zeros(1, 4))
     assert layout.shape == (0, 4, 4, 4)
-    assert not any(gradient.any() for gradient in gradients)
+    assert not torch.autograd.grad(layout.sum(), filters)[0].any()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"x": torch.zeros(3, 4, 4)}, r"got x torch.float32 \(3, 4, 4\).*expected a floating x \[N, C, H, W\]"),
-        ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, r"got x torch.int64.*expected a floating x"),
-        ({"entities": torch.zeros(5, 4)}, r"entities \(5, 4\); expected .* entities \[K, C\]"),
-        ({"entities": torch.zeros(5, 3, 1, 1)}, r"entities \(5, 3, 1, 1\); expected .* entities \[K, C\]"),
-        ({"impl": "fast"}, r"soft_layout: impl is 'fast'; expected 'auto' or one of fused, reference"),
-        (
-            {"sampling": SelfSampling(*[torch.zeros(1)] * 5, torch.zeros(2, 4, dtype=torch.int64))},
-            r"sampling.positions has shape \(2, 4\); expected \[N, K\] = \[2, 5\]",
-        ),
+        {"x": torch.zeros(3, 4, 4)},
+        {"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)},
+        {"filters": torch.zeros(1, 5, 4)},
+        {"filters": torch.zeros(5, 3)},
+        {"filters": torch.zeros(3, 5, 3), "offset": torch.zeros(3, 5)},
+        {"offset": torch.zeros(1, 4)},
     ],
-    ids=["3-D", "integer", "channels", "entities-4-D", "impl", "positions"],
+    ids=["3-D", "integer", "channels", "entities-2-D", "images", "offset"],
 )
-def test_wrong_argument_is_told_what_was_expected(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"x": torch.zeros(2, 3, 4, 4), "entities": torch.zeros(5, 3), **change}
-    with pytest.raises(ValueError, match=message):
+def test_wrong_argument_is_told_what_was_expected(change: dict[str, Tensor]) -> None:
+    arguments = {"x": torch.zeros(2, 3, 4, 4), "filters": torch.zeros(1, 5, 3), "offset": torch.zeros(1, 5), **change}
+    got = "|".join(re.escape(f"{name} {tuple(part.shape)}") for name, part in change.items() if name != "x")
+    with pytest.raises(ValueError, match=f"got x torch.*{got}.*; expected a floating x .*filters .M, K, C. and offset"):
         soft_layout(**arguments)
+
+
+# The sampled pixels
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (5, 7), (6, 4)])
+def test_the_maximum_over_sampled_pixels_is_the_max_pooled_map_at_a_position(height: int, width: int) -> None:
+    """And its gradient, in the same pass as that of x itself, is autograd's."""
+    memory_formats = (torch.contiguous_format, torch.channels_last)
+    for x in (normal(2, 3, height, width).contiguous(memory_format=order).requires_grad_() for order in memory_formats):
+        positions = draw_positions(x, 4, generator=seeded(3))
+        pooled = F.max_pool2d(x, 2, ceil_mode=True).flatten(2)
+        expected = pooled.gather(2, positions[:, None].expand(-1, 3, -1))
+        same, at_pixels = sample(x, positions)
+        assert torch.equal(same, x)
+        assert torch.equal(at_pixels.amax(3), expected)
+
+        def weighted(same: Tensor, maxima: Tensor) -> Tensor:
+            return (same**2 * normal(*same.shape, seed=4)).sum() + (maxima**2 * normal(*maxima.shape, seed=5)).sum()
+
+        (right,) = torch.autograd.grad(weighted(x, expected), x)
+        (got,) = torch.autograd.grad(weighted(same, at_pixels.amax(3)), x)
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-14)
+        assert torch.autograd.gradgradcheck(lambda x, at=positions: [part**3 for part in sample(x, at)], x)
 
 
 # The draw

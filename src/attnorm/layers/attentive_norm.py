@@ -4,22 +4,21 @@ A feature map is divided softly into regions, one for each of n learned entities
 its own mean and variance: distant pixels of one kind share their statistics, at linear cost.
 """
 
-# N batch, C channels, K entities (the paper's n).
+# N batch, C channels, K entities (the paper's n), D channels of key and query.
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.ops.attentive_norm import attentive_norm, obstacle
-from attnorm.ops.dispatch import IMPLEMENTATIONS, resolve
-from attnorm.ops.regional_norm import Moments, Statistics, regional_norm
-from attnorm.ops.soft_layout import SelfSampling, draw_positions, soft_layout
+from attnorm.ops.attentive_norm import attentive_norm
+from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32
+from attnorm.ops.regional_norm import Moments, Statistics
+from attnorm.ops.soft_layout import draw_positions, sample, soft_layout
 
 
 class AttentiveNorm2d(nn.Module):
@@ -40,9 +39,9 @@ class AttentiveNorm2d(nn.Module):
         shared_sampling: Draw one set of positions for the whole batch rather than one per image.
         clamp_t: Clip t to [0, 1].
         eps: Added to the variance (to the standard deviation with "masked" and "released").
-        impl: "auto", or one of "reference" (the equations to the letter, with n times the memory of x), "fused" (the
-            same as matrix products), "native" (compiled for the CPU) and "triton" (GPU kernels). "auto" takes the last
-            two where they can run, and says once why it does not; docs/performance.md compares them.
+        impl: "auto", or one of "reference" (Eq. 5 to the letter, with n times the memory of x), "fused" (the same as
+            matrix products), "native" (compiled for the CPU) and "triton" (GPU kernels). "auto" takes the last two
+            where they can run, and says once why it does not; docs/performance.md compares them.
 
     In evaluation mode the self-sampling branch is off (t = 0, section 4) and no random number is drawn.
     The choices where the paper is silent are listed in docs/paper.md.
@@ -117,84 +116,63 @@ class AttentiveNorm2d(nn.Module):
             generator: Where the sampled positions come from in training; None for torch's global one.
         """
         self._check(x)
-        impl = resolve("AttentiveNorm2d", self.impl, self._candidates(x))
-        if impl in ("native", "triton") and not return_layout:
-            return self._in_one(x, impl, generator)  # all that follows, without a tensor of the size of x in between
-
-        layout = self.layout(x, generator=generator)
-        v = x if self.value is None else self.value(x)
         with no_autocast(x):
-            x_bar = regional_norm(  # Eq. 5
-                v,
-                layout,
+            x, filters, offset = self._logits(x, generator)  # Eq. 2 and 3
+            value, value_bias = (None, None) if self.value is None else _weights(self.value)
+            return attentive_norm(
+                x,
+                # Eq. 4: S = softmax(filters X + offset)
+                filters,
+                offset,
+                # Eq. 5: X_bar = sum_i ((v(X) - mu_i) / sigma_i * beta_i + alpha_i) * S_i, where mu_i and sigma_i are
+                # the mean and standard deviation of v(X) over the soft region S_i
+                value,
+                value_bias,
                 self.weight,
                 self.bias,
+                # Eq. 6: rho * X_bar + X
+                self.rho,
                 statistics=self.statistics,
                 moments=self.moments,
                 running_mean=self.running_mean,
                 running_var=self.running_var,
                 training=self.training,
                 eps=self.eps,
-                impl=self._plain_impl,
+                impl=self.impl,
+                return_layout=return_layout,
             )
-            out = (x + self.rho * x_bar).to(x.dtype)  # Eq. 6; the first term's memory format is the sum's
-        return (out, layout) if return_layout else out
 
     def layout(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The soft semantic layout of `x` (Eq. 2-4), [N, K, H, W], at least float32, summing to 1 over K."""
         self._check(x)
         with no_autocast(x):
-            sampling = self._sampling(x, generator) if self.self_sampling and self.training else None
-            entities = self.entities.weight.flatten(1)
-            return soft_layout(x, entities, sampling, temperature=self.temperature, impl=self._plain_impl)
+            return soft_layout(*self._logits(x, generator))
 
-    @property
-    def _plain_impl(self) -> str:
-        """How layout and regional normalization are computed where they are wanted one by one."""
-        return self.impl if self.impl in ("reference", "fused") else "auto"
+    def _logits(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 2 and 3: filters [M, K, C] and offset [M, K] of tau (t F + f(X)) = filters X + offset.
 
-    def _in_one(self, x: Tensor, impl: str, generator: torch.Generator | None) -> Tensor:
-        assert self.value is not None and self.value.bias is not None
-        with no_autocast(x):
-            sampling = self._sampling(x, generator) if self.self_sampling and self.training else None
-            return attentive_norm(
-                x,
-                self.entities.weight.flatten(1),
-                sampling,
-                self.value.weight.flatten(1),
-                self.value.bias,
-                self.weight,
-                self.bias,
-                self.rho,
-                temperature=self.temperature,
-                eps=self.eps,
-                impl=impl,
+        Both F and f are linear in X, beyond the sampled k(X)_i. M is N, or 1 where the batch shares its filters. First
+        comes x itself, which is the one to go on with: see `sample`.
+        """
+        entities, _ = _weights(self.entities)
+        dtype = at_least_float32(x, entities)
+        entities = entities.to(dtype)
+        filters, offset = entities[None], entities.new_zeros(1, self.num_entities)  # f(X) = W X, section 3.1
+        if self.self_sampling and self.training:
+            # Section 3.2: n random points of k(X), max-pooled 2x2, are alternatives to the entities.
+            positions = draw_positions(x, self.num_entities, shared=self.shared_sampling, generator=generator)
+            x, at_pixels = sample(x, positions)  # [N, C, K, 4]
+            key, key_bias, query, query_bias = (
+                part.to(dtype) for conv in (self.key, self.query) for part in _weights(conv)
             )
-
-    def _candidates(self, x: Tensor) -> dict[str, str | None]:
-        """Every implementation, best first, and why it cannot run on `x`."""
-        switch = None
-        if self.statistics != "weighted" or self.moments != "instance":
-            switch = f"statistics={self.statistics!r} with moments={self.moments!r}"
-        elif self.value is None:
-            switch = "value_projection=False"
-        if switch is not None:
-            switch += " is computed by the plain implementations only"
-        elif not 0 < x[:1].numel() < 2**31:
-            switch = f"an image has {x[:1].numel()} values; expected at least 1 and fewer than 2^31"
-        best = {"cuda": "triton", "cpu": "native"}.get(x.device.type)
-        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        kind = (x.device, x.dtype, self.num_features, self.num_entities, channels_last)
-        fast = {name: switch or obstacle(name, *kind) for name in ("native", "triton") if name in (best, self.impl)}
-        return fast | {"fused": None, "reference": None}
-
-    def _sampling(self, x: Tensor, generator: torch.Generator | None) -> SelfSampling:
-        """Self-sampling regularization: n random points of k(X) as alternatives to the entities."""
-        positions = draw_positions(x, self.num_entities, shared=self.shared_sampling, generator=generator)
-        t = self.t.clamp(0, 1) if self.clamp_t else self.t
-        key, query = self.key, self.query
-        assert key.bias is not None and query.bias is not None
-        return SelfSampling(key.weight.flatten(1), key.bias, query.weight.flatten(1), query.bias, t, positions)
+            corners = (key @ at_pixels.to(dtype).flatten(2) + key_bias[:, None]).unflatten(2, (-1, 4))
+            keys = corners.amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
+            # Eq. 2: F_ij = k(X)_i . q(X)_j with q(X) = Q X + b, which is (Q^T k_i) . X_j + k_i . b.
+            # Eq. 3: t F + f(X).
+            t = self.t.clamp(0, 1) if self.clamp_t else self.t
+            filters = t[:, None] * (keys @ query) + entities
+            offset = t * (keys @ query_bias)
+        return x, self.temperature * filters, self.temperature * offset  # Eq. 4's tau
 
     def orthogonality_penalty(self) -> Tensor:
         """Eq. 1 without its weight: ||W W^T - I||_F^2, a scalar; rows of length 1 unless orthogonality="raw"."""
@@ -233,39 +211,10 @@ class AttentiveNorm2d(nn.Module):
             raise ValueError(f"got a tensor of {x.dtype}; {expected}")
 
 
-class Observation(NamedTuple):
-    """What one AttentiveNorm2d saw in one forward pass."""
-
-    features: Tensor  # its input, [N, C, H, W]
-    layout: Tensor  # [N, K, H, W]
-
-
-@contextlib.contextmanager
-def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
-    """Collects what every AttentiveNorm2d inside `model` sees in the forward passes made in the block, by module name.
-
-    A later pass replaces an earlier one. Use it in evaluation mode: in training mode the layout is drawn anew.
-
-        with observe_layouts(generator.eval()) as seen:
-            generator(z, labels)
-        seen["blocks.2.an"].layout
-    """
-    seen: dict[str, Observation] = {}
-
-    def hook(name: str, layer: AttentiveNorm2d, inputs: tuple[Tensor, ...]) -> None:
-        with torch.no_grad():
-            seen[name] = Observation(inputs[0].detach(), layer.layout(inputs[0]))
-
-    handles = [
-        layer.register_forward_hook(lambda layer, inputs, _, name=name: hook(name, layer, inputs))
-        for name, layer in model.named_modules()
-        if isinstance(layer, AttentiveNorm2d)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _weights(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight [out, in] and bias [out] of a 1x1 convolution."""
+    weight, bias = convolution.weight.flatten(1), convolution.bias
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("reference", "fused", "native", "triton")
 
@@ -47,8 +48,19 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def memory_format(x: Tensor) -> torch.memory_format:
     """The order of the values of a feature map [N, C, H, W], which every operation and block hands on: channels_last
     where only that fits its strides, else contiguous."""
-    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    # Inside vmap a map has no format of its own, and torch answers no question about channels_last.
+    if x.is_contiguous() or torch._C._functorch.is_batchedtensor(x):
+        return torch.contiguous_format
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func, a batched gradient or forward-mode differentiation is at work.
+
+    Kernels see neither the batch nor the tangent: what goes into them would come out without it, in silence.
+    """
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _say_once(message: str) -> None:

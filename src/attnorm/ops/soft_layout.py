@@ -1,96 +1,83 @@
 """The soft semantic layout (paper, sections 3.1 and 3.2, Eq. 2-4): which entity each pixel belongs to, and how much."""
 
-# N batch, C channels, K entities (the paper's n), D channels of key and query, P = H*W pixels.
+# N batch, C channels, K entities (the paper's n), P = H*W pixels.
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnorm.ops.dispatch import at_least_float32, resolve
+from attnorm.ops.dispatch import at_least_float32, is_transformed
 
 
-class SelfSampling(NamedTuple):
-    """What the self-sampling branch needs: translations k and q, the sampled positions, and t."""
-
-    key_weight: Tensor  # [D, C]
-    key_bias: Tensor  # [D]
-    query_weight: Tensor  # [D, C]
-    query_bias: Tensor  # [D]
-    t: Tensor  # [K]
-    positions: Tensor  # int64 [N, K], into the 2x2 max-pooled map of ceil(H/2) * ceil(W/2) positions, row by row
-
-
-def soft_layout(
-    x: Tensor,
-    entities: Tensor,
-    sampling: SelfSampling | None = None,
-    *,
-    temperature: float = 0.1,
-    impl: str = "auto",
-) -> Tensor:
-    """Eq. 4: softmax over entities of tau * (t F + f(x)), with F_ij = k(x)_i . q(x)_j (Eq. 2) and f(x) = W x (Eq. 3).
+def soft_layout(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
+    """Eq. 4, the softmax over entities of the logits filters x + offset.
 
     Args:
         x: Feature map, [N, C, H, W], any floating dtype.
-        entities: W, [K, C].
-        sampling: The self-sampling branch; None switches it off, as evaluation does.
-        temperature: tau, which multiplies the logits.
-        impl: "auto", "reference" or "fused" (k only where it is sampled, q never: the same numbers by associativity).
+        filters, offset: [M, K, C] and [M, K], with M = N, or 1 for the whole batch. Those of Eq. 2 and 3 are
+            tau * (W + t Q^T k) and tau * t k . b, where q(x) = Q x + b (layers/attentive_norm.py).
 
     Returns:
         [N, K, H, W], float32 (float64 for float64), in [0, 1], summing to 1 over K.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
-    if x.ndim != 4 or not x.is_floating_point() or entities.ndim != 2 or entities.shape[1] != x.shape[1]:
+    if (
+        not (x.ndim == 4 and x.is_floating_point() and filters.ndim == 3 and filters.shape[2] == x.shape[1])
+        or filters.shape[0] not in (1, x.shape[0])
+        or offset.shape != filters.shape[:2]
+    ):
         raise ValueError(
-            f"got x {x.dtype} {tuple(x.shape)} and entities {tuple(entities.shape)}; "
-            "expected a floating x [N, C, H, W] and entities [K, C]"
+            f"got x {x.dtype} {tuple(x.shape)}, filters {tuple(filters.shape)} and offset {tuple(offset.shape)}; "
+            "expected a floating x [N, C, H, W], filters [M, K, C] and offset [M, K] with M = N or 1"
         )
-    name = resolve("soft_layout", impl, {"fused": None, "reference": None})
-    dtype = at_least_float32(x, entities)
-    x, entities = x.to(dtype), entities.to(dtype)
-    if sampling is not None:
-        if sampling.positions.shape != (x.shape[0], entities.shape[0]):
-            raise ValueError(
-                f"sampling.positions has shape {tuple(sampling.positions.shape)}; "
-                f"expected [N, K] = [{x.shape[0]}, {entities.shape[0]}]"
-            )
-        sampling = SelfSampling._make(part if part is sampling.positions else part.to(dtype) for part in sampling)
-    raw = (_fused if name == "fused" else _reference)(x, entities, sampling)
-    return torch.softmax(temperature * raw, dim=1)
+    dtype = at_least_float32(x, filters)
+    filters = filters.to(dtype).expand(x.shape[0], -1, -1)
+    logits = torch.baddbmm(offset.to(dtype)[..., None], filters, x.to(dtype).flatten(2))  # [N, K, P]
+    return torch.softmax(logits, dim=1).unflatten(2, x.shape[2:])
 
 
-def _reference(x: Tensor, entities: Tensor, sampling: SelfSampling | None) -> Tensor:
-    """Eq. 2 and 3 to the letter."""
-    raw = torch.einsum("kc,nchw->nkhw", entities, x)  # f(X)
-    if sampling is None:
-        return raw
-    key = torch.einsum("dc,nchw->ndhw", sampling.key_weight, x) + sampling.key_bias[:, None, None]
-    query = torch.einsum("dc,nchw->ndhw", sampling.query_weight, x) + sampling.query_bias[:, None, None]
-    pooled = F.max_pool2d(key, 2, ceil_mode=True).flatten(2)  # more salient semantics, [N, D, P/4]
-    sampled = pooled.gather(2, sampling.positions[:, None].expand(-1, pooled.shape[1], -1))  # k(X)_i, [N, D, K]
-    activation = torch.einsum("ndk,ndhw->nkhw", sampled, query)  # F
-    return sampling.t[:, None, None] * activation + raw
+def sample(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """x itself, and its pixels under the sampled positions, [N, C, K, 4]: a maximum over four is that of a position.
+
+    What else is computed of x is to be computed of the first: then the gradient of the second is added to the gradient
+    of the first in place. Autograd would build a map of zeros of the size of x and add that.
+    """
+    pixels = _pixels_under(positions, *x.shape[2:])
+    if is_transformed() or torch.compiler.is_compiling():
+        return x, _gather(x, pixels)
+    same, at_pixels = _Sample.apply(x, pixels)
+    return same, at_pixels
 
 
-def _fused(x: Tensor, entities: Tensor, sampling: SelfSampling | None) -> Tensor:
-    """t k_i . (Q x + q) + w_i . x = (w_i + t Q^T k_i) . x + t k_i . q: one matrix product with K rows an image."""
-    height, width = x.shape[2:]
-    flat = x.flatten(2)  # [N, C, P]
-    if sampling is None:
-        return (entities @ flat).unflatten(2, (height, width))
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(pixels)
+        return x.view_as(x), _gather(x, pixels)
 
-    pixels = pixels_under(sampling.positions, height, width)
-    at_samples = flat.gather(2, pixels[:, None].expand(-1, flat.shape[1], -1))  # [N, C, K*4]
-    filters, offset = sampled_filters(at_samples, entities, *sampling[:5])
-    return torch.baddbmm(offset[..., None], filters, flat).unflatten(2, (height, width))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, at_pixels: Tensor) -> tuple[Tensor, None]:
+        (pixels,) = ctx.saved_tensors
+        index = pixels[:, None].expand(-1, grad.shape[1], -1)
+        flat, added = grad.flatten(2), at_pixels.flatten(2)
+        # In place unless it is to be differentiated, or batched, in its turn. Nobody else has this gradient: it is the
+        # sum of what the layer's own operations on `same` gave, and `same` is theirs alone.
+        is_ours = not (torch.is_grad_enabled() or is_transformed())
+        total = flat.scatter_add_(2, index, added) if is_ours else flat.scatter_add(2, index, added)
+        return total.view_as(grad), None
 
 
-def pixels_under(positions: Tensor, height: int, width: int) -> Tensor:
+def _gather(x: Tensor, pixels: Tensor) -> Tensor:
+    return x.flatten(2).gather(2, pixels[:, None].expand(-1, x.shape[1], -1)).unflatten(2, (-1, 4))
+
+
+def _pixels_under(positions: Tensor, height: int, width: int) -> Tensor:
     """The 2x2 pixels under each position of the max-pooled map, [N, K]: int64 [N, K*4], row by row.
 
     At an odd border a pixel stands in for its missing neighbour, which leaves the maximum as it is.
@@ -100,25 +87,6 @@ def pixels_under(positions: Tensor, height: int, width: int) -> Tensor:
         (row + i).clamp_max(height - 1) * width + (column + j).clamp_max(width - 1) for i in (0, 1) for j in (0, 1)
     ]
     return torch.stack(corners, 2).flatten(1)
-
-
-def sampled_filters(
-    at_samples: Tensor,
-    entities: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    t: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Filters [N, K, C] and offsets [N, K] with filters . x + offset = t F + f(x), from x at the sampled pixels.
-
-    `at_samples` is [N, C, K*4]: k is needed there only, and q, being linear, moves into the filters.
-    """
-    key = key_weight @ at_samples + key_bias[:, None]  # [N, D, K*4]
-    sampled = key.unflatten(2, (-1, 4)).amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
-    filters = entities + t[:, None] * (sampled @ query_weight)
-    return filters, t * (sampled @ query_bias)
 
 
 def draw_positions(

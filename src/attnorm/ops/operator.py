@@ -1,0 +1,177 @@
+"""`torch.ops.attnorm.attentive_norm`: Eq. 4 to 6 as one operator that walks over x and keeps nothing of its size.
+
+Soft layout and regional normalization one after the other keep the layout, the value and half a dozen tensors more.
+Two implementations do without: `native` on a CPU (native.py), `triton` on a GPU (triton_kernels.py). Each has a
+`forward` and a `backward` of the same contract; here they become an operator which compiles and differentiates like any
+of torch. What it computes is written in plain torch in `plain`, through which second derivatives go.
+"""
+
+# N batch, C channels, K entities (the paper's n); M = N, or 1 where the batch shares its filters.
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnorm.ops.dispatch import is_transformed, memory_format
+from attnorm.ops.regional_norm import regional_norm
+from attnorm.ops.soft_layout import soft_layout
+
+MODULES = {"native": "attnorm.ops.native", "triton": "attnorm.ops.triton_kernels"}
+
+
+def plain(
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor | None,
+    value_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rho: Tensor,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4 to 6 in plain torch: (output, layout). Differentiable in every way that torch has, at several times the
+    memory of the operator. `settings` are those of `regional_norm`."""
+    layout = soft_layout(x, filters, offset)  # Eq. 4
+    v = x
+    if value_weight is not None:
+        v = F.conv2d(
+            x, value_weight.to(x.dtype)[:, :, None, None], None if value_bias is None else value_bias.to(x.dtype)
+        )
+    x_bar = regional_norm(v, layout, weight, bias, **settings)  # Eq. 5
+    return (x + rho * x_bar).to(x.dtype), layout  # Eq. 6; the first term's memory format is the sum's
+
+
+# The operators are registered by hand, since those of torch.library.custom_op import the compiler, which takes seconds,
+# when they first run.
+
+
+def _forward(
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, area, mean, rstd): what the layer returns, and what its backward needs beside x.
+
+    filters [M, K, C] and offset [M, K], value_weight [C, C] and value_bias [C], weight and bias [K, C] and rho [] are
+    float32. `impl` is "native" or "triton".
+    """
+    if not x.numel():
+        return _fake_forward(x, filters, offset, value_weight, value_bias, weight, bias, rho, eps, impl)
+    kernels = importlib.import_module(MODULES[impl])
+    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(_dense(x), *parameters, 1.0, eps)
+    return results
+
+
+def _fake_forward(
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, (entities, channels) = x.shape[0], weight.shape
+    mean = weight.new_empty(images, entities, channels)
+    return torch.empty_like(_dense(x)), weight.new_empty(images, entities), mean, torch.empty_like(mean)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, filters, offset, value_weight, value_bias, weight, bias and rho."""
+    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    if not x.numel():
+        return torch.empty_like(_dense(x)), *(torch.zeros_like(part) for part in parameters)  # type: ignore[return-value]
+    grad = grad.to(x.dtype).contiguous(memory_format=memory_format(x))
+    kernels = importlib.import_module(MODULES[impl])
+    dx, *gradients = kernels.backward(grad, _dense(x), *parameters, area, mean, rstd, 1.0, eps)
+    # Cloned: an operator's results may share no memory.
+    return dx, *(gradient.clone() for gradient in gradients)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    gradients = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in parameters)
+    return torch.empty_like(_dense(x)), *gradients  # type: ignore[return-value]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with its values side by side, channels first or last."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.impl = inputs
+    _, *moments = output
+    ctx.save_for_backward(*tensors, *moments)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, area, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled() or is_transformed():  # the gradient is to be differentiated in its turn, or batched
+        with torch.enable_grad():
+            # Of this use of the layer alone: an x that came out of the same layer leads to the same parameters again.
+            needed = ctx.needs_input_grad[: len(inputs)]
+            inputs = [part.view_as(part) if need else part for part, need in zip(inputs, needed, strict=True)]
+            wanted = [part for part, need in zip(inputs, needed, strict=True) if need]
+            out, _layout = plain(*inputs, eps=ctx.eps)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+        return (*(next(found) if need else None for need in needed), None, None)
+    gradients = torch.ops.attnorm.attentive_norm_backward(grad, *inputs, area, mean, rstd, ctx.eps, ctx.impl)
+    return (*gradients, None, None)
+
+
+for _name, _function, _fake in (
+    ("attnorm::attentive_norm", _forward, _fake_forward),
+    ("attnorm::attentive_norm_backward", _backward, _fake_backward),
+):
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(_name, "default", _function)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd("attnorm::attentive_norm", _differentiate, setup_context=_save)
