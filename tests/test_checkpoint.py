@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from attnorm.checkpoint import (
     CheckpointError,
+    DamagedError,
     Header,
     RunDirectory,
     alone_in,
+    checksum,
     find_checkpoint,
+    find_damage,
     find_device,
     load,
     load_discriminator,
@@ -88,7 +93,7 @@ def test_tensors_and_header_come_back_as_they_were(tmp_path: Path) -> None:
     tensors = {
         "a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T,
         "a.count": torch.tensor(7),
-        "b.half": torch.tensor([1.5, float("inf")], dtype=torch.bfloat16),
+        "b.half": torch.tensor([1.5, -3e38], dtype=torch.bfloat16),
         "b.map": torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last),
     }
     save_checkpoint(tmp_path / "x.safetensors", tensors, HEADER)
@@ -162,7 +167,119 @@ def test_a_checkpoint_without_newer_settings_is_read(tmp_path: Path) -> None:
     assert header.config == CONFIG and header.note == ""
 
 
+# Damage
+
+
+def damage(path: Path, tensor: Tensor, changed: Tensor) -> None:
+    """Puts other bytes in the place of a tensor's, as a disk or a hand might."""
+    content, old = path.read_bytes(), tensor.numpy().tobytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, changed.numpy().tobytes()))
+
+
+def test_a_tensor_that_is_not_what_was_written_is_named_and_others_are_read(tmp_path: Path) -> None:
+    values = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    flipped = values[0].view(torch.int32).clone()
+    flipped[3] ^= 1  # the lowest bit of a mantissa
+    for changed in (flipped.view(torch.float32), torch.full((5,), 1e30), torch.full((5,), torch.nan)):
+        save_checkpoint(tmp_path / "x.safetensors", {"ema.a": values[0], "raw.b": values[1]}, HEADER)
+        assert find_damage(tmp_path / "x.safetensors") == ""
+        damage(tmp_path / "x.safetensors", values[0], changed)
+        with pytest.raises(DamagedError, match=r"x\.safetensors is damaged: ema\.a is not what was written; take an"):
+            read_checkpoint(tmp_path / "x.safetensors")
+        assert torch.equal(read_checkpoint(tmp_path / "x.safetensors", prefix="raw.")[0]["b"], values[1])
+        assert "ema.a is not what was written" in find_damage(tmp_path / "x.safetensors")
+
+
+def test_a_checksum_is_of_type_shape_and_bytes() -> None:
+    digest = hashlib.blake2b(b"torch.int16 [2, 1]\x01\x00\x02\x00", digest_size=8).hexdigest()
+    assert checksum(torch.tensor([[1], [2]], dtype=torch.int16)) == digest
+    assert checksum(torch.tensor([[1], [2]], dtype=torch.int16).T) != digest
+
+
+def test_weights_that_are_not_finite_are_refused_whatever_the_checksum_says(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "x.safetensors", {"ema.a": torch.tensor([0.0, torch.nan])}, HEADER)
+    with pytest.raises(DamagedError, match=r"ema\.a is not finite"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    for number in (5, 8, 40):
+        store(run.checkpoint_file(number), images_seen=number)
+    run.checkpoint_file(40).write_bytes(run.checkpoint_file(8).read_bytes()[:-1])
+    assert find_checkpoint(run.path) == run.checkpoint_file(8)
+    assert "000000008.safetensors is taken" in caplog.text and "000000040.safetensors cannot be read" in caplog.text
+    run.checkpoint_file(8).write_bytes(b"")
+    reasons = run.set_aside_damaged()
+    assert [reason.split(" cannot")[0] for reason in reasons] == [str(run.checkpoint_file(n)) for n in (40, 8)]
+    assert run.checkpoints() == [run.checkpoint_file(5)]
+    assert (run.path / "checkpoints/000000040.safetensors.damaged").is_file()
+    run.checkpoint_file(5).write_bytes(b"")
+    for refused in (run.latest, run.set_aside_damaged):
+        with pytest.raises(CheckpointError, match=r"no checkpoint that can be used: .*000000005\.safetensors"):
+            refused()
+    assert run.checkpoints() == [run.checkpoint_file(5)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": None},
+        {"config": []},
+        {"config": {"model": None}},
+        {"config": {"model": {"an": [1]}}},
+        {"config": {"task": ["inpainting"]}},
+        {"config": {"optim": {"g_lr": 10**400}}},
+        {"classes": None},
+        {"classes": [None]},
+        {"images_seen": None},
+        {"seconds": "long"},
+        {"note": 3},
+        {"checksums": 3},
+        {"format_version": "1"},
+    ],
+    ids=str,
+)
+def test_a_header_that_was_edited_is_refused_in_words(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(store(tmp_path / "x.safetensors", **changes))
+    assert 0 < len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_nesting_without_end_is_refused_in_words(tmp_path: Path, text: str) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"attnorm": text})
+    with pytest.raises(DamagedError, match="damaged header"):
+        read_checkpoint(tmp_path / "x.safetensors")
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    run.config_file.write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        run.read()
+    run.metrics_file.write_text(f'{{"a": 1}}\n{text}\n', encoding="utf-8")
+    assert read_lines(run.metrics_file) == [{"a": 1}]
+
+
 # Atomic writing
+
+
+def test_a_full_disk_is_an_oserror_that_says_what_where_and_how_much_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        OSError, match=r"x\.safetensors \(1\.0 MiB\) cannot be written, .* MiB are free there: .*No space"
+    ):
+        save_checkpoint(tmp_path / "x.safetensors", {"a": torch.zeros(2**18)}, HEADER)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -212,12 +329,15 @@ def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Pat
     folder = run.path / "checkpoints"
     for number in (999_999_999, 64, 1_280_000_000_000):
         run.checkpoint_file(number).touch()
-    for name in (".000000128.safetensors.abc.tmp", "notes.txt", "best.safetensors", "000000128.safetensors.tmp"):
+    unfinished = ".000000128.safetensors.abcd_123.tmp"
+    foreign = {"notes.txt", "best.safetensors", "000000128.safetensors.tmp", "000000064-backup.safetensors"}
+    foreign |= {"64.safetensors", "0000000064.safetensors", "000000064.safetensors.damaged", ".mine.tmp"}
+    for name in (unfinished, *foreign):
         (folder / name).touch()
     assert [int(path.stem) for path in run.checkpoints()] == [64, 999_999_999, 1_280_000_000_000]
     run.keep_last(2)
     assert [int(path.stem) for path in run.checkpoints()] == [999_999_999, 1_280_000_000_000]
-    assert {"notes.txt", "best.safetensors"} <= set(os.listdir(folder))
+    assert set(os.listdir(folder)) == foreign | {path.name for path in run.checkpoints()}
 
 
 def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> None:
@@ -235,7 +355,7 @@ def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> No
 def test_a_damaged_config_file_is_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(CONFIG, {})
-    for text in ("{", "{}", '{"config": {}}', "[]"):
+    for text in ("{", "{}", '{"config": {}}', "[]", "null", '{"format_version": 1, "config": {}, "data": 3}'):
         run.config_file.write_text(text, encoding="utf-8")
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
             run.read()
@@ -244,6 +364,9 @@ def test_a_damaged_config_file_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere does not exist; expected a run directory or a checkpoint"):
         find_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is no checkpoint; expected a run directory, or a file from"):
+        find_checkpoint(tmp_path / "notes.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match=r"folder is not a run directory: it has no config\.json"):
         find_checkpoint(tmp_path / "folder")

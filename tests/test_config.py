@@ -253,6 +253,23 @@ def test_settings_apply_in_order() -> None:
     assert override(Config(), []) == Config()
 
 
+def test_settings_that_belong_together_are_taken_in_any_order() -> None:
+    settings = ["data.stored_size=64", "model.image_size=64"]
+    preset = dataclasses.replace(INPAINTING, model=InpaintingConfig(image_size=32), data=DataConfig(stored_size=40))
+    for ordered in (settings, settings[::-1]):
+        config = override(preset, ordered)
+        assert (config.data.stored_size, config.model.image_size) == (64, 64)
+    with pytest.raises(ConfigError, match=r"data\.stored_size is 40; expected 0 or at least model\.image_size \(64\)"):
+        override(preset, settings[1:])
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, 10**30])
+def test_a_seed_has_63_bits(seed: int) -> None:
+    assert override(Config(), [f"run.seed={2**63 - 1}"]).run.seed == 2**63 - 1
+    with pytest.raises(ConfigError, match=rf"run\.seed is {seed}; expected a whole number from 0 to 2\^63 - 1"):
+        override(Config(), [f"run.seed={seed}"])
+
+
 @pytest.mark.parametrize(
     ("setting", "nearest"),
     [
@@ -379,7 +396,7 @@ def test_whole_numbers_of_json_are_numbers() -> None:
         ("run.grid_every_images=0", "run.grid_every_images is 0; expected at least 1"),
         ("run.checkpoint_every_images=0", "run.checkpoint_every_images is 0; expected at least 1"),
         ("run.max_minutes=-1", "run.max_minutes is -1.0; expected 0"),
-        ("run.seed=-1", "run.seed is -1; expected 0 or more"),
+        ("run.seed=-1", "run.seed is -1; expected a whole number from 0 to"),
         ("run.validate_every_images=0", "run.validate_every_images is 0; expected at least 1"),
         ("data.held_out_every=1", r"data.held_out_every is 1; expected 0 \(none\) or at least 2"),
         ("data.stored_size=-1", "data.stored_size is -1; expected 0"),

@@ -48,6 +48,17 @@ def grey_levels_apart(first: Tensor, second: Tensor) -> int:
     return int((first.int() - second.int()).abs().max())
 
 
+def test_latents_of_seeds_of_any_size_differ_and_those_of_32_bits_are_torchs(sampler: Sampler) -> None:
+    seeds = [0, 7, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**64, (2**63 - 1) * 10_000_000]
+    latents = sampler.latents(seeds)
+    assert len({tuple(row.tolist()) for row in latents}) == len(seeds)
+    assert torch.equal(latents[1], torch.randn(5, generator=torch.Generator().manual_seed(7)))
+    many = sampler.latents(range(2**32, 2**32 + 4000))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+    with pytest.raises(ValueError, match="got seed -1; expected 0 or more"):
+        sampler.latents([-1])
+
+
 def test_an_image_depends_on_its_seed_and_class_alone(sampler: Sampler) -> None:
     """Neighbours and batch size may change the order of sums, so up to one grey level."""
     seeds, labels = [5, 0, 123, 2**40, 7, 5], [0, 1, 2, 3, 0, 2]

@@ -8,7 +8,8 @@
     RUN/checkpoints/000064000.safetensors
 
 A checkpoint is one file: every tensor of the training state, and in its header the configuration and the classes, so
-that a checkpoint alone rebuilds its model.
+that a checkpoint alone rebuilds its model. The header has a checksum of every tensor too, verified when that is read.
+Whatever else lies in a run directory is someone else's: it is neither read nor removed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import contextlib
 import datetime
 import hashlib
 import json
+import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +40,18 @@ from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
 
 HEADER_KEY = "attnorm"
+CHECKPOINT_NAME = re.compile(r"(\d{9}|[1-9]\d{9,})\.safetensors")  # images seen; beyond nine digits the names grow
+UNFINISHED_NAME = re.compile(rf"\.{CHECKPOINT_NAME.pattern}\.\w{{8}}\.tmp")  # what a kill leaves of write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
     """A run directory or checkpoint that cannot be used: the message says why and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose content is not what was written: an earlier one may do."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -47,7 +59,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Whatever happens, a reader sees the old file or the whole new one.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -63,6 +78,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file atomically, from tensors on any device.
+
+    Raises:
+        OSError: it cannot be written; the message says how large it is and how much room there is.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))
+    except (OSError, safetensors.SafetensorError) as error:  # the latter of a full disk, and it is no OSError
+        size = sum(tensor.nbytes for tensor in plain.values())
+        try:
+            room = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB are free there"
+        except OSError:
+            room = "its folder cannot be reached"
+        raise OSError(f"{path} ({size / 2**20:,.1f} MiB) cannot be written, {room}: {error}") from error
+
+
+def checksum(tensor: Tensor) -> str:
+    """BLAKE2b, 64 bits in hexadecimal, of a tensor's type, shape and bytes: it tells damage, not forgery."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,11 +141,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, none where there is no file; a line that a kill cut short is left out."""
+    """The objects of a JSON Lines file, none where there is no file; a line that a kill cut short is left out, as is
+    one that no machine can have written.
+    """
     rows = []
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""  # cut within a letter, perhaps
     for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -118,10 +161,11 @@ class Header:
     images_seen: int
     seconds: float  # of training, all legs together
     note: str = ""  # what a reader of the results must know of the data
+    threads: int = 0  # of torch, in the process that wrote it: another number rounds otherwise; 0: not known
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
-    """Writes one checkpoint file atomically."""
+    """Writes one checkpoint file atomically; OSError, with what there is room for, where that fails."""
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,
@@ -130,28 +174,58 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -
             "images_seen": header.images_seen,
             "seconds": header.seconds,
             "note": header.note,
+            "threads": header.threads,
+            "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
         }
     )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, {HEADER_KEY: text}))
+    write_tensors(path, tensors, {HEADER_KEY: text})
 
 
 def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], Header]:
-    """The tensors whose names start with `prefix` (which is cut off), and the header."""
+    """The tensors whose names start with `prefix` (which is cut off), and the header.
+
+    Raises:
+        DamagedError: the file is not whole, a tensor is not what was written, or holds what is not a number.
+        CheckpointError: it is no checkpoint, or of a newer version.
+    """
+    with _opened(path) as (file, header, checksums):
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): _read_tensor(path, file, name, checksums) for name in names}
+    return tensors, header
+
+
+def _read_tensor(path: Path, file: Any, name: str, checksums: Mapping[str, str]) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if checksums and checksums.get(name) != checksum(tensor):
+        raise DamagedError(f"{path} is damaged: {name} is not what was written; {_REMEDY}")
+    if not tensor.isfinite().all():
+        raise DamagedError(f"{path} cannot be used: {name} is not finite; {_REMEDY}")
+    return tensor
+
+
+_REMEDY = "take an earlier one, or remove it and resume"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
+    """A checkpoint file, its header, and the checksum of each tensor (none in those of older versions)."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({error}); take an earlier one, or remove it and resume"
-        ) from error
-    if values is None:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
-        )
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            if text is None:
+                raise CheckpointError(
+                    f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
+                )
+            yield file, *_read_header(path, text)
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {_REMEDY}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); expected a checkpoint") from error
+
+
+def _read_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
     try:
+        values = json.loads(text)
         version = values["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -160,15 +234,44 @@ def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
         header = Header(
             config=configuration.from_dict(Config, values["config"]),
             classes=tuple(values["classes"]),
-            images_seen=values["images_seen"],
-            seconds=values["seconds"],
+            images_seen=int(values["images_seen"]),
+            seconds=float(values["seconds"]),
             note=values.get("note", ""),
+            threads=values.get("threads", 0),
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} has a damaged header ({error!r}); take an earlier one, or remove it and resume"
-        ) from error
-    return tensors, header
+        if not all(isinstance(text, str) for text in (*header.classes, header.note)):
+            raise TypeError("classes and note are not text")
+        return header, dict(values.get("checksums", {}))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedError(f"{path} has a damaged header ({error!r}); {_REMEDY}") from error
+
+
+def find_damage(path: Path) -> str:
+    """Why a checkpoint file cannot be used, or nothing. All of it is read for that, once in a process.
+
+    Raises:
+        CheckpointError: as read_checkpoint, of what is no damage.
+    """
+    status = path.stat()
+    return _find_damage(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _find_damage(path: Path, changed: int, size: int) -> str:
+    try:
+        with _opened(path) as (file, _, checksums):
+            for name in file.keys():  # noqa: SIM118
+                _read_tensor(path, file, name, checksums)
+    except DamagedError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 class RunDirectory:
@@ -220,13 +323,19 @@ class RunDirectory:
         return self.config_file.is_file()
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
-        """Makes the directory; raises CheckpointError where there is already something else."""
-        if self.path.is_file() or (self.path.is_dir() and any(not _is_remnant(entry) for entry in self.path.iterdir())):
-            raise CheckpointError(f"{self.path} is already there and is not a run; choose another --out")
+        """Makes the directory, or begins one anew; raises CheckpointError where there is already something else."""
+        self.require_free_or_run()
         for folder in ("checkpoints", "samples"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         values = {"format_version": FORMAT_VERSION, "config": configuration.to_dict(config), "data": data}
         write_json(self.config_file, values)
+
+    def require_free_or_run(self) -> None:
+        """Raises CheckpointError where there is already something else than a run."""
+        if self.exists() or not self.path.exists():
+            return
+        if not self.path.is_dir() or any(not _is_remnant(entry) for entry in self.path.iterdir()):
+            raise CheckpointError(f"{self.path} is already there and is not a run; choose another --out")
 
     def read(self) -> tuple[Config, dict[str, Any]]:
         """The configuration and the description of the data that the run was made with."""
@@ -234,14 +343,41 @@ class RunDirectory:
             raise CheckpointError(f"{self.path} is not a run directory: it has no config.json")
         try:
             values = json.loads(self.config_file.read_text(encoding="utf-8"))
-            return configuration.from_dict(Config, values["config"]), values["data"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.config_file} cannot be read ({error!r})") from error
+            if values["format_version"] > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{self.config_file} has format {values['format_version']}; this version reads up to "
+                    f"{FORMAT_VERSION}: update attnorm"
+                )
+            data = dict(values["data"])
+            return configuration.from_dict(Config, values["config"]), data
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise CheckpointError(f"{self.config_file} cannot be read ({error!r}); restore it from a copy") from error
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        files = (self.path / "checkpoints").glob("[0-9]*.safetensors")
-        return sorted(files, key=lambda file: (len(file.name), file.name))  # beyond nine digits the names grow
+        """Those with a name of ours, oldest first; not copies of other names."""
+        folder = self.path / "checkpoints"
+        files = [file for file in folder.iterdir() if CHECKPOINT_NAME.fullmatch(file.name)] if folder.is_dir() else []
+        return sorted(files, key=lambda file: int(file.stem))
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is not damaged, or None without any; damaged newer ones are named in the log.
+
+        Raises:
+            CheckpointError: all of them are damaged.
+        """
+        damages: list[str] = []
+        for file in reversed(self.checkpoints()):
+            damage = find_damage(file)
+            if not damage:
+                if damages:
+                    _warn_once(f"{file} is taken, as newer ones cannot be: {'; '.join(damages)}")
+                return file
+            damages.append(damage)
+        if damages:
+            raise CheckpointError(f"{self.path} has no checkpoint that can be used: {damages[0]}")
+        return None
 
     def checkpoint_file(self, images_seen: int) -> Path:
         return self.path / "checkpoints" / f"{images_seen:09d}.safetensors"
@@ -251,8 +387,21 @@ class RunDirectory:
 
     def keep_last(self, count: int) -> None:
         """Removes older checkpoints, and what a kill left of unfinished ones."""
-        for old in [*self.checkpoints()[:-count], *(self.path / "checkpoints").glob(".*.tmp")]:
+        folder = self.path / "checkpoints"
+        unfinished = [file for file in folder.iterdir() if UNFINISHED_NAME.fullmatch(file.name)]
+        for old in [*self.checkpoints()[:-count], *unfinished]:
             old.unlink(missing_ok=True)
+
+    def set_aside_damaged(self) -> list[str]:
+        """Renames damaged checkpoints newer than the latest good one, so that they are ours no more, and says why."""
+        good, reasons = self.latest(), []
+        for file in reversed(self.checkpoints()):
+            if file == good:
+                break
+            aside = file.with_name(f"{file.name}.damaged")
+            reasons.append(f"{find_damage(file)}; it is kept as {aside.name}")
+            os.replace(file, aside)
+        return reasons
 
 
 def _is_remnant(entry: Path) -> bool:
@@ -278,18 +427,24 @@ def find_device(name: str) -> torch.device:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that `path` means: a file itself, or a run directory's latest."""
+    """The checkpoint that `path` means: a file itself, or a run directory's latest that is not damaged."""
     path = Path(path)
     if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{path} is no checkpoint; expected a run directory, or a file from one's checkpoints that ends in "
+                ".safetensors"
+            )
         return path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a run directory or a checkpoint file")
     run = RunDirectory(path)
     if not run.exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
-    if not run.checkpoints():
+    checkpoint = run.latest()
+    if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint yet; train it first, or wait for its first one")
-    return run.checkpoints()[-1]
+    return checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -32,6 +34,11 @@ class ConfigError(UserError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raises ConfigError unless 0 <= seed < 2^63; each of these means other random numbers."""
+    _require(0 <= seed < 2**63, f"{name} is {seed}; expected a whole number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +223,7 @@ class RunConfig:
         for name in ("grid_every_images", "checkpoint_every_images", "validate_every_images"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
         _require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
-        _require(self.seed >= 0, f"run.seed is {self.seed}; expected 0 or more")
+        require_seed("run.seed", self.seed)
 
 
 MODELS: dict[Task, type[ClassConditionalConfig | InpaintingConfig]] = {
@@ -277,6 +284,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
     """The inverse of `to_dict`. An unknown key or a value of the wrong type raises ConfigError."""
+    _require(
+        isinstance(values, dict), f"{prefix.rstrip('.') or 'config'} is {_brief(values)}; expected a group of settings"
+    )
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -287,7 +297,6 @@ def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
         if group is None or (value is None and type(None) in _alternatives(hints[key])):
             arguments[key] = _checked(value, hints[key], path)
         else:
-            _require(isinstance(value, dict), f"{path} is {value!r}; expected a group of settings")
             arguments[key] = from_dict(group, value, prefix=path + ".")
     return cls(**arguments)
 
@@ -314,32 +323,41 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def override(config: T, settings: typing.Iterable[str]) -> T:
-    """A copy of `config` with every "a.b=value" of `settings` applied, in order.
+    """A copy of `config` with every "a.b=value" of `settings` applied; what must fit together is checked once, at the
+    end, so that only the last of several values of a key counts, and no order else.
 
     Raises ConfigError for a key that does not exist (naming the nearest one) or a value of the wrong type.
     """
+    leaves = flatten(config)
+    values: dict[str, Any] = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         path = path.strip()
         _require(bool(equals), f"--set got {setting!r}; expected KEY=VALUE, for example run.batch_size=32")
-        if path not in flatten(config):
-            raise ConfigError(_unknown(path, list(flatten(config))))
-        config = _replace_leaf(config, path.split("."), text.strip(), path)
-    return config
+        if path not in leaves:
+            raise ConfigError(_unknown(path, list(leaves)))
+        *groups, leaf = path.split(".")
+        hint = typing.get_type_hints(type(functools.reduce(getattr, groups, config)))[leaf]
+        values[path] = _parse(text.strip(), hint, path)
+    return _with_values(config, values)
 
 
-def _replace_leaf(config: T, names: list[str], text: str, path: str) -> T:
-    head, *rest = names
-    hint = typing.get_type_hints(type(config))[head]
-    value = _replace_leaf(getattr(config, head), rest, text, path) if rest else _parse(text, hint, path)
-    return dataclasses.replace(typing.cast(Any, config), **{head: value})
+def _with_values(config: T, values: dict[str, Any]) -> T:
+    """A copy with the leaves of these dotted names replaced; each group is made, and so validated, once."""
+    changes: dict[str, Any] = {path: value for path, value in values.items() if "." not in path}
+    for group in dict.fromkeys(path.partition(".")[0] for path in values if "." in path):
+        below = {
+            path.removeprefix(f"{group}."): value for path, value in values.items() if path.startswith(f"{group}.")
+        }
+        changes[group] = _with_values(getattr(config, group), below)
+    return dataclasses.replace(typing.cast(Any, config), **changes)
 
 
 def _unknown(path: str, known: list[str]) -> str:
     by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     near = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
-    return f"there is no setting {path}{hint}"
+    hint = f"did you mean {near[0]}?" if near else "`attnorm train --preset P --dry-run` prints all there are"
+    return f"there is no setting {path}; {hint}"
 
 
 def _parse(text: str, hint: Any, path: str) -> Any:
@@ -373,21 +391,31 @@ def _whole(text: str) -> int:
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
     """`value`, if it is of type `hint`; where these are meant, JSON's lists become tuples and whole numbers floats."""
-    message = f"{path} is {value!r}; expected {_describe(hint)}"
+    message = f"{path} is {_brief(value)}; expected {_describe(hint)}"
     if typing.get_origin(hint) is Literal:
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1)
+        near = difflib.get_close_matches(
+            value if isinstance(value, str) else "", [str(choice) for choice in typing.get_args(hint)], n=1
+        )
         suggestion = f"; did you mean {near[0]}?" if near else ""
-        _require(value in typing.get_args(hint), message + suggestion)
+        _require(isinstance(value, str) and value in typing.get_args(hint), message + suggestion)
         return value
     if typing.get_origin(hint) is tuple:
         _require(isinstance(value, (list, tuple)), message)
         return tuple(_checked(item, typing.get_args(hint)[0], path) for item in value)
     options = _alternatives(hint)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
+        _require(abs(value) < 2**1023, message)
         return float(value)
     _require(type(value) in options, message)
     _require(not isinstance(value, float) or math.isfinite(value), message)
     return value
+
+
+def _brief(value: Any) -> str:
+    """A value for a message: of one that is long or deep, a part."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 200
+    return shown.repr(value)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

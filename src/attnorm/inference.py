@@ -32,8 +32,9 @@ class Samples(NamedTuple):
 
 
 class Sampler:
-    """Images of one generator. Image number i is made from seeds[i] and labels[i] alone: the same request gives the
-    same pixels, and what else is asked for along with an image changes it by no more than rounding, a grey level.
+    """Images of one generator. Image number i is made from seeds[i] and labels[i] alone: on the same machine with the
+    same number of threads, the same request gives the same pixels. Elsewhere, or with something else asked for along
+    with it, an image changes by no more than rounding, a grey level.
 
     Args:
         path: A run directory (its latest checkpoint is taken) or a checkpoint file.
@@ -68,8 +69,8 @@ class Sampler:
         raise CheckpointError(f"{self.path} knows no class {name!r}; {hint}it has: {listed}")
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
-        """[N, Z] on the CPU: row i is the standard normal of a generator seeded with seeds[i]."""
-        rows = [torch.randn(self.model.latent_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        """[N, Z] on the CPU: row i is standard normal and a function of seeds[i], any whole number from 0 on."""
+        rows = [_standard_normal(self.model.latent_dim, seed) for seed in seeds]
         return torch.stack(rows) if rows else torch.empty(0, self.model.latent_dim)
 
     def batches(self, seeds: Sequence[int], labels: Sequence[int]) -> Iterator[Tensor]:
@@ -109,6 +110,15 @@ class Sampler:
         with observe_layouts(self.model) as seen:
             images = to_uint8(self.model(z, condition)).cpu()
         return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})
+
+
+def _standard_normal(size: int, seed: int) -> Tensor:
+    if seed < 0:
+        raise ValueError(f"got seed {seed}; expected 0 or more")
+    if seed < 2**32:
+        return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    # Of a larger number torch's generator on the CPU would read 32 bits.
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(size, np.float32))
 
 
 class View(NamedTuple):

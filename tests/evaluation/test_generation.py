@@ -619,7 +619,7 @@ def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"subset": 3}, "--subset is 3; expected 0"),
         ({"subset": -1}, "--subset is -1; expected 0"),
         ({"batch_size": 0}, "--batch-size is 0"),
-        ({"seed": 429}, "--seed is 429; expected a whole number from 0 to 428"),
+        ({"seed": 2**63}, f"--seed is {2**63}; expected a whole number from 0 to 2^63 - 1"),
         ({"metrics": []}, "no metric was named"),
         ({"images": make_images((1, 30, 30))}, "has 1 real images of 'bird'; expected at least 2"),
         ({"images": make_images((20, 20))}, "has not the classes of"),

@@ -15,6 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from attnorm.config import UserError
 from attnorm.evaluation.metrics import (
     Gaussian,
     InceptionScore,
@@ -274,6 +275,27 @@ def test_the_kernel_distance_is_without_bias_and_depends_on_the_seed_alone() -> 
         kernel_distance(fakes, reals, subset_size=1, seed=0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused_by_every_score(bad: float) -> None:
+    good = normal(12, 3)
+    wrong = good.clone()
+    wrong[4, 1] = bad
+    moments, law = Moments(), Gaussian.from_features(good)
+    for score in (
+        lambda: inception_score(wrong, 2),
+        lambda: InceptionScore(12, 2).add(wrong, 0),
+        lambda: moments.add(wrong),
+        lambda: Gaussian.from_features(wrong),
+        lambda: frechet_interval(wrong, law, 0.0, seed=0),
+        lambda: score_interval(wrong, seed=0),
+        lambda: kernel_distance(good, wrong, seed=0),
+        lambda: precision_recall(good, wrong),
+    ):
+        with pytest.raises(UserError, match="of 1 of 12 images are not finite, so there is no score"):
+            score()
+    assert moments.count == 0
+
+
 # Precision and recall
 
 
@@ -297,6 +319,24 @@ def test_precision_and_recall_equal_torch_fidelitys_in_blocks_of_any_size(block:
     found = precision_recall(reals, fakes, block=block)
     assert (found.precision, found.recall) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
     assert 0.2 < found.recall < found.precision < 1
+
+
+@pytest.mark.parametrize(("block", "num", "copies"), [(26, 23, 4), (30, 23, 4), (33, 9, 4), (33, 40, 5)])
+def test_a_set_is_all_of_itself_in_any_order_and_blocks(block: int, num: int, copies: int) -> None:
+    """With as many copies as neighbours all radii are 0: rounding must not put an image beside itself."""
+    for dimensions in (3, 100):
+        random = torch.Generator().manual_seed(0)
+        once = torch.randn(num, dimensions, generator=random).exp() * 50 + 100
+        features = once.repeat(copies, 1)
+        found = precision_recall(features, features[torch.randperm(len(features), generator=random)], block=block)
+        assert found == (1, 1, copies / 3, 1)
+
+
+def test_images_that_are_near_but_not_in_a_ball_are_not_counted() -> None:
+    """What is allowed for rounding is far less than images ever differ by."""
+    reals = torch.tensor([0.0, 1, 2, 3], dtype=torch.float64)[:, None] * torch.ones(1, 64, dtype=torch.float64)
+    fakes = reals[-1:] + torch.tensor([1, 1 + 1e-9, 9, 99], dtype=torch.float64)[:, None]
+    assert precision_recall(reals, fakes, neighbours=1).precision == 1 / 4
 
 
 def test_density_and_coverage_equal_loops() -> None:

@@ -20,9 +20,8 @@ from attnorm.cli.terminal import (
     progress_bar,
     read_images,
     require_free,
-    require_seed,
 )
-from attnorm.config import Config, ConfigError
+from attnorm.config import Config, ConfigError, require_seed
 
 if TYPE_CHECKING:
     from attnorm.checkpoint import Header
@@ -67,7 +66,7 @@ def manifest(
         size, every = size or config.model.image_size, every or config.data.held_out_every
     if not source.source or not size:
         raise ConfigError("no data or no size was named; give --data SRC --size S, or --like RUN for a run's own")
-    require_seed(seed)
+    require_seed("--seed", seed)
     require_free(out, overwrite)
     images = read_images(reading(source, size))
     made = make_manifest(out, images, source, image_size=size, masks=masks, seed=seed, every=every or 10)
@@ -160,7 +159,7 @@ def evaluate(
             )
     if batch_size < 0:
         raise ConfigError(f"--batch-size is {batch_size}; expected at least 1 image at a time, or 0 for the usual")
-    require_seed(seed)
+    require_seed("--seed", seed)
     if not is_inpainting:
         _evaluate_generators(
             headers,

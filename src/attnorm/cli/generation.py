@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.progress import track
 
-from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, require_free, require_seed
-from attnorm.config import ConfigError
+from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, require_free
+from attnorm.config import ConfigError, require_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def sample(
 
     if num < 1:
         raise ConfigError(f"--num is {num}; expected at least 1 image")
-    require_seed(seed, num)
+    require_seed("--seed", seed)
     sampler = _sampler(run, ema=not raw_weights, device=device)
     chosen = _classes(sampler, classes)
     require_free(out, overwrite)
@@ -114,7 +114,7 @@ def interpolate(
 
     if steps < 2:
         raise ConfigError(f"--steps is {steps}; expected at least 2")
-    require_seed(seed)
+    require_seed("--seed", seed)
     sampler = _sampler(run, device=device)
     middle = [name for name in via.split(",") if name]
     walk = [sampler.class_index(name) for name in (start, *middle, end)]
@@ -151,7 +151,7 @@ def layout(
     """
     from attnorm.figures import write_layouts
 
-    require_seed(seed)
+    require_seed("--seed", seed)
     sampler = _sampler(run, device=device)
     chosen = _classes(sampler, classes)[:10] if not classes else _classes(sampler, classes)
     require_free(out, overwrite)

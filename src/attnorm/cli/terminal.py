@@ -101,11 +101,6 @@ def require_one_process(verb: str) -> None:
         )
 
 
-def require_seed(seed: int, count: int = 1) -> None:
-    if not 0 <= seed <= 2**63 - count:
-        raise ConfigError(f"--seed is {seed}; expected a whole number from 0 up to 2^63")
-
-
 def require_free(out: Path, overwrite: bool, *, is_picture: bool = False) -> None:
     if is_picture and out.is_dir():
         raise ConfigError(f"{out} is a folder; expected a picture's name, for example {out / 'picture.png'}")

@@ -57,6 +57,7 @@ def train(
 def _train(config: Config, out: Path) -> None:
     import torch
 
+    from attnorm.checkpoint import RunDirectory
     from attnorm.training.trainer import TrainingError
     from attnorm.training.trainer import train as run_training
 
@@ -76,8 +77,10 @@ def _train(config: Config, out: Path) -> None:
     except OSError as error:
         if not (out / "config.json").is_file():
             raise
+        kept = RunDirectory(out).checkpoints()
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         console.print(
-            f"attnorm: training stopped: {error}; the last checkpoint is whole, resume when mended", style="red"
+            f"attnorm: training stopped: {error}; {last}; the same command goes on when there is room", style="red"
         )
         raise SystemExit(1) from None
     print(f"{outcome.reason} at {outcome.images_seen:,} images; checkpoint {outcome.checkpoint}")

@@ -13,17 +13,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnorm.checkpoint import find_device, write_atomically
+from attnorm.checkpoint import find_device, write_tensors
 from attnorm.data.images import ImageSet, cut_centres
 from attnorm.evaluation.features import Extractor, Features
 from attnorm.evaluation.metrics import Gaussian, InceptionScore, Moments
@@ -293,12 +292,11 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 def _write(file: Path, state: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    metadata = {"sha256": _hash(plain)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, partial(safetensors.torch.save_file, plain, metadata=metadata))
+        write_tensors(file, plain, {"sha256": _hash(plain)})
     except OSError as error:
-        _log.warning("features of real images cannot be kept in %s (%s)", file.parent, error)
+        _log.warning("features of real images cannot be kept (%s)", error)
 
 
 def _hash(state: Mapping[str, Tensor]) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import Header, RunDirectory, find_checkpoint, read_lines, write_atomically, write_json
-from attnorm.config import ClassConditionalConfig, ConfigError
+from attnorm.config import ClassConditionalConfig, ConfigError, require_seed
 from attnorm.data.cache import default_cache_dir
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.evaluation.collection import (
@@ -73,7 +73,7 @@ TABLE_2_CLASSES = {row.name.casefold(): (row.label, row.wordnet) for row in TABL
 NEIGHBOURS = 3  # of precision and recall
 KID_SUBSETS, KID_SIZE = 100, 1000
 LAYOUT_IMAGES = 500
-# Latents of one --seed, so that two seeds share no image. torch's generator on the CPU reads 32 bits of a number.
+# Latents of one --seed, so that two seeds share no image.
 SEEDS_APART = 10_000_000
 FRECHET_RESAMPLES, SCORE_RESAMPLES = 100, 1000
 
@@ -374,9 +374,7 @@ class _Evaluation:
                 f"--num is {self.num}, and --fakes-per-class {self.fakes_per_class} for {len(sampler.classes)} "
                 f"classes; expected at most {SEEDS_APART:,} generated images in all"
             )
-        most = 2**32 // SEEDS_APART - 1
-        if not 0 <= self.seed <= most:
-            raise ConfigError(f"--seed is {self.seed}; expected a whole number from 0 to {most}")
+        require_seed("--seed", self.seed)
         height, width = images.images.shape[2:]
         if min(height, width) < self.side:
             raise ConfigError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import Header, RunDirectory, find_device, write_atomically, write_json
-from attnorm.config import ConfigError, UserError
+from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.manifest import Examples, Manifest
@@ -123,8 +123,9 @@ def evaluate(
         CheckpointError: a run cannot be loaded, or is of another task.
         UserError: a run was trained on images of the manifest.
     """
-    if not runs or batch_size < 1 or seed < 0:
-        raise ConfigError(f"got {len(runs)} runs, batch_size={batch_size}, seed={seed}; expected at least 1, 1 and 0")
+    require_seed("seed", seed)
+    if not runs or batch_size < 1:
+        raise ConfigError(f"got {len(runs)} runs, batch_size={batch_size}; expected at least 1 of each")
     find_device(device)
     named = name_runs(runs)
     for path in named.values():  # before the first second is spent

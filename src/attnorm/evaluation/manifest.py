@@ -25,7 +25,15 @@ from torch import Tensor
 
 from attnorm import config as configuration
 from attnorm.checkpoint import CheckpointError, write_atomically, write_json
-from attnorm.config import Config, ConfigError, DataConfig, InpaintingConfig, InpaintingTaskConfig, UserError
+from attnorm.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    InpaintingConfig,
+    InpaintingTaskConfig,
+    UserError,
+    require_seed,
+)
 from attnorm.data.images import ImageSet, cut_centres, held_out_indices
 from attnorm.data.masks import centre_mask, free_form_mask, read_mask, rectangle_mask
 from attnorm.data.sources import find_source
@@ -101,8 +109,7 @@ def make_manifest(
     """
     if every < 1:
         raise ConfigError(f"every is {every}; expected 1 (all images) or more")
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; expected 0 or more")
+    require_seed("seed", seed)
     chosen = held_out_indices(len(images), every)
     if len(chosen) < 2:
         raise ConfigError(

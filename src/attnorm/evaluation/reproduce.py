@@ -26,7 +26,15 @@ from rich.console import Console
 
 from attnorm import bench
 from attnorm import config as configuration
-from attnorm.checkpoint import RunDirectory, find_checkpoint, find_device, read_checkpoint, read_lines, write_json
+from attnorm.checkpoint import (
+    RunDirectory,
+    find_checkpoint,
+    find_damage,
+    find_device,
+    read_checkpoint,
+    read_lines,
+    write_json,
+)
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
     ClassConditionalConfig,
@@ -271,15 +279,15 @@ def finished_runs(plan: Plan, failed: Mapping[str, str]) -> list[Path]:
 
 def images_seen(job: Job) -> int:
     """How far a run has come: the clock of its last checkpoint."""
-    checkpoints = RunDirectory(job.path).checkpoints()
-    return int(checkpoints[-1].stem) if checkpoints else 0
+    checkpoint = RunDirectory(job.path).latest()
+    return int(checkpoint.stem) if checkpoint else 0
 
 
 def is_trained(job: Job) -> bool:
     """Whether training would end at once: all images are seen, or its time is up."""
-    settings, checkpoints = job.config.run, RunDirectory(job.path).checkpoints()
-    if settings.max_minutes and checkpoints:
-        _, header = read_checkpoint(checkpoints[-1], prefix="header alone")
+    settings, checkpoint = job.config.run, RunDirectory(job.path).latest()
+    if settings.max_minutes and checkpoint:
+        _, header = read_checkpoint(checkpoint, prefix="header alone")
         if header.seconds >= settings.max_minutes * 60:
             return True
     return images_seen(job) >= settings.duration_images
@@ -614,7 +622,7 @@ def _measure(plan: Plan, job: Job, images: ImageSet, extractor: Extractor, progr
 
     measure(job.path, METRICS[plan.table], job.name, intervals=plan.scale.intervals)
     if plan.all_checkpoints:
-        for checkpoint in RunDirectory(job.path).checkpoints()[:-1]:
+        for checkpoint in [file for file in RunDirectory(job.path).checkpoints() if not find_damage(file)][:-1]:
             measure(checkpoint, ("frechet",), f"{job.name} at {int(checkpoint.stem):,}", intervals=False)
 
 

@@ -164,8 +164,9 @@ def read_run(name: str, path: Path, failure: str) -> Run:
     directory = RunDirectory(path)
     config, data = directory.read()
     classes, header = tuple(data.get("classes", ())), Header(config, (), 0, 0.0, data.get("note", ""))
-    if directory.checkpoints():
-        _, header = read_checkpoint(directory.checkpoints()[-1], prefix="header alone")
+    checkpoint = directory.latest()
+    if checkpoint is not None:
+        _, header = read_checkpoint(checkpoint, prefix="header alone")
         classes = header.classes
     elif not failure:
         failure = "no checkpoint yet"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from attnorm.checkpoint import RunDirectory, write_atomically
+from attnorm.checkpoint import RunDirectory, read_lines, write_atomically
 from attnorm.config import RunConfig
 from attnorm.data.images import to_uint8
 
@@ -96,14 +96,12 @@ def _drop_rows_after(path: Path, images_seen: int) -> None:
     """Also drops a last line that a kill cut short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["images_seen"] <= images_seen:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
+    kept = [json.dumps(row) + "\n" for row in read_lines(path) if _is_by(row, images_seen)]
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+
+def _is_by(row: dict[str, Any], images_seen: int) -> bool:
+    return isinstance(row.get("images_seen"), int) and row["images_seen"] <= images_seen
 
 
 def _duration(seconds: float) -> str:

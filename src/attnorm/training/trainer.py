@@ -1,4 +1,7 @@
-"""One training loop over phases. It knows no task; its clock is images; a run that was stopped goes on bit for bit."""
+"""One training loop over phases. It knows no task; its clock is images.
+
+A run that was stopped goes on bit for bit, on the same machine with the same number of threads.
+"""
 
 from __future__ import annotations
 
@@ -80,10 +83,11 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     run = RunDirectory(out)
     device = find_device(config.run.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
-    torch.manual_seed(config.run.seed)
+    seed_weights(config.run.seed)
     task = _task(config, images, device)
     with alone_in(out):
-        _open(run, config, images, task.state)
+        for said in _open(run, config, images, task.state):
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
         return _train(task, config, images, run, device, console)
 
 
@@ -150,8 +154,8 @@ def resolve(config: Config, images: ImageSet) -> Config:
     return replace(config, model=replace(config.model, num_classes=num_classes))
 
 
-def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> None:
-    """Creates the run directory, or brings `state` to its last checkpoint."""
+def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> list[str]:
+    """Creates the run directory, or brings `state` to its last good checkpoint; what is to be said of that."""
     data = {
         "source": images.source,
         "num_images": len(images),
@@ -159,9 +163,10 @@ def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingSt
         "fingerprint": images.fingerprint,
         "note": images.note,
     }
-    if not run.exists():
+    said = run.set_aside_damaged()
+    if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
         run.create(config, data)
-        return
+        return said
     old_config, old_data = run.read()
     old, new = configuration.flatten(old_config), configuration.flatten(config)
     changed = [key for key in new if old.get(key) != new[key] and key not in MAY_CHANGE_ON_RESUME]
@@ -173,13 +178,19 @@ def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingSt
             f"{run.path} was trained on other data ({old_data['num_images']} images of {old_data['source']}, now "
             f"{data['num_images']} of {data['source']}); give the same data, or another --out"
         )
-    if run.checkpoints():
-        tensors, header = read_checkpoint(run.checkpoints()[-1])
-        try:
-            state.load_tensors(tensors)
-        except RuntimeError as error:
-            raise CheckpointError(f"{run.checkpoints()[-1]} does not fit its run: {error}") from error
-        state.images_seen, state.seconds = header.images_seen, header.seconds
+    tensors, header = read_checkpoint(run.checkpoints()[-1])
+    try:
+        state.load_tensors(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{run.checkpoints()[-1]} does not fit its run: {error}") from error
+    state.images_seen, state.seconds = header.images_seen, header.seconds
+    threads = torch.get_num_threads()
+    if header.threads not in (0, threads):
+        said.append(
+            f"the run went so far with {header.threads} threads and goes on with {threads}: its numbers are rounded "
+            f"otherwise, not as without a stop (OMP_NUM_THREADS={header.threads} would go on with as many)"
+        )
+    return said
 
 
 def _loop(
@@ -210,7 +221,8 @@ def _loop(
         bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if bad is not None:
             raise failure(f"{bad} is not finite after", state.images_seen // settings.batch_size)
-        header = Header(config, images.classes, state.images_seen, state.seconds, images.note)
+        threads = torch.get_num_threads()
+        header = Header(config, images.classes, state.images_seen, state.seconds, images.note, threads)
         save_checkpoint(run.checkpoint_file(state.images_seen), tensors, header)
         run.keep_last(settings.keep_checkpoints)
         saved_at = state.images_seen
@@ -325,6 +337,11 @@ def run_phase(
 def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
     """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
     torch.manual_seed(_seed_of(seed, images_seen, rank))
+
+
+def seed_weights(seed: int) -> None:
+    """Before networks are made. torch's generator on the CPU reads 32 bits of its seed: larger ones are hashed."""
+    torch.manual_seed(seed if seed < 2**32 else _seed_of(seed))
 
 
 def _seed_of(*numbers: int) -> int:
