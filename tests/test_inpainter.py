@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.measure import label, regionprops
 from torch import Tensor
 
 from attnorm import cli
@@ -179,7 +181,7 @@ def test_a_window_of_everything_equals_the_whole_picture(file: Path, inpainter: 
     assert torch.equal(torch.where(own, whole._fill_window(image, mask, False)[1], image), expected)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 6, 6), (94, 134, 100, 140), (0, 70, 4, 90), (97, 3, 100, 139)])
+@pytest.mark.parametrize("box", [(0, 0, 6, 6), (94, 134, 100, 140), (0, 70, 4, 90), (80, 3, 100, 139)])
 def test_windows_lie_in_the_picture_around_their_hole(inpainter: Inpainter, box: tuple[int, int, int, int]) -> None:
     ((window, own),) = inpainter._windows(holes(100, 140, box)[0].numpy())
     top, left, bottom, right = window
@@ -191,10 +193,10 @@ def test_windows_lie_in_the_picture_around_their_hole(inpainter: Inpainter, box:
 
 
 def test_holes_far_apart_are_filled_one_after_another_and_near_ones_together(inpainter: Inpainter) -> None:
-    boxes = [(5, 5, 15, 15), (8, 20, 12, 30), (80, 150, 95, 170), (70, 5, 71, 6)]
+    boxes = [(5, 5, 15, 15), (8, 20, 12, 30), (80, 150, 95, 170), (70, 60, 71, 61)]
     mask = holes(100, 200, *boxes)
     windows = list(inpainter._windows(mask[0].numpy()))
-    assert len(windows) == 3  # the first and the second share one; with the fourth it would be too high
+    assert len(windows) == 3  # the first and the second share one; with the fourth it would be too large
     total = torch.zeros(100, 200, dtype=torch.int)
     for (top, left, bottom, right), own in windows:
         assert (bottom - top) * (right - left) <= inpainter.max_pixels
@@ -237,6 +239,93 @@ def test_a_window_too_large_is_reduced_filled_and_enlarged(inpainter: Inpainter)
     expected = to_uint8(F.interpolate(made, (128, 128), mode="bicubic")[0])
     assert torch.equal(filled.image, torch.where(mask, expected, image))
     assert torch.equal(view.given, to_uint8(small[0]).masked_fill(small_mask, 128))
+
+
+@torch.no_grad()
+def filled_one_by_one(inpainter: Inpainter, image: Tensor, mask: Tensor) -> Tensor:
+    """Every window at its full size, in their order; each missing pixel in one of them."""
+    image, missing = image.clone(), mask.clone()
+    for (top, left, bottom, right), own in inpainter._windows(mask[0].numpy()):
+        assert (bottom - top) * (right - left) <= inpainter.max_pixels
+        part = (slice(None), slice(top, bottom), slice(left, right))
+        assert not missing[part].all()
+        made = to_uint8(inpainter.outputs(to_float(image[part])[None], missing[part][None]).refined[0])
+        image[part] = torch.where(own, made, image[part])
+        missing[part] ^= own
+    assert not missing.any()
+    return image
+
+
+@pytest.mark.parametrize(("bar", "gap"), [(1, 7), (20, 4)], ids=["thin", "thick"])
+def test_a_hole_that_would_hide_all_when_reduced_is_filled_by_pieces(inpainter: Inpainter, bar: int, gap: int) -> None:
+    """A fence over 120 x 120 pixels, of which 64 x 64 are seen at once: connected, and no smaller pixel is known."""
+    is_bar = torch.arange(120) % (bar + gap) >= gap
+    mask = (is_bar[:, None] | is_bar)[None]
+    image = noise(120, 120)
+    filled = inpainter.fill(image, mask).image
+    assert torch.equal(filled, filled_one_by_one(inpainter, image, mask))
+    assert torch.equal(filled[:, ~mask[0]], image[:, ~mask[0]])
+    other = inpainter.fill(255 - image, mask).image
+    assert (filled != other)[:, mask[0]].float().mean() > 0.5  # the picture has a say
+
+
+def test_a_scratch_is_filled_at_full_size_and_a_hole_as_thick_as_those_of_training_is_reduced(
+    inpainter: Inpainter,
+) -> None:
+    image = noise(40, 300)
+    for height, is_cut in ((S // 2 - 1, True), (S // 2, False)):
+        mask = holes(40, 300, (10, 5, 10 + height, 295))
+        views = inpainter.fill(image, mask).views
+        assert (len(views) > 1) == is_cut == all(view.given.shape[1] == view.box[2] - view.box[0] for view in views)
+
+
+def test_a_window_of_which_nothing_is_known_is_refused(inpainter: Inpainter) -> None:
+    mask = ~holes(128, 128, (127, 127, 128, 128))
+    with pytest.raises(UserError, match=r"nothing is known of a window of .*; a --max-pixels of more than 4096 would"):
+        inpainter.fill(noise(128, 128), mask)
+
+
+def test_specks_share_windows_with_room_for_the_largest(inpainter: Inpainter) -> None:
+    """Against the rule, hole by hole, in plain Python."""
+    generator = np.random.default_rng(0)
+    mask = np.zeros((150, 170), bool)
+    for row, column, height, width in zip(*generator.integers((0, 0, 1, 1), (140, 160, 9, 9), (120, 4)).T, strict=True):
+        mask[row : row + height, column : column + width] = True
+    labels = label(mask, connectivity=2)
+    groups: list[list[tuple[int, int, int, int]]] = []
+
+    def window(boxes: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+        out = []
+        for axis, size in enumerate(mask.shape):
+            start, stop = min(box[axis] for box in boxes), max(box[axis + 2] for box in boxes)
+            room = max(S // 4, *(box[axis + 2] - box[axis] for box in boxes))
+            side = min(math.ceil(max(stop - start + room, S) / 8) * 8, size)
+            begin = min(max((start + stop - side) // 2, 0), size - side)
+            out.append((begin, begin + side))
+        return out
+
+    for box in sorted(region.bbox for region in regionprops(labels)):
+        for group in groups:
+            (top, bottom), (left, right) = window([*group, box])
+            if (bottom - top) * (right - left) <= inpainter.max_pixels:
+                group.append(box)
+                break
+        else:
+            groups.append([box])
+    found = inpainter._windows(mask)
+    assert [((a, c), (b, d)) for (a, b, c, d), _ in found] == [tuple(window(group)) for group in groups]
+    assert 8 < len(groups) < labels.max() / 4
+    total = np.zeros(mask.shape, int)
+    for (top, left, bottom, right), own in found:
+        total[top:bottom, left:right] += own[0].numpy()
+    assert np.array_equal(total, mask)
+
+
+def test_progress_counts_the_windows(inpainter: Inpainter) -> None:
+    told: list[tuple[int, int]] = []
+    mask = holes(200, 200, (5, 5, 15, 15), (150, 5, 160, 15), (5, 150, 15, 160))
+    inpainter.fill(noise(200, 200), mask, progress=lambda *numbers: told.append(numbers))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 # Mistakes
@@ -380,6 +469,7 @@ def test_nothing_is_written_for_a_mistake(
     save(folder / "full.png", ~holes(40, 48))
     (folder / "text.png").write_text("no picture", encoding="utf-8")
     (folder / "there.png").write_text("mine", encoding="utf-8")
+    (folder / "hard.png").hardlink_to(photograph)
     before = contents(tmp_path)
     out = tmp_path / "out.png"
     for arguments, remedy in (
@@ -393,6 +483,12 @@ def test_nothing_is_written_for_a_mistake(
         ((file, photograph, mask, "--out", folder / "there.png"), "already there; choose another --out"),
         ((file, photograph, mask, "--out", photograph, "--overwrite"), "is what is read"),
         ((file, photograph, mask, "--out", mask, "--overwrite"), "is what is read"),
+        ((file, photograph, mask, "--out", out, "--layout", out), "--out and --layout are both"),
+        ((file, photograph, mask, "--out", out, "--layout", folder / "../out.png"), "--out and --layout are both"),
+        ((file, photograph, mask, "--out", out, "--layout", photograph, "--overwrite"), "choose another --layout"),
+        ((file, photograph, mask, "--out", out, "--layout", mask, "--overwrite"), "choose another --layout"),
+        ((file, photograph, mask, "--out", folder / "hard.png", "--overwrite"), "hard.png is what is read"),
+        ((file, photograph, mask, "--out", "/dev/null", "--overwrite"), "is a pipe or a device"),
         ((file, photograph, mask, "--out", folder, "--overwrite"), "is a folder; expected a picture's name"),
         ((file, photograph, mask, "--out", tmp_path / "x.webp"), "is PNG; expected a name in .png"),
         ((file, photograph, mask, "--out", out, "--layout", folder / "there.png"), "already there"),
@@ -431,7 +527,7 @@ def test_a_folder_is_filled_by_stem(
         ["inpaint", str(file), "--images", str(images), "--masks", str(masks), "--out", str(out), "--device", "cpu"]
     )
     said = capsys.readouterr()
-    assert sorted(contents(out)) == ["a.png", "b.jpg", "c.bmp"]
+    assert sorted(contents(out)) == ["a.png", "b.jpg", "c.bmp", "inpaint.json"]
     assert f"left out, as this image has no mask: {images / 'lone.png'}" in said.err
     assert f"left out, as this mask has no image: {masks / 'odd.png'}" in said.err
     assert [line.split(":")[0] for line in said.out.splitlines()] == [str(out / n) for n in ("a.png", "b.jpg", "c.bmp")]
@@ -465,7 +561,7 @@ def test_one_mask_may_serve_all_and_nothing_need_be_lost(
     Image.fromarray(noise(33, 41, 9).permute(1, 2, 0).numpy()).convert("CMYK").save(images / "d.jpeg")
     out = tmp_path / "out"
     run(capsys, file, "--images", images, "--masks", masks / "b.png", "--out", out, "--lossless")
-    assert sorted(contents(out)) == ["a.png", "b.png", "c.bmp", "d.tif", "lone.png"]
+    assert sorted(contents(out)) == ["a.png", "b.png", "c.bmp", "d.tif", "inpaint.json", "lone.png"]
     known = look_at(masks / "b.png") == 0
     for source, result in (("b.jpg", "b.png"), ("d.jpeg", "d.tif"), ("lone.png", "lone.png")):
         assert np.array_equal(look_at(out / result)[known], look_at(images / source)[known])
@@ -499,7 +595,7 @@ def test_what_cannot_be_filled_is_named_and_the_rest_is_filled(
     assert caught.value.code == 2 and len(said.out.splitlines()) == 1
     assert "not filled: by the mask" in said.err and f"not filled: cannot read the image {images}" in said.err
     assert f"attnorm: 2 of 3 images {'would not be' if dry else 'were not'} filled" in said.err
-    assert sorted(contents(out)) == ([] if dry else ["b.jpg"])
+    assert sorted(contents(out)) == ([] if dry else ["b.jpg", "inpaint.json"])
 
 
 def test_folders_that_cannot_be_meant_are_refused(
@@ -507,6 +603,9 @@ def test_folders_that_cannot_be_meant_are_refused(
 ) -> None:
     images, masks = folders
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    link = tmp_path / "link"
+    link.symlink_to(masks)
     before = contents(tmp_path)
     out = tmp_path / "out"
     for arguments, remedy in (
@@ -514,7 +613,11 @@ def test_folders_that_cannot_be_meant_are_refused(
         (("--images", tmp_path / "empty", "--masks", masks, "--out", out), "holds no image"),
         (("--images", images, "--masks", images, "--out", out), "expected a folder for each"),
         (("--images", images, "--masks", masks, "--out", images, "--overwrite"), "choose another --out"),
-        (("--images", images, "--masks", masks, "--out", masks), "already there"),
+        (("--images", images, "--masks", masks, "--out", masks), "is what is read; choose another --out"),
+        (("--images", images, "--masks", masks / "a.png", "--out", masks, "--overwrite"), "a.png is what is read"),
+        (("--images", images, "--masks", masks, "--out", link, "--overwrite"), "link is what is read"),
+        (("--images", images, "--masks", masks, "--out", images / "a.png"), "a.png is what is read"),
+        (("--images", images, "--masks", masks, "--out", tmp_path / "file"), "is no folder"),
         (("--images", images, "--masks", masks, "--out", out, "--layout", out), "neither IMAGE and MASK nor --layout"),
     ):
         assert remedy in refused(capsys, file, *arguments)
@@ -530,8 +633,26 @@ def test_two_images_are_never_written_to_one_file(
 ) -> None:
     images, masks = folders
     save(images / "a.jpg", noise(33, 41, 8))
+    message = refused(capsys, file, "--images", images, "--masks", masks, "--out", tmp_path / "out", "--lossless")
+    assert "a.png would be written to" in message and "a.jpg is; rename one of them" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_goes_on_with_what_is_missing(
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = folders
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as caught:
-        run(capsys, file, "--images", images, "--masks", masks, "--out", out, "--lossless")
-    assert caught.value.code == 2 and "as another image is; rename one of them" in capsys.readouterr().err
-    assert sorted(contents(out)) == ["a.png", "b.png", "c.bmp"]
+    command = (file, "--images", images, "--masks", masks, "--out", out)
+    run(capsys, *command)
+    whole = contents(out)
+    (out / "b.jpg").unlink()
+    (out / "a.png").write_bytes(b"as it was left")
+    assert [line.split(":")[0] for line in run(capsys, *command).splitlines()] == [str(out / "b.jpg")]
+    assert contents(out) == whole | {"a.png": b"as it was left"}
+    assert run(capsys, *command, "--dry-run") == ""
+    assert "was filled with threshold None, and now it is 9; choose" in refused(capsys, *command, "--threshold", "9")
+    run(capsys, *command, "--overwrite")
+    assert contents(out) == whole
+    (out / "inpaint.json").unlink()
+    assert "already there; choose another --out" in refused(capsys, *command)

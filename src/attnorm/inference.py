@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,10 +144,11 @@ class Inpainter:
 
     A picture of at most `max_pixels` is seen whole. Of a larger one, each hole is filled by itself, in a window that
     shows it as training did: twice as high and as wide as the hole (a training hole has half the side of its square),
-    at least S, moved into the picture. Holes whose common window has at most `max_pixels` are filled together; the
-    others one after another in reading order, so that a later one sees an earlier one filled. A window of more than
-    `max_pixels`, because of a large hole, is reduced to them, and what was filled enlarged again. There are no tiles:
-    the statistics of AN, and attention, are of a whole window.
+    at least S, moved into the picture. Holes whose common window (around all of them, with room for the largest) has at
+    most `max_pixels` are filled together; the others one after another in reading order, so that a later one sees an
+    earlier one filled. A window of more than `max_pixels`, because of a large hole, is reduced to them, and what was
+    filled enlarged again; but a wide hole that is thin (a fence, a scratch) is cut into pieces, which are holes by
+    themselves. There are no tiles: the statistics of AN, and attention, are of a whole window.
 
     Args:
         path: A run directory (its latest checkpoint is taken) or a checkpoint file.
@@ -194,15 +195,23 @@ class Inpainter:
         padded = [part[:, :, rows][..., columns].to(self.device) for part in (images, masks)]
         return Inpainting(*(part[..., :height, :width].cpu() for part in self.model(*padded)))
 
-    def fill(self, image: Tensor, mask: Tensor, *, with_layouts: bool = False) -> Filled:
+    def fill(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        *,
+        with_layouts: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Filled:
         """Fills what is missing.
 
         Args:
             image: [3, H, W], uint8 or uint16; what it holds in the hole has no influence.
             mask: bool [1, H, W], True = missing.
             with_layouts: Keep the layouts as well; ConfigError where the model has none.
+            progress: Called with (done, total) after each window.
         Raises:
-            UserError: the mask is of another size, of nothing, or of everything.
+            UserError: the mask is of another size, of nothing, or of everything, or hides all of a window.
         """
         if image.ndim != 3 or mask.shape != (1, *image.shape[1:]):
             raise UserError(f"the image is {list(image.shape)}, its mask {list(mask.shape)}; expected [1, H, W] of it")
@@ -214,12 +223,15 @@ class Inpainter:
                 "so there is no layout to see; take a model with context an or an-wide"
             )
         result, missing, views = image.clone(), mask.clone(), []
-        for (top, left, bottom, right), own in self._windows(mask[0].numpy()):
+        windows = self._windows(mask[0].numpy())
+        for (top, left, bottom, right), own in windows:
             part = (slice(None), slice(top, bottom), slice(left, right))
             view, filled = self._fill_window(result[part], missing[part], with_layouts)
             result[part] = torch.where(own, filled, result[part])
             missing[part] &= ~own
             views.append(View((top, left, bottom, right), *view))
+            if progress:
+                progress(len(views), len(windows))
         return Filled(result, views)
 
     def _fill_window(
@@ -227,10 +239,14 @@ class Inpainter:
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
         """A view's parts, and the image that was made, of the size and type of `image`."""
         shown, hole = _to_float(image)[None].masked_fill(mask, 0), mask[None]
-        area = math.prod(image.shape[1:])
-        if area > self.max_pixels:
-            scale = math.sqrt(self.max_pixels / area)
-            shown, hole = _reduce(shown, hole, *(max(int(side * scale) // 8 * 8, 8) for side in image.shape[1:]))
+        height, width = image.shape[1:]
+        if (height, width) != (sides := self._seen(height, width)):
+            shown, hole = _reduce(shown, hole, *sides)
+        if hole.all():
+            raise UserError(
+                f"nothing is known of a window of {width}x{height} pixels around a hole, seen with "
+                f"{sides[1]}x{sides[0]}; a --max-pixels of more than {self.max_pixels} would show more"
+            )
         layout = None
         if with_layouts:
             with observe_layouts(self.model) as seen:
@@ -244,43 +260,106 @@ class Inpainter:
             made = F.interpolate(made, image.shape[1:], mode="bicubic")
         return view, _from_float(made[0], image.dtype)
 
-    def _windows(self, mask: np.ndarray) -> Iterator[tuple[tuple[int, int, int, int], Tensor]]:
+    def _windows(self, mask: np.ndarray) -> list[tuple[tuple[int, int, int, int], Tensor]]:
         """Boxes of bool [H, W], and which of their missing pixels (bool [1, h, w]) are to be filled there."""
         if mask.size <= self.max_pixels:
-            yield (0, 0, *mask.shape), torch.from_numpy(mask)[None]
-            return
-        from skimage.measure import label, regionprops  # costs most of a second
+            return [((0, 0, *mask.shape), torch.from_numpy(mask)[None])]
+        from scipy.ndimage import find_objects
+        from skimage.measure import label  # costs most of a second
 
-        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        first = rows[0], columns[0]
-        numbers = label(mask[first[0] : rows[-1] + 1, first[1] : columns[-1] + 1], connectivity=2)
-        groups: list[tuple[np.ndarray, list[int]]] = []  # a box around holes, and their numbers
-        for hole in regionprops(numbers):
-            box = np.array(hole.bbox) + np.tile(first, 2)
-            for index, (other, members) in enumerate(groups):
-                union = np.concatenate([np.minimum(box[:2], other[:2]), np.maximum(box[2:], other[2:])])
-                top, left, bottom, right = self._window(union, mask.shape)
-                if (bottom - top) * (right - left) <= self.max_pixels:
-                    groups[index] = union, [*members, hole.label]
-                    break
-            else:
-                groups.append((box, [hole.label]))
-        for box, members in groups:
-            window = top, left, bottom, right = self._window(box, mask.shape)
+        numbers = label(mask, connectivity=2)
+        self._cut_thin_holes(mask, numbers)
+        holes = [(place, number) for number, place in enumerate(find_objects(numbers), 1) if place]
+        holes.sort(key=lambda hole: (hole[0][0].start, hole[0][1].start))
+        starts = np.array([[axis.start for axis in place] for place, _ in holes])
+        stops = np.array([[axis.stop for axis in place] for place, _ in holes])
+        out = []
+        for members in self._groups(starts, stops, mask.shape):
+            start, stop = starts[members].min(0), stops[members].max(0)
+            window = self._window(start, stop, (stops - starts)[members].max(0), mask.shape)
+            top, left, bottom, right = window
             own = np.zeros((bottom - top, right - left), bool)
-            inner = tuple(slice(box[axis] - window[axis], box[axis + 2] - window[axis]) for axis in (0, 1))
-            outer = tuple(slice(box[axis] - first[axis], box[axis + 2] - first[axis]) for axis in (0, 1))
-            own[inner] = np.isin(numbers[outer], members)
-            yield window, torch.from_numpy(own)[None]
+            inner = tuple(slice(*ends) for ends in zip(start - window[:2], stop - window[:2], strict=True))
+            outer = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
+            own[inner] = np.isin(numbers[outer], [holes[member][1] for member in members])
+            out.append((window, torch.from_numpy(own)[None]))
+        return out
 
-    def _window(self, box: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Twice the sides of a box around holes, at least S and a multiple of 8, as far as the picture goes."""
-        starts, stops = [], []
-        for start, stop, size in zip(box[:2].tolist(), box[2:].tolist(), shape, strict=True):
-            side = min(math.ceil(max(2 * (stop - start), self.image_size) / 8) * 8, size)
-            starts.append(min(max((start + stop - side) // 2, 0), size - side))
-            stops.append(starts[-1] + side)
-        return starts[0], starts[1], stops[0], stops[1]
+    def _cut_thin_holes(self, mask: np.ndarray, numbers: np.ndarray) -> None:
+        """Gives every square of S // 2 pixels of a wide thin hole (a fence, a scratch) a number of its own in `numbers`
+        [H, W], so that it need not be reduced: it has known pixels beside it everywhere, and they would be lost.
+
+        Thin: nowhere as thick as the holes of training; or less than half of what is known around it would be seen.
+        """
+        from scipy.ndimage import find_objects, minimum_filter
+
+        side = self.image_size // 2
+        thick: set[int] | None = None
+        for number, place in enumerate(find_objects(numbers), 1):
+            start, stop = (np.array([getattr(axis, end) for axis in place]) for end in ("start", "stop"))
+            top, left, bottom, right = self._window(start, stop, stop - start, mask.shape)
+            if (bottom - top) * (right - left) <= self.max_pixels:
+                continue
+            if thick is None:
+                thick = set(numbers[minimum_filter(mask, side, mode="constant")].tolist())
+            if number in thick:
+                hidden = torch.from_numpy(mask[None, top:bottom, left:right])
+                reduced = _reduce_mask(hidden, *self._seen(*hidden.shape[1:]))
+                if 2 * (~reduced).float().mean() >= (~hidden).float().mean():
+                    continue
+            own = numbers[place] == number
+            rows, columns = np.nonzero(own)
+            _, squares = np.unique(rows // side * own.shape[1] + columns // side, return_inverse=True)
+            numbers[place][own] = numbers.max() + 1 + squares
+
+    def _groups(self, starts: np.ndarray, stops: np.ndarray, shape: tuple[int, ...]) -> list[list[int]]:
+        """Holes (their first pixels and those after their last, int [M, 2], in reading order) that share a window: each
+        joins the first of the earlier groups whose window has room for it.
+        """
+        groups: list[list[int]] = []
+        first, last, largest = starts.copy(), stops.copy(), stops - starts  # a row a group, as far as there are any
+        num_closed, reach = 0, self.max_pixels // min(self.image_size, shape[1])  # no window is higher
+        for hole, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            while num_closed < len(groups) and first[num_closed, 0] + reach < start[0]:
+                num_closed += 1
+            part = slice(num_closed, len(groups))
+            union = np.minimum(first[part], start), np.maximum(last[part], stop)
+            sides = self._sides(union[1] - union[0], np.maximum(largest[part], stop - start), shape)
+            fitting = np.flatnonzero(sides.prod(1) <= self.max_pixels)
+            if len(fitting):
+                group = num_closed + fitting[0]
+                groups[group].append(hole)
+                first[group], last[group] = union[0][fitting[0]], union[1][fitting[0]]
+                largest[group] = np.maximum(largest[group], stop - start)
+            else:
+                group = len(groups)
+                groups.append([hole])
+                first[group], last[group], largest[group] = start, stop, stop - start
+        return groups
+
+    def _sides(self, extent: np.ndarray, largest: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Sides of a window around holes: beyond their common box half of the largest hole on every side, at least
+        S / 8; at least S, and a multiple of 8, as far as the picture goes. Of one hole: twice its sides.
+        """
+        sides = np.maximum(extent + np.maximum(largest, self.image_size // 4), self.image_size)
+        return np.minimum(-(-sides // 8) * 8, shape)
+
+    def _window(
+        self, start: np.ndarray, stop: np.ndarray, largest: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[int, int, int, int]:
+        """Around a box, moved into the picture."""
+        sides = self._sides(stop - start, largest, shape)
+        begin = np.clip((start + stop - sides) // 2, 0, shape - sides)
+        (top, left), (bottom, right) = begin.tolist(), (begin + sides).tolist()
+        return top, left, bottom, right
+
+    def _seen(self, height: int, width: int) -> tuple[int, int]:
+        """The sides to which a window is reduced for its area."""
+        area = height * width
+        if area <= self.max_pixels:
+            return height, width
+        scale = math.sqrt(self.max_pixels / area)
+        return max(int(height * scale) // 8 * 8, 8), max(int(width * scale) // 8 * 8, 8)
 
 
 def _reflected(size: int) -> Tensor:
@@ -292,8 +371,12 @@ def _reflected(size: int) -> Tensor:
 
 def _reduce(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Averages over areas, [N, C, height, width]: missing where a pixel of the area is, else of known pixels alone."""
-    missing = F.adaptive_max_pool2d(mask.to(image.dtype), (height, width)) > 0
+    missing = _reduce_mask(mask, height, width)
     return F.adaptive_avg_pool2d(image, (height, width)).masked_fill(missing, 0), missing
+
+
+def _reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    return F.adaptive_max_pool2d(mask.float(), (height, width)) > 0
 
 
 def _to_float(image: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from attnorm.cli.terminal import (
     progress_bar,
     read_images,
     require_free,
+    require_outside,
 )
 from attnorm.config import Config, ConfigError, require_seed
 
@@ -57,6 +58,7 @@ def manifest(
     from dataclasses import replace
 
     from attnorm.checkpoint import RunDirectory
+    from attnorm.data.sources import find_source
     from attnorm.evaluation.manifest import make_manifest, reading
 
     source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
@@ -64,9 +66,17 @@ def manifest(
         config, _ = RunDirectory(like).read()
         source = replace(config.data, source=data or config.data.source, stored_size=stored_size or _side(config))
         size, every = size or config.model.image_size, every or config.data.held_out_every
-    if not source.source or not size:
-        raise ConfigError("no data or no size was named; give --data SRC --size S, or --like RUN for a run's own")
+    if not source.source:
+        raise ConfigError("no data was named; give --data SRC and --size S, or --like RUN for a run's own")
+    if not size:
+        if source.source != "builtin":
+            try:
+                find_source(Path(source.source).expanduser())
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        raise ConfigError("no size was named; give --size S, or --like RUN for a run's own")
     require_seed("--seed", seed)
+    require_outside(out, source.source)
     require_free(out, overwrite)
     images = read_images(reading(source, size))
     made = make_manifest(out, images, source, image_size=size, masks=masks, seed=seed, every=every or 10)
@@ -160,6 +170,7 @@ def evaluate(
     if batch_size < 0:
         raise ConfigError(f"--batch-size is {batch_size}; expected at least 1 image at a time, or 0 for the usual")
     require_seed("--seed", seed)
+    require_outside(out, data)
     if not is_inpainting:
         _evaluate_generators(
             headers,

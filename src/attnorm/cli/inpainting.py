@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.progress import track
 
-from attnorm.cli.terminal import Overwrite, Run, console, require_free
+from attnorm.cli.terminal import Overwrite, Run, console, one_bar_each, progress_bar, require_free
 from attnorm.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ def inpaint(
 
     Outside the mask every pixel stays as it is, bit for bit, but in JPEG, which is encoded anew (it is said how much
     changes): let PATH end in .png to avoid that. Format, mode, EXIF data, ICC profile and resolution are the image's.
+    With --images, the same command goes on where it was interrupted.
 
     Args:
         run: A run directory (its latest checkpoint) of an inpainting model, or a checkpoint file.
@@ -62,58 +66,131 @@ def inpaint(
     from attnorm.data.photographs import output_format, pair_files, read_with_mask
     from attnorm.inference import Inpainter
 
+    left_out: list[str] = []
     if images is not None:
         if image is not None or masks is None or layout is not None:
             raise ConfigError("--images takes --masks beside it, and neither IMAGE and MASK nor --layout")
         pairs, images_left, masks_left = pair_files(images, masks)
-        if out.exists() and out.samefile(images):
-            raise ConfigError(f"{out} is the folder of the images; choose another --out")
-        left_out = [f"this image has no mask: {path}" for path in images_left]
+        left_out += [f"this image has no mask: {path}" for path in images_left]
         left_out += [f"this mask has no image: {path}" for path in masks_left]
+        targets = _targets(out, pairs, lossless)
+        read = [images, masks, *(path for pair in pairs for path in pair), *images_left, *masks_left]
+        for written in (out, *targets):
+            _require_apart({"--out": written}, read)
     else:
         if image is None or mask is None or masks is not None:
             raise ConfigError("expected IMAGE and MASK, or --images DIR and --masks DIR (or one file for all)")
         if lossless:
             raise ConfigError("--lossless is for --images; let --out end in .png")
-        if out.exists() and any(path.exists() and out.samefile(path) for path in (image, mask)):
-            raise ConfigError(f"{out} is what is read; choose another --out")
-        pairs, left_out = [(image, mask)], []
-    require_free(out, overwrite, is_picture=images is None)
-    if layout is not None:
-        require_free(layout, overwrite, is_picture=True)
+        pairs, targets = [(image, mask)], [out]
+        _require_apart({"--out": out} | ({"--layout": layout} if layout is not None else {}), [image, mask])
+        require_free(out, overwrite, is_picture=True)
+        if layout is not None:
+            require_free(layout, overwrite, is_picture=True)
     inpainter = Inpainter(run, ema=not raw_weights, device=device, max_pixels=max_pixels)
+    if images is not None:
+        settings = {"threshold": threshold, "invert": invert, "lossless": lossless, "raw_weights": raw_weights}
+        record: dict[str, Any] = {"checkpoint": str(inpainter.path.resolve()), "images": str(images.resolve())}
+        record |= {"masks": str(masks.resolve()) if masks else "", "max_pixels": inpainter.max_pixels, **settings}
+        if _goes_on(out, record, overwrite, dry_run):
+            jobs = [job for job in zip(pairs, targets, strict=True) if not job[1].exists()]
+            console.print(f"{len(pairs) - len(jobs)} of {len(pairs)} images were filled before and stay as they are")
+            pairs, targets = [pair for pair, _ in jobs], [target for _, target in jobs]
     for reason in left_out:
         console.print(f"left out, as {reason}", style="yellow")
-    targets: set[Path] = set()
     num_failed = 0
-    shown = console.is_terminal and images is not None
-    for source, its_mask in track(pairs, "filling", console=console, transient=True, disable=not shown):
-        try:
-            photograph, hole = read_with_mask(source, its_mask, threshold=threshold, invert=invert)
-            target = out if images is None else out / source.name
-            if lossless and photograph.format == "JPEG":
-                target = target.with_suffix(".tif" if photograph.mode == "CMYK" else ".png")
-            if target in targets:
-                raise UserError(f"{source} would be written to {target}, as another image is; rename one of them")
-            targets.add(target)
-            format = output_format(photograph, target)
-            (height, width), share = photograph.size, hole.float().mean().item()
-            if dry_run:
-                loss = ", as JPEG, which loses" if format == "JPEG" else ""
-                print(f"{source} + {its_mask} -> {target}: {share:.1%} of {width}x{height} pixels to fill{loss}")
-            else:
-                print(_inpaint(inpainter, photograph, hole, target, format, layout))
-        except UserError as error:
-            if images is None:
-                raise
-            num_failed += 1
-            console.print(f"not filled: {error}", style="red")
+    with progress_bar() as progress:
+        bar = progress.add_task("filling", total=len(pairs), visible=images is not None)
+        tell = one_bar_each(progress)
+        for (source, its_mask), target in zip(pairs, targets, strict=True):
+            try:
+                photograph, hole = read_with_mask(source, its_mask, threshold=threshold, invert=invert)
+                format = output_format(photograph, target)
+                (height, width), share = photograph.size, hole.float().mean().item()
+                if dry_run:
+                    loss = ", as JPEG, which loses" if format == "JPEG" else ""
+                    print(f"{source} + {its_mask} -> {target}: {share:.1%} of {width}x{height} pixels to fill{loss}")
+                else:
+                    print(_inpaint(inpainter, photograph, hole, target, format, layout, tell))
+            except UserError as error:
+                if images is None:
+                    raise
+                num_failed += 1
+                console.print(f"not filled: {error}", style="red")
+            progress.update(bar, advance=1)
     if num_failed:
         raise UserError(f"{num_failed} of {len(pairs)} images {'would not be' if dry_run else 'were not'} filled")
 
 
+def _targets(out: Path, pairs: Sequence[tuple[Path, Path]], lossless: bool) -> list[Path]:
+    """Where each image is written; UserError where two would be one file."""
+    from attnorm.data.photographs import lossless_name
+
+    taken: dict[Path, Path] = {}
+    for source, _ in pairs:
+        target = out / (lossless_name(source) if lossless else source.name)
+        if target in taken:
+            raise UserError(f"{source} would be written to {target}, as {taken[target]} is; rename one of them")
+        taken[target] = source
+    return list(taken)
+
+
+def _require_apart(outputs: dict[str, Path], inputs: Iterable[Path]) -> None:
+    """ConfigError where an output, by its option, is an input or another output, by whatever name or link."""
+    read = {place for path in inputs for place in _places(path)}
+    written: dict[str, str] = {}
+    for option, path in outputs.items():
+        if not read.isdisjoint(_places(path)):
+            raise ConfigError(f"{path} is what is read; choose another {option}")
+        if other := written.get(os.path.realpath(path)):
+            raise ConfigError(f"{other} and {option} are both {path}; choose another for one of them")
+        written[os.path.realpath(path)] = option
+
+
+def _places(path: Path) -> set[object]:
+    """What two names of one file have in common: a path without links, or the file itself."""
+    status = path.stat() if path.exists() else None
+    return {os.path.realpath(path), *([(status.st_dev, status.st_ino)] if status else [])}
+
+
+def _goes_on(out: Path, record: dict[str, Any], overwrite: bool, dry_run: bool) -> bool:
+    """Whether the folder `out` was begun by the same command, as inpaint.json in it says; else it is begun.
+
+    Raises:
+        ConfigError: It is not empty, and was begun by another command, or by none.
+    """
+    from attnorm.checkpoint import write_json
+
+    path = out / "inpaint.json"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; with --images, --out is one")
+    if not overwrite and out.is_dir() and any(entry != path for entry in out.iterdir()):
+        begun: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            begun = json.loads(path.read_bytes())
+        if begun == record:
+            return True
+        if isinstance(begun, dict):
+            key = next(key for key in (*record, *begun) if begun.get(key) != record.get(key))
+            raise ConfigError(
+                f"{out} was filled with {key} {begun.get(key)}, and now it is {record.get(key)}; "
+                "choose another --out, or say --overwrite"
+            )
+        require_free(out, overwrite)
+    if not dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    return False
+
+
 def _inpaint(
-    inpainter: Inpainter, photograph: Photograph, hole: Tensor, out: Path, format: str, layout: Path | None
+    inpainter: Inpainter,
+    photograph: Photograph,
+    hole: Tensor,
+    out: Path,
+    format: str,
+    layout: Path | None,
+    tell: Callable[[int, int, str], None],
 ) -> str:
     """Fills and writes one photograph; what is to be said of it."""
     import torch
@@ -121,8 +198,12 @@ def _inpaint(
     from attnorm.checkpoint import write_atomically
     from attnorm.figures import holes_figure, save_figure
 
+    def progress(done: int, total: int) -> None:
+        if total > 1:
+            tell(done, total, f"windows of {photograph.path.name}")
+
     try:
-        filled = inpainter.fill(photograph.rgb(), hole, with_layouts=layout is not None)
+        filled = inpainter.fill(photograph.rgb(), hole, with_layouts=layout is not None, progress=progress)
     except torch.OutOfMemoryError:
         raise UserError(
             f"the device is out of memory for {photograph.path}; a smaller --max-pixels, or --device cpu, needs less"

@@ -11,7 +11,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from attnorm.cli.terminal import Names, console, one_bar_each, progress_bar, read_images, require_one_process
+from attnorm.cli.terminal import (
+    Names,
+    console,
+    one_bar_each,
+    progress_bar,
+    read_images,
+    require_one_process,
+    require_outside,
+)
 from attnorm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +72,7 @@ def reproduce(
     from attnorm.evaluation import reproduce as reproduction
 
     require_one_process("reproduce")
+    require_outside(out, data)
     names = tuple(name.strip() for name in rows.split(",") if name.strip())
     plan = reproduction.make_plan(
         table,

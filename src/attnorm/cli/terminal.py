@@ -109,6 +109,19 @@ def require_free(out: Path, overwrite: bool, *, is_picture: bool = False) -> Non
         raise ConfigError(f"{out} is already there; choose another --out, or say --overwrite")
     if out.suffix == "" and out.is_file():
         raise ConfigError(f"{out} is a file; expected a folder")
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise ConfigError(f"{out} is a pipe or a device; choose another --out")
+
+
+def require_outside(out: Path | None, data: str) -> None:
+    """Whatever is written inside a folder of data would be read as data the next time."""
+    if out is None or data in ("", "builtin"):
+        return
+    folder = Path(data).expanduser()
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"--out {out} is inside the data {data}, and what is written there would be read as data; choose another"
+        )
 
 
 def no_such(kind: str, name: str, known: Sequence[str], remedy: str) -> str:

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from attnorm import config as configuration
-from attnorm.cli.terminal import console, no_such, read_images, require_one_process
+from attnorm.cli.terminal import console, no_such, read_images, require_one_process, require_outside
 from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.presets import PRESETS
 
@@ -51,6 +51,7 @@ def train(
             f"--data is missing: the preset {preset} needs a folder, a zip, CIFAR-10's files or 'builtin'"
         )
     require_one_process("train")
+    require_outside(out, config.data.source)
     _train(config, out)
 
 

@@ -8,6 +8,7 @@ encoded here is decoded again and compared before anyone gets it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import unicodedata
@@ -367,6 +368,18 @@ def output_format(photograph: Photograph, out: Path) -> str:
     raise UserError(
         f"{out} does not say how to write it: {photograph.path} is {photograph.format}; expected a name in {expected}"
     )
+
+
+def lossless_name(path: Path) -> str:
+    """What a photograph is to be called so that nothing of it is lost: its own name, of a JPEG file one of PNG, or of
+    TIFF where it is CMYK. Of a file that cannot be read its own, too.
+    """
+    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        if path.is_file():
+            with Image.open(path) as image:
+                if image.format in ("JPEG", "MPO"):
+                    return path.with_suffix(".tif" if image.mode == "CMYK" else ".png").name
+    return path.name
 
 
 class Pairs(NamedTuple):
