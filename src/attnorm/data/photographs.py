@@ -48,7 +48,6 @@ _TIFF_STRUCTURE = {
 }
 _SUB_DIRECTORIES = {34665, 34853, 40965}  # EXIF's own, GPS, interoperability
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _ORIENTATION = 0x0112
 
 
@@ -285,18 +284,7 @@ class Photograph:
 
     def _png(self) -> bytes:
         """This photograph's PNG file with other pixels."""
-        depth, colour_type = self._file[24:26]
-        samples, channels = self.samples, _PNG_CHANNELS[colour_type]
-        height = len(samples)
-        if depth == 16:
-            rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
-        elif depth == 8:
-            rows = samples.reshape(height, -1)
-        else:
-            levels = samples // (255 // (2**depth - 1)) if self.mode == "L" else samples
-            bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=2)[..., 8 - depth :]
-            rows = np.packbits(bits.reshape(height, -1), axis=1)
-        pixels = _compressed(rows, channels * depth // 8 if colour_type != 3 and depth >= 8 else 0)
+        pixels = self._png_pixels()
         out = [_PNG_SIGNATURE]
         for name, content in _png_chunks(self._file):
             if name == b"IHDR":
@@ -309,6 +297,26 @@ class Photograph:
                     continue  # one chunk holds it all
             out += [struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))]
         return b"".join(out)
+
+    def _png_pixels(self) -> bytes:
+        """What the file's IDAT chunks are to hold, at its depth: taken from what Pillow writes of the same bytes."""
+        depth, samples = self._file[24], self.samples
+        if self.mode in (
+            "RGB;16",
+            "RGBA;16",
+        ):  # which Pillow does not write; each row as its difference from that above
+            rows = samples.astype(">u2").reshape(len(samples), -1).view(np.uint8)
+            filtered = np.diff(rows, axis=0, prepend=np.uint8(0))
+            return zlib.compress(np.insert(filtered, 0, 2, axis=1).tobytes())
+        if self.mode == "LA;16":  # four bytes a pixel
+            image = Image.frombytes("RGBA", samples.shape[1::-1], samples.astype(">u2").tobytes())
+        elif self.mode == "L" and depth < 8:  # as bits of a palette
+            image = Image.frombytes("P", samples.shape[1::-1], (samples // self._grey_step()).tobytes())
+        else:
+            image = self._image(samples)
+        stream = io.BytesIO()
+        image.save(stream, "PNG", **({"bits": depth} if image.mode == "P" else {}))
+        return b"".join(content for name, content in _png_chunks(stream.getvalue()) if name == b"IDAT")
 
 
 def read_photograph(path: Path) -> Photograph:
@@ -498,39 +506,6 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         length, name = struct.unpack_from(">I4s", data, position)
         yield name, data[position + 8 : position + 8 + length]
         position += length + 12
-
-
-def _compressed(rows: np.ndarray, distance: int) -> bytes:
-    """Rows of bytes as PNG stores them; `distance` is the bytes of a pixel, or 0 for rows that are not filtered.
-
-    Of PNG's filters each row takes the one (none, left, above, Paeth) with the least sum of differences.
-    """
-    compressor = zlib.compressobj(6)
-    out = []
-    above = np.zeros((1, rows.shape[1]), np.uint8)
-    for start in range(0, len(rows), 256):  # in parts, so that a large photograph takes no more memory
-        part = rows[start : start + 256]
-        upper = np.concatenate([above, part[:-1]])
-        above = part[-1:]
-        candidates = {0: part}
-        if distance:
-            left, corner = np.zeros_like(part), np.zeros_like(part)
-            left[:, distance:], corner[:, distance:] = part[:, :-distance], upper[:, :-distance]
-            candidates |= {1: part - left, 2: part - upper, 4: part - _paeth(left, upper, corner)}
-        costs = [np.abs(rows.view(np.int8).astype(np.int16)).sum(1) for rows in candidates.values()]
-        best = np.argmin(costs, axis=0)
-        filtered = np.stack(list(candidates.values()))[best, np.arange(len(part))]
-        names = np.array(list(candidates), np.uint8)[best]
-        out.append(compressor.compress(np.concatenate([names[:, None], filtered], axis=1).tobytes()))
-    return b"".join([*out, compressor.flush()])
-
-
-def _paeth(left: np.ndarray, upper: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    a, b, c = (part.astype(np.int16) for part in (left, upper, corner))
-    to_left, to_upper, to_corner = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
-    return np.where(
-        (to_left <= to_upper) & (to_left <= to_corner), left, np.where(to_upper <= to_corner, upper, corner)
-    )
 
 
 def _upright(stored: np.ndarray, orientation: int) -> np.ndarray:
