@@ -62,11 +62,17 @@ class _Layer(ctypes.Structure):
 
 
 def obstacle(
-    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_entities: int,
+    channels_last: bool,
+    *,
+    order: int = 1,
 ) -> str | None:
     """Why this implementation cannot run on such a feature map; None if it can. The first call builds the library.
 
-    Any number of channels and entities, and either layout, will do.
+    Any number of channels and entities, either layout and derivatives of `order` 1 and 2 will do.
     """
     if os.environ.get("ATTNORM_NATIVE") == "0":
         return "ATTNORM_NATIVE=0 switches it off"

@@ -976,9 +976,15 @@ def _smaller(plan: Plan) -> Plan | None:
 
 
 def obstacle(
-    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_entities: int,
+    channels_last: bool,
+    *,
+    order: int = 1,
 ) -> str | None:
-    """Why the kernels cannot run on such a feature map; None if they can.
+    """Why the kernels cannot run on such a feature map; None if they can. Of `order` 2 are those of second derivatives.
 
     The first call for a kind of feature map compiles the kernels and compares them with the plain form.
     """
@@ -996,7 +1002,7 @@ def obstacle(
         )
     if INTERPRETED.value:  # slow
         return None
-    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype))
+    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype), second=order == 2)
 
 
 # ||got - expected|| / ||expected|| that is still rounding.
