@@ -229,6 +229,17 @@ def test_cifar10_damage_is_an_error(tmp_path):
         load_images(tmp_path, 32)
 
 
+def test_a_batch_of_cifar10_that_is_twice_in_its_archive_is_refused(tmp_path):
+    path = cifar_archive(tmp_path / "c.tar", cifar_files()[0], "a")
+    with tarfile.open(path) as archive:
+        members = [(member, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(path, "w") as archive:
+        for member, data in members * 2:
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"c\.tar holds data_batch_\d\.bin twice; unpack it"):
+        load_images(path, SIZE)
+
+
 def test_pickled_cifar10_is_refused(tmp_path):
     archive = cifar_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b"x"}, "cifar-10-batches-py")
     (tmp_path / "py").mkdir()

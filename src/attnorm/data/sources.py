@@ -196,7 +196,7 @@ def _cifar_folder(root: Path, batches: list[Path]) -> Source:
     return Source(
         ["cifar10", *([file.name, *_size_and_time(file)] for file in files)],
         lambda: contextlib.nullcontext(
-            _cifar_contents({file.name: file.read_bytes() for file in files if file.exists()}, root)
+            _cifar_contents({file.name: read_regular(file) for file in files if file.exists()}, root)
         ),
     )
 
@@ -212,6 +212,8 @@ def _cifar_archive(path: Path) -> Source:
                         raise ValueError(_pickle_refusal(path))
                     if place.match(_CIFAR10_BATCHES) or place.name == _CIFAR10_META:
                         _check_size(member.size)
+                        if place.name in files:
+                            raise ValueError(f"{path} holds {place.name} twice; unpack it and name the folder meant")
                         stream = archive.extractfile(member)
                         assert stream is not None
                         files[place.name] = stream.read()
