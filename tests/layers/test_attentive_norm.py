@@ -6,20 +6,16 @@ from __future__ import annotations
 
 import copy
 import logging
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnorm import AttentiveNorm2d, entity_usage, layout_entropy, observe_layouts
+from attnorm import AttentiveNorm2d
 from attnorm.ops import dispatch, draw_positions
 
 
@@ -43,8 +39,6 @@ RELATIVE_ERRORS = {
     # What is stored (v(x), the output, a gradient) is rounded, 2^-9 at most each, sums are not: four such roundings.
     torch.bfloat16: 4 * 2**-9,
     torch.float16: 4 * 2**-12,
-    # v(x) has its input and its weight rounded too, and what reaches the layout through it are sums that cancel.
-    "autocast": 10 * 2**-9,
     # Gradients through numbers that the offset has rounded by 1e-4.
     "float32, offset 1e3": 1e-3,
 }
@@ -399,16 +393,6 @@ def test_orthogonality_penalty_of_two_rows_at_45_degrees(orthogonality: str, exp
     assert layer.orthogonality_penalty().item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("length", "raw"), [(1.0, 0.0), (3.0, 3 * 8.0**2)], ids=["unit", "longer"])
-def test_orthogonality_penalty_of_orthogonal_rows(length: float, raw: float) -> None:
-    rows = length * torch.linalg.qr(feature_map(4, 4)).Q[:3]
-    for orthogonality, expected in (("cosine", 0.0), ("raw", raw)):
-        layer = make_layer(orthogonality=orthogonality)
-        with torch.no_grad():
-            layer.entities.weight.copy_(rows[:, :, None, None])
-        assert layer.orthogonality_penalty().item() == pytest.approx(expected, abs=1e-12)
-
-
 # Shapes, strides and precisions
 
 SHAPES = {
@@ -464,15 +448,6 @@ def test_strides_do_not_change_values(make: Any, impl: str) -> None:
     assert_all_close(layer_results(layer, x), layer_results(layer, x.contiguous()), TOLERANCES["float64"])
 
 
-def test_channels_last_module_and_input_change_nothing_but_rounding() -> None:
-    layer = make_layer(8, 4, dtype=torch.float32)
-    x = feature_map(2, 8, 6, 6, dtype=torch.float32)
-    expected = layer_results(layer, x)
-    memory_format = torch.channels_last
-    got = layer_results(layer.to(memory_format=memory_format), x.contiguous(memory_format=memory_format))
-    assert_all_close(got, expected, TOLERANCES["float32"])
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_loses_only_what_it_stores(dtype: torch.dtype, impl: str) -> None:
@@ -504,8 +479,9 @@ def test_large_mean_costs_no_digits(impl: str, moments: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("moments", ["instance", "batch"])
+@pytest.mark.parametrize(
+    ("moments", "training"), [("instance", True), ("batch", False)], ids=["instance-training", "batch-evaluation"]
+)
 def test_first_and_second_derivatives_are_those_of_the_output(impl: str, training: bool, moments: str) -> None:
     layer = make_layer(2, 2, impl=impl, moments=moments).train(training)
     used = {n: p for n, p in layer.named_parameters() if n not in zero_by_mathematics(layer)}
@@ -573,17 +549,6 @@ def test_new_layer_has_the_papers_initial_values() -> None:
     # N(0, 1): 4,096 draws, so the mean is within 0.016 and the deviation within 0.011 two times in three.
     assert abs(layer.entities.weight.mean().item()) < 0.06
     assert layer.entities.weight.std().item() == pytest.approx(1, abs=0.04)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_layout_is_a_distribution_over_entities(impl: str, training: bool) -> None:
-    layer = make_layer(4, 5, dtype=torch.float32, impl=impl, temperature=3.0).train(training)
-    layout = layer.layout(feature_map(3, 4, 5, 5, dtype=torch.float32))
-    assert layout.shape == (3, 5, 5, 5)
-    assert layout.min() >= 0 and layout.max() <= 1
-    assert layout.max() > 0.9 and layout.min() < 0.01  # a distribution, not the uniform one
-    torch.testing.assert_close(layout.sum(1), torch.ones(3, 5, 5), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -674,121 +639,25 @@ def test_training_without_self_sampling_draws_nothing() -> None:
     assert torch.equal(out, layer.eval()(x))
 
 
-# Autocast, compilation, many processes, memory
+# Autocast
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_autocast_leaves_the_layout_in_float32(impl: str, training: bool) -> None:
+def test_autocast_changes_nothing(impl: str, training: bool) -> None:
     layer = make_layer(8, 4, dtype=torch.float32, impl=impl).train(training)
     x = feature_map(2, 8, 4, 4, dtype=torch.float32)
     expected = layer_results(layer, x)
     expected_layout = layer.layout(x, generator=seeded())
+    leaf = x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out, layout = layer(x, return_layout=True, generator=seeded())
+        out, layout = layer(leaf, return_layout=True, generator=seeded())
         penalty = layer.orthogonality_penalty()
-        got = layer_results(layer, x)
-    assert layout.dtype == torch.float32
+    got = with_gradients(out, {"x": leaf, **dict(layer.named_parameters())})
     assert torch.equal(layout, expected_layout)
     assert torch.equal(penalty, layer.orthogonality_penalty())
-    assert torch.equal(got["out"], out)
-    for name, value in got.items():  # only v(X) is in bfloat16
-        if name not in zero_by_mathematics(layer):
-            assert relative_error(value, expected[name].double()) < RELATIVE_ERRORS["autocast"], name
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_compiled_layer_equals_the_eager_one(training: bool) -> None:
-    torch.compiler.reset()
-    layer = make_layer(dtype=torch.float32).train(training)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = feature_map(2, 4, 4, 6, dtype=torch.float32)
-
-    def results(function: Any) -> dict[str, Tensor]:
-        torch.manual_seed(4)
-        leaf = x.clone().requires_grad_()
-        return with_gradients(function(leaf), {"x": leaf, **dict(layer.named_parameters())})
-
-    assert_all_close(results(compiled), results(layer), TOLERANCES["float32"])
-
-
-WORKER = """
-import json, sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from attnorm import AttentiveNorm2d
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=120))
-given = torch.load(f"{folder}/given.pt", weights_only=True)
-layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2).double()
-layer.load_state_dict(given["state"])
-model = DistributedDataParallel(layer)
-half = slice(2 * rank, 2 * rank + 2)
-for step in range(2):  # an unused parameter would make the second forward raise
-    layer.zero_grad()
-    out = model(given["x"][half], generator=torch.Generator().manual_seed(2))
-    (out * given["projection"][half]).mean().backward()
-torch.save({name: p.grad for name, p in layer.named_parameters()}, f"{folder}/gradients{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
-    layer = make_layer(shared_sampling=True, temperature=0.1)  # shared: both processes draw the same positions
-    x, projection = feature_map(4, 4, 4, 4), feature_map(4, 4, 4, 4, offset=0.1)
-    torch.save({"state": layer.state_dict(), "x": x, "projection": projection}, tmp_path / "given.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
-
-    (layer(x, generator=seeded()) * projection).mean().backward()
-    for rank in range(2):
-        gradients = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
-        for name, parameter in layer.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation, forward or backward, returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-def largest_tensor(layer: AttentiveNorm2d, x: Tensor) -> int:
-    x = x.clone().requires_grad_()
-    with LargestTensor() as mode:
-        layer(x).sum().backward()
-    return mode.numel
-
-
-@pytest.mark.parametrize("moments", ["instance", "batch"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_fused_form_never_builds_the_n_fold_tensor(moments: str, training: bool) -> None:
-    x = feature_map(2, 64, 16, 16, dtype=torch.float32)
-    layers = {
-        impl: make_layer(64, 8, dtype=torch.float32, reduction=8, moments=moments, impl=impl).train(training)
-        for impl in (*IMPLS, "auto")
-    }
-    assert largest_tensor(layers["reference"], x) == 8 * x.numel()
-    assert largest_tensor(layers["fused"], x) < 2 * x.numel()
-    assert largest_tensor(layers["auto"], x) < 2 * x.numel()  # so that is the default
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
 
 
 # Names, messages, errors
@@ -826,6 +695,8 @@ def test_state_dict_names(switches: dict[str, Any], names: set[str]) -> None:
             torch.zeros(2, 4, 4, 4, dtype=torch.int64), r"got a tensor of torch.int64.*floating", id="integer"
         ),
         pytest.param([[0.0]], r"got list.*expected a floating feature map", id="list"),
+        pytest.param(torch.zeros(2, 4, 0, 3), r"without a pixel, \(2, 4, 0, 3\).*H and W at least 1", id="no-rows"),
+        pytest.param(torch.zeros(0, 4, 3, 0), r"without a pixel, \(0, 4, 3, 0\).*H and W at least 1", id="no-columns"),
     ],
 )
 def test_wrong_input_is_told_what_was_expected(x: Any, message: str) -> None:
@@ -892,46 +763,3 @@ def test_repr_names_the_switches_that_are_set() -> None:
         "moments='batch', orthogonality='raw', shared_sampling=True, clamp_t=True, impl='reference'"
     )
     assert "self_sampling=False" in repr(AttentiveNorm2d(8, self_sampling=False))
-
-
-# Looking inside
-
-
-def test_observe_layouts_returns_inputs_and_layouts_by_name() -> None:
-    first, second = make_layer(), make_layer(4, 5)
-    model = nn.Sequential(first, nn.ReLU(), nn.ModuleDict({"an": second})["an"]).eval()
-    x = feature_map(2, 4, 3, 3)
-    with observe_layouts(model) as seen:
-        out = model(x)
-    assert list(seen) == ["0", "2"]
-    middle = F.relu(first(x))
-    assert torch.equal(seen["0"].features, x)
-    assert torch.equal(seen["0"].layout, first.layout(x))
-    assert torch.equal(seen["2"].features, middle)
-    assert torch.equal(seen["2"].layout, second.layout(middle))
-    assert not seen["2"].layout.requires_grad and not seen["2"].features.requires_grad
-    assert torch.equal(out, model(x))
-
-
-def test_observe_layouts_keeps_the_last_pass_and_then_stops_looking() -> None:
-    layer = make_layer().eval()
-    x = feature_map(1, 4, 3, 3)
-    with observe_layouts(layer) as seen:
-        layer(x)
-        layer(2 * x)
-    layer(3 * x)
-    assert torch.equal(seen[""].features, 2 * x)
-    with pytest.raises(RuntimeError, match="inside"), observe_layouts(layer):
-        raise RuntimeError("inside")
-    assert not layer._forward_hooks
-
-
-def test_entropy_and_usage_of_a_layer_that_sorts_pixels() -> None:
-    layer = AttentiveNorm2d(2, 2, temperature=1.0).eval()
-    with torch.no_grad():
-        layer.entities.weight.copy_(1e3 * torch.eye(2)[:, :, None, None])
-    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).T.reshape(1, 2, 2, 2)
-    layout = layer.layout(x)
-    assert layout_entropy(layout).item() == 0
-    assert entity_usage(layout).tolist() == [0.75, 0.25]
-    assert layout_entropy(layer.layout(torch.zeros(1, 2, 2, 2))).item() == pytest.approx(1, abs=1e-6)

@@ -134,6 +134,11 @@ def test_wrong_input_is_told_what_was_expected(x: Tensor) -> None:
         SelfAttention2d(8)(x)
 
 
+def test_a_map_without_a_pixel_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"without a pixel, \(2, 8, 0, 3\); expected H and W at least 1"):
+        SelfAttention2d(8)(torch.zeros(2, 8, 0, 3))
+
+
 def test_no_features_is_an_error() -> None:
     with pytest.raises(ValueError, match="num_features is 0; expected at least 1"):
         SelfAttention2d(0)

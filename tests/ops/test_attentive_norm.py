@@ -208,6 +208,16 @@ def test_compiling_does_not_run_what_comes_before(impl: str) -> None:
     torch.testing.assert_close(norms[0], norms[1])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_images_give_no_images(impl: str, training: bool) -> None:
+    layer = make_layer(8, 4, impl).train(training)
+    x = torch.zeros(0, 8, 4, 4, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == (0, 8, 4, 4) and x.grad is not None and x.grad.shape == out.shape
+    assert layer.value is not None and layer.value.weight.grad is not None and not layer.value.weight.grad.any()
+
+
 def test_under_autocast_the_input_keeps_its_precision(impl: str) -> None:
     layer, exact = make_layer(8, 4, impl).eval(), make_layer(8, 4, "reference").double().eval()
     x = torch.randn(2, 8, 6, 6)

@@ -118,7 +118,7 @@ class AttentiveNorm2d(nn.Module):
         self._check(x)
         with no_autocast(x):
             x, filters, offset = self._logits(x, generator)  # Eq. 2 and 3
-            value, value_bias = (None, None) if self.value is None else _weights(self.value)
+            value, value_bias = (None, None) if self.value is None else self._weights("value", x)
             return attentive_norm(
                 x,
                 # Eq. 4: S = softmax(filters X + offset)
@@ -154,7 +154,7 @@ class AttentiveNorm2d(nn.Module):
         Both F and f are linear in X, beyond the sampled k(X)_i. M is N, or 1 where the batch shares its filters. First
         comes x itself, which is the one to go on with: see `sample`.
         """
-        entities, _ = _weights(self.entities)
+        entities, _ = self._weights("entities", x)
         dtype = at_least_float32(x, entities)
         entities = entities.to(dtype)
         filters, offset = entities[None], entities.new_zeros(1, self.num_entities)  # f(X) = W X, section 3.1
@@ -163,7 +163,7 @@ class AttentiveNorm2d(nn.Module):
             positions = draw_positions(x, self.num_entities, shared=self.shared_sampling, generator=generator)
             x, at_pixels = sample(x, positions)  # [N, C, K, 4]
             key, key_bias, query, query_bias = (
-                part.to(dtype) for conv in (self.key, self.query) for part in _weights(conv)
+                part.to(dtype) for name in ("key", "query") for part in self._weights(name, x)
             )
             corners = (key @ at_pixels.to(dtype).flatten(2) + key_bias[:, None]).unflatten(2, (-1, 4))
             keys = corners.amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
@@ -174,10 +174,31 @@ class AttentiveNorm2d(nn.Module):
             offset = t * (keys @ query_bias)
         return x, self.temperature * filters, self.temperature * offset  # Eq. 4's tau
 
+    def _weights(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [out, in] and bias [out] of a 1x1 convolution of the layer, as a call of it on `x` would have them.
+
+        The spectral_norm, weight_norm and pruning of torch.nn.utils renew the weight by a hook before each call, so
+        such hooks run here. What would change or see what the convolution returns is an error: it is never called.
+        """
+        convolution: nn.Conv2d = getattr(self, name)
+        is_changed = type(convolution).forward is not nn.Conv2d.forward or "forward" in vars(convolution)
+        for key, hook in convolution._forward_pre_hooks.items():
+            takes_keywords = key in convolution._forward_pre_hooks_with_kwargs
+            is_changed |= (hook(convolution, (x,), {}) if takes_keywords else hook(convolution, (x,))) is not None
+        hooks = (convolution._forward_hooks, convolution._backward_hooks, convolution._backward_pre_hooks)
+        if is_changed or any(hooks):
+            raise ValueError(
+                f"{name} is {type(convolution).__name__} with a forward of its own, or a hook on what goes in or comes "
+                "out; expected a plain nn.Conv2d, of which AN uses weight and bias and never calls: change the "
+                "weight instead (torch.nn.utils.parametrize), or put the hook on the AttentiveNorm2d"
+            )
+        weight, bias = convolution.weight.flatten(1), convolution.bias
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
+
     def orthogonality_penalty(self) -> Tensor:
         """Eq. 1 without its weight: ||W W^T - I||_F^2, a scalar; rows of length 1 unless orthogonality="raw"."""
-        with no_autocast(self.entities.weight):
-            rows = self.entities.weight.flatten(1)
+        with no_autocast(self.rho):
+            rows, _ = self._weights("entities", self.rho.new_empty(0, self.num_features, 1, 1))
             rows = rows if rows.dtype == torch.float64 else rows.float()
             if self.orthogonality == "cosine":
                 rows = F.normalize(rows, dim=1)
@@ -209,12 +230,8 @@ class AttentiveNorm2d(nn.Module):
             raise ValueError(f"got {x.shape[1]} channels, {tuple(x.shape)}; {expected}")
         if not x.is_floating_point():
             raise ValueError(f"got a tensor of {x.dtype}; {expected}")
-
-
-def _weights(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight [out, in] and bias [out] of a 1x1 convolution."""
-    weight, bias = convolution.weight.flatten(1), convolution.bias
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias
+        if x.shape[2] * x.shape[3] == 0:
+            raise ValueError(f"got a map without a pixel, {tuple(x.shape)}; {expected} with H and W at least 1")
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:

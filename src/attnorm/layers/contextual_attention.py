@@ -84,9 +84,9 @@ def _renumber(scores: Tensor, height: int, width: int) -> Tensor:
 
 
 def _check(x: Tensor, mask: Tensor) -> None:
-    is_map = x.ndim == 4 and x.is_floating_point() and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    is_map = x.ndim == 4 and x.is_floating_point() and all(side > 0 and side % 2 == 0 for side in x.shape[2:])
     if not is_map or mask.shape != (x.shape[0], 1, *x.shape[2:]):
         raise ValueError(
             f"got {x.dtype} {tuple(x.shape)} and a mask {tuple(mask.shape)}; "
-            "expected a floating feature map [N, C, H, W] with even H and W and a mask [N, 1, H, W]"
+            "expected a floating feature map [N, C, H, W] with even H and W, at least 2, and a mask [N, 1, H, W]"
         )

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class Observation(NamedTuple):
 def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
     """Collects what every AttentiveNorm2d inside `model` sees in the forward passes made in the block, by module name.
 
-    A later pass replaces an earlier one. Use it in evaluation mode: in training mode the layout is drawn anew.
+    A later pass replaces an earlier one. Use it in evaluation mode: in training mode the layout is drawn anew. In the
+    block what torch.compile has compiled runs as it was written: compiled code calls no layer.
 
         with observe_layouts(generator.eval()) as seen:
             generator(z, labels)
@@ -33,17 +36,17 @@ def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
     """
     seen: dict[str, Observation] = {}
 
-    def hook(name: str, layer: AttentiveNorm2d, inputs: tuple[Tensor, ...]) -> None:
+    def look(name: str, layer: AttentiveNorm2d, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        x = args[0] if args else kwargs["x"]
         with torch.no_grad():
-            seen[name] = Observation(inputs[0].detach(), layer.layout(inputs[0]))
+            seen[name] = Observation(x.detach(), layer.layout(x))
 
-    handles = [
-        layer.register_forward_hook(lambda layer, inputs, _, name=name: hook(name, layer, inputs))
-        for name, layer in model.named_modules()
-        if isinstance(layer, AttentiveNorm2d)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing is compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for path, layer in model.named_modules():
+            if isinstance(layer, AttentiveNorm2d):
+                name = ".".join(part for part in path.split(".") if part != "_orig_mod")  # torch.compile's addition
+                hook = layer.register_forward_hook(functools.partial(look, name), with_kwargs=True)
+                stack.callback(hook.remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

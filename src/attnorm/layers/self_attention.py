@@ -34,6 +34,8 @@ class SelfAttention2d(nn.Module):
             raise ValueError(
                 f"got {x.dtype} {tuple(x.shape)}; expected a floating feature map [N, {self.num_features}, H, W]"
             )
+        if x.shape[2] * x.shape[3] == 0:
+            raise ValueError(f"got a map without a pixel, {tuple(x.shape)}; expected H and W at least 1")
         query = self.query(x).flatten(2).transpose(1, 2)  # [N, P, C/8]
         key, value = (
             F.max_pool2d(map, 2, ceil_mode=True).flatten(2).transpose(1, 2) for map in (self.key(x), self.value(x))

@@ -60,7 +60,7 @@ def is_transformed() -> bool:
 
     Kernels see neither the batch nor the tangent: what goes into them would come out without it, in silence.
     """
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _say_once(message: str) -> None:

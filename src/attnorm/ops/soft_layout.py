@@ -65,9 +65,10 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, at_pixels: Tensor) -> tuple[Tensor, None]:
         (pixels,) = ctx.saved_tensors
         index = pixels[:, None].expand(-1, grad.shape[1], -1)
-        flat, added = grad.flatten(2), at_pixels.flatten(2)
-        # In place unless it is to be differentiated, or batched, in its turn. Nobody else has this gradient: it is the
-        # sum of what the layer's own operations on `same` gave, and `same` is theirs alone.
+        # Of is_grads_batched, which hides from is_transformed in here, flatten has no rule and reshape has.
+        flat, added = (part.reshape(*part.shape[:2], part.shape[2:].numel()) for part in (grad, at_pixels))
+        # In place unless it is to be differentiated in its turn. Nobody else has this gradient: it is the sum of what
+        # the layer's own operations on `same` gave, and `same` is theirs alone.
         is_ours = not (torch.is_grad_enabled() or is_transformed())
         total = flat.scatter_add_(2, index, added) if is_ours else flat.scatter_add(2, index, added)
         return total.view_as(grad), None

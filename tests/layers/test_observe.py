@@ -1,0 +1,65 @@
+"""observe_layouts: what it returns, of networks compiled or not, called by position or by keyword."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnorm import AttentiveNorm2d, observe_layouts
+
+
+def make_layer(num_entities: int = 3) -> AttentiveNorm2d:
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(4, num_entities, temperature=0.5).eval()
+    nn.init.constant_(layer.rho, 0.7)
+    return layer
+
+
+def feature_map() -> Tensor:
+    return torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_inputs_and_layouts_are_returned_by_name() -> None:
+    first, second = make_layer(), make_layer(5)
+    model = nn.Sequential(first, nn.ReLU(), nn.ModuleDict({"an": second})["an"])
+    x = feature_map()
+    with observe_layouts(model) as seen:
+        out = model(x)
+    assert list(seen) == ["0", "2"]
+    middle = F.relu(first(x))
+    assert torch.equal(seen["0"].features, x)
+    torch.testing.assert_close(seen["0"].layout, torch.softmax(0.5 * first.entities(x), 1))
+    assert torch.equal(seen["2"].features, middle)
+    torch.testing.assert_close(seen["2"].layout, torch.softmax(0.5 * second.entities(middle), 1))
+    assert not seen["2"].layout.requires_grad and not seen["2"].features.requires_grad
+    assert torch.equal(out, model(x))
+
+
+def test_the_last_pass_is_kept_and_after_the_block_nothing_is_seen() -> None:
+    layer = make_layer()
+    x = feature_map()
+    with observe_layouts(layer) as seen:
+        layer(x)
+        layer(x=2 * x)
+    layer(3 * x)
+    assert torch.equal(seen[""].features, 2 * x)
+    with pytest.raises(RuntimeError, match="inside"), observe_layouts(layer):
+        raise RuntimeError("inside")
+    assert not layer._forward_hooks
+
+
+def test_a_network_that_was_compiled_is_seen_under_its_own_names() -> None:
+    torch.compiler.reset()
+    x = feature_map()
+    in_place, inner = nn.Sequential(make_layer()), nn.Sequential(nn.Identity(), make_layer())
+    in_place.compile(backend="eager")
+    inner[1] = torch.compile(inner[1], backend="eager")
+    whole = torch.compile(nn.Sequential(make_layer()), backend="eager")
+    for model, name in ((in_place, "0"), (inner, "1"), (whole, "0")):
+        model(x)  # compiled here, before anybody looks
+        with observe_layouts(model) as seen:
+            model(x)
+        assert list(seen) == [name]
+        torch.testing.assert_close(seen[name].layout, make_layer().layout(x))

@@ -1,0 +1,311 @@
+"""AttentiveNorm2d inside torch's machinery: hooks on its convolutions, torch.func, forward-mode, processes, memory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.utils.prune as prune
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnorm import AttentiveNorm2d
+from attnorm.ops.attentive_norm import unsupported_reason
+
+# Torch's own, when forward mode first loads what it needs.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
+
+CONVOLUTIONS = ("entities", "key", "query", "value")
+native_only = pytest.mark.skipif(
+    bool(reason := unsupported_reason("native", torch.device("cpu"), torch.float32, 4, 3, False)), reason=str(reason)
+)
+
+
+def make_layer(channels: int = 4, entities: int = 3, **switches: Any) -> AttentiveNorm2d:
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(channels, entities, **{"temperature": 0.5, "reduction": 2, **switches})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        layer.rho.fill_(0.7)
+    return layer
+
+
+def feature_map(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Hooks on the convolutions inside
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "spectral-norm": nn.utils.spectral_norm,
+    "weight-norm": nn.utils.weight_norm,
+    "pruning": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "parametrized": nn.utils.parametrizations.spectral_norm,
+}
+
+
+def hooked(kind: str, impl: str) -> AttentiveNorm2d:
+    layer = make_layer(impl=impl)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm's, of its own retirement
+        for name in CONVOLUTIONS:
+            HOOKS[kind](getattr(layer, name))
+    with torch.no_grad():  # so that the weight of the last call is not that of the next
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("weight_orig", "weight_g", "original")):
+                parameter.mul_(3)
+    return layer
+
+
+@pytest.mark.parametrize("impl", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_renews_a_weight_before_each_call_does_so_in_the_layer(kind: str, impl: str) -> None:
+    """The layer equals one whose weights are those that calls of the convolutions leave, and all that is under them
+    is trained."""
+    layer, same = hooked(kind, impl), hooked(kind, impl)
+    x = feature_map(2, 4, 6, 6)
+    weights = {}
+    for name in CONVOLUTIONS:
+        convolution = getattr(same, name)
+        convolution(x)
+        if kind == "parametrized":  # a call renews the weight by one more step of the power iteration than a look
+            nn.utils.parametrize.remove_parametrizations(convolution.eval(), "weight")
+        weights[name] = convolution.weight.detach()
+    plain = make_layer(impl="reference")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            getattr(plain, name).weight.copy_(weight)
+    out = layer(x, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(out, plain(x, generator=torch.Generator().manual_seed(2)), rtol=1e-4, atol=1e-4)
+    (out * feature_map(2, 4, 6, 6, seed=3)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        if name not in ("value.bias", "value.weight_g"):  # zero by mathematics: v(x) is normalized, channel by channel
+            assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4, name
+
+
+def test_the_penalty_is_of_the_weights_as_they_are_used() -> None:
+    layer = make_layer()
+    prune.l1_unstructured(layer.entities, "weight", 0.5)
+    with torch.no_grad():
+        layer.entities.weight_orig[:] = 1
+    rows = nn.functional.normalize(layer.entities.weight_mask.flatten(1), dim=1)
+    expected = (rows @ rows.T - torch.eye(3)).square().sum()
+    torch.testing.assert_close(layer.orthogonality_penalty(), expected)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.value.register_forward_hook(lambda module, inputs, out: 2 * out),
+        lambda layer: layer.query.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+        lambda layer: layer.key.register_full_backward_hook(lambda module, grads, out: None),
+        lambda layer: setattr(layer, "value", Doubled(4, 4, 1)),
+    ],
+    ids=["output", "input", "gradient", "subclass"],
+)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_what_the_layer_cannot_honour_is_refused(impl: str, change: Callable[[AttentiveNorm2d], Any]) -> None:
+    layer = make_layer(impl=impl)
+    change(layer)
+    with pytest.raises(ValueError, match=r"(value|query|key) is \w+ with .* hook .*; expected a plain nn.Conv2d"):
+        layer(feature_map(2, 4, 6, 6))
+
+
+# torch.func, batched gradients, forward mode
+
+
+def by(function: Callable[[AttentiveNorm2d], Tensor], **switches: Any) -> tuple[Tensor, Tensor]:
+    """Of the layer as it is by default, and of the plain form in float64."""
+    layer = make_layer().eval()
+    exact = copy.deepcopy(layer).double()
+    exact.impl = "reference"
+    return function(layer), function(exact)
+
+
+def typed(layer: AttentiveNorm2d, *shape: int, seed: int = 1) -> Tensor:
+    return feature_map(*shape, seed=seed).to(layer.rho.dtype)
+
+
+def directional(layer: AttentiveNorm2d) -> Tensor:
+    x, v = typed(layer, 2, 4, 4, 5), typed(layer, 2, 4, 4, 5, seed=2)
+    return jvp(layer, (x,), (v,))[1]
+
+
+def dual(layer: AttentiveNorm2d) -> Tensor:
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(typed(layer, 2, 4, 4, 5), typed(layer, 2, 4, 4, 5, seed=2))
+        return forward_ad.unpack_dual(layer(x)).tangent
+
+
+def forward_over_reverse(layer: AttentiveNorm2d) -> Tensor:
+    """The gradient is linear in what comes from above: its tangent there is the gradient for that tangent."""
+    x = typed(layer, 2, 4, 4, 5).requires_grad_()
+    out = layer(x)
+    with forward_ad.dual_level():
+        above = forward_ad.make_dual(torch.ones_like(out), typed(layer, 2, 4, 4, 5, seed=2))
+        return forward_ad.unpack_dual(torch.autograd.grad(out, x, above)[0]).tangent
+
+
+def per_sample(layer: AttentiveNorm2d) -> Tensor:
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (image[None],)).pow(3).sum()
+
+    found = vmap(grad(loss), (None, 0))(parameters, typed(layer, 3, 4, 4, 5))
+    return torch.cat([part.flatten() for part in found.values()])
+
+
+def batched(layer: AttentiveNorm2d) -> Tensor:
+    x = typed(layer, 2, 4, 4, 5).requires_grad_()
+    several = typed(layer, 3, 2, 4, 4, 5, seed=2)
+    return torch.autograd.grad(layer(x), x, several, is_grads_batched=True)[0]
+
+
+TRANSFORMS: dict[str, Callable[[AttentiveNorm2d], Tensor]] = {
+    "jvp": directional,
+    "dual-numbers": dual,
+    "forward-over-reverse": forward_over_reverse,
+    "jacfwd": lambda layer: jacfwd(layer)(typed(layer, 1, 4, 1, 2)),
+    "jacrev": lambda layer: jacrev(layer)(typed(layer, 1, 4, 1, 2)),
+    "hessian": lambda layer: jacfwd(jacrev(lambda x: layer(x).pow(3).sum()))(typed(layer, 1, 4, 1, 2)),
+    "vmap": lambda layer: vmap(layer)(typed(layer, 3, 2, 4, 4, 5)),
+    "vmap-channels-last": lambda layer: vmap(layer)(typed(layer, 3, 2, 4, 5, 4).permute(0, 1, 4, 2, 3)),
+    "per-sample-gradients": per_sample,
+    "batched-gradients": batched,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transformation_of_the_default_layer_is_that_of_the_plain_form(name: str) -> None:
+    got, expected = by(TRANSFORMS[name])
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_transformations_of_a_layer_in_training_see_the_sampled_pixels() -> None:
+    x, v = feature_map(2, 4, 4, 5), feature_map(2, 4, 4, 5, seed=2)
+    layer = make_layer()
+
+    def function(x: Tensor) -> Tensor:
+        return layer(x, generator=torch.Generator().manual_seed(3))
+
+    (gradient,) = torch.autograd.grad(function(x.requires_grad_()), x, v)
+    x = x.detach()
+    tangent = jvp(function, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close((tangent * v).sum(), gradient.sum(), rtol=1e-3, atol=1e-3)  # <J 1, v> = <1, J^T v>
+    several = torch.stack([v, 2 * v])
+    (rows,) = torch.autograd.grad(function(x.requires_grad_()), x, several, is_grads_batched=True)
+    torch.testing.assert_close(rows, torch.stack([gradient, 2 * gradient]), rtol=1e-4, atol=1e-4)
+
+
+@native_only
+@pytest.mark.parametrize("name", ["jvp", "jacrev", "vmap", "dual-numbers"])
+def test_an_implementation_asked_for_by_name_refuses_what_it_would_get_wrong(name: str) -> None:
+    with pytest.raises(ValueError, match=r"impl='native' cannot run: torch.func and forward-mode.*use impl='auto'"):
+        TRANSFORMS[name](make_layer(impl="native").eval())
+
+
+def test_transformations_compile_in_one_graph() -> None:
+    torch.compiler.reset()
+    layer, x, v = make_layer().eval(), feature_map(2, 4, 4, 5), feature_map(2, 4, 4, 5, seed=2)
+    jvp(layer, (x,), (v,))  # torch loads what forward mode needs
+    for function in (lambda x: jvp(layer, (x,), (v,))[1], lambda x: vmap(lambda image: layer(image[None]))(x)):
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), function(x))
+
+
+# Many processes, memory
+
+WORKER = """
+import json, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from attnorm import AttentiveNorm2d
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=120))
+given = torch.load(f"{folder}/given.pt", weights_only=True)
+layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2).double()
+layer.load_state_dict(given["state"])
+model = DistributedDataParallel(layer)
+half = slice(2 * rank, 2 * rank + 2)
+for step in range(2):  # an unused parameter would make the second forward raise
+    layer.zero_grad()
+    out = model(given["x"][half], generator=torch.Generator().manual_seed(2))
+    (out * given["projection"][half]).mean().backward()
+torch.save({name: p.grad for name, p in layer.named_parameters()}, f"{folder}/gradients{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
+    layer = make_layer(shared_sampling=True, temperature=0.1).double()  # shared: both processes draw the same positions
+    x, projection = (feature_map(4, 4, 4, 4, seed=seed).double() for seed in (1, 4))
+    torch.save({"state": layer.state_dict(), "x": x, "projection": projection}, tmp_path / "given.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+
+    (layer(x, generator=torch.Generator().manual_seed(2)) * projection).mean().backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation, forward or backward, returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def largest_tensor(layer: AttentiveNorm2d, x: Tensor) -> int:
+    x = x.clone().requires_grad_()
+    with LargestTensor() as mode:
+        layer(x).sum().backward()
+    return mode.numel
+
+
+@pytest.mark.parametrize("moments", ["instance", "batch"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_fused_form_never_builds_the_n_fold_tensor(moments: str, training: bool) -> None:
+    x = feature_map(2, 64, 16, 16)
+    layers = {
+        impl: make_layer(64, 8, reduction=8, moments=moments, impl=impl).train(training)
+        for impl in ("reference", "fused", "auto")
+    }
+    assert largest_tensor(layers["reference"], x) == 8 * x.numel()
+    assert largest_tensor(layers["fused"], x) < 2 * x.numel()
+    assert largest_tensor(layers["auto"], x) < 2 * x.numel()  # so that is the default
