@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from attnorm.bench import pixels_figure
+from attnorm.benchmark.report import pixels_figure
 from attnorm.checkpoint import RunDirectory, write_atomically, write_json
 from attnorm.evaluation.paper_tables import FIGURE_7_CLASSES, FIGURE_8_CLASSES, NUM_IMAGENET_CLASSES
 from attnorm.evaluation.report import NOT_RUN, Report, Section, Table, to_dict

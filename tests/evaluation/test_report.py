@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnorm.bench import PAPER_TABLE_5
+from attnorm.benchmark.cases import PAPER_TABLE_5
 from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_2, TABLE_4

@@ -15,7 +15,11 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from attnorm import bench, cli
+from attnorm import cli
+from attnorm.benchmark import report as bench_report
+from attnorm.benchmark import run as bench_run
+from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
+from attnorm.benchmark.report import BenchReport
 from attnorm.checkpoint import RunDirectory, alone_in, read_lines
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
@@ -568,27 +572,27 @@ def test_table_5_is_the_benchmark_once(
 ) -> None:
     called = []
     environment = {"device_name": "cpu", "dtype": "float32", "device": "cpu", "seconds_a_cell": 0.02}
-    cases_of_smoke = tuple(case for case in bench.CASES if case.name in ("smoke", "table5-128"))
-    report = bench.BenchReport(environment=environment, cases=cases_of_smoke, cells=())
+    cases_of_smoke = tuple(case for case in CASES if case.name in ("smoke", "table5-128"))
+    report = BenchReport(environment=environment, cases=cases_of_smoke, cells=())
 
-    def run(**settings: Any) -> bench.BenchReport:
-        called.append({name: value for name, value in settings.items() if name != "console"})
+    def run(**settings: Any) -> BenchReport:
+        called.append({name: value for name, value in settings.items() if name != "progress"})
         return report
 
-    def write(report: bench.BenchReport, out: Path) -> list[Path]:
+    def write(report: BenchReport, out: Path) -> list[Path]:
         out.mkdir(parents=True)
         (out / "bench.json").write_text("{}")
         return []
 
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "write_report", write)
-    monkeypatch.setattr(bench, "read_report", lambda path: report)
+    monkeypatch.setattr(bench_run, "run", run)
+    monkeypatch.setattr(bench_report, "write_report", write)
+    monkeypatch.setattr(bench_report, "read_report", lambda path: report)
     plan = make_plan("table5", "smoke", tmp_path / "out", device="cpu")
     cases, cells, seconds = reproduce.describe_table5(plan)
-    assert cases == "smoke, table5-128" and cells == 2 * 2 * len(bench.SUBJECTS)
+    assert cases == "smoke, table5-128" and cells == 2 * 2 * len(IMPLEMENTATIONS)
     assert seconds == pytest.approx(cells * 0.02)
     for _ in range(2):
-        reproduce.time_layers(plan, console=quiet())
+        reproduce.time_layers(plan, progress=lambda *_: None)
     assert called == [{"cases": "smoke,table5-128", "device": "cpu", "seconds": 0.02}]
     require_own(plan, None)
     with pytest.raises(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attnorm import AttentiveNorm2d
-from attnorm.bench import peak_bytes
+from attnorm.benchmark.timing import peak_bytes
 from attnorm.ops import attentive_norm as operator
 
 IMPLEMENTATIONS = ("native", "triton")

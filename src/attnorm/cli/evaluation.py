@@ -16,6 +16,7 @@ from attnorm.cli.terminal import (
     Overwrite,
     Seed,
     console,
+    one_bar,
     one_bar_each,
     progress_bar,
     read_images,
@@ -356,7 +357,7 @@ def bench(
     part: Annotated[Literal["layer"], tyro.conf.Positional, tyro.conf.arg(metavar="PART")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     cases: Names = "",
-    subjects: Names = "",
+    implementations: Names = "",
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     tf32: Overwrite = False,
@@ -371,38 +372,41 @@ def bench(
         part: What is timed: layer (there is nothing else yet).
         out: Where bench.json, bench.md and time-against-pixels.png go.
         cases: Input sizes by name or group ("table5"), comma between; what this device can bear unless named.
-        subjects: Of copy, instance_norm, conv1x1+instance_norm, self_attention, an-IMPLEMENTATION ("an": all of them).
+        implementations: Of copy, instance_norm, group_norm, region_norm, conv+instance_norm, linear_attention,
+            self_attention, an-reference, an-fused, an-inductor, an-native, an-triton ("an": all of these).
         device: auto, cpu or cuda.
         dtype: Of the input; the weights stay in float32, under autocast.
         tf32: Let CUDA round the factors of float32 products.
-        seconds: To spend on each subject, case and mode, after a warm-up.
+        seconds: To spend on each implementation, case and mode, after a warm-up.
         threads: For torch on the CPU; 0 leaves them as they are.
         retain_memory: Keep freed pages in the process (glibc, CPU), rather than pay for fresh ones at every step.
         overwrite: Write into a folder that is not empty.
     """
     from rich.table import Table
 
-    from attnorm import bench as benchmark
+    from attnorm.benchmark import report as reports
+    from attnorm.benchmark.run import run
 
     require_free(out, overwrite)
-    report = benchmark.run(
-        cases=cases,
-        subjects=subjects,
-        device=device,
-        dtype=dtype,
-        tf32=tf32,
-        seconds=seconds,
-        threads=threads,
-        retain=retain_memory,
-        console=console,
-    )
+    with progress_bar() as progress:
+        report = run(
+            cases=cases,
+            implementations=implementations,
+            device=device,
+            dtype=dtype,
+            tf32=tf32,
+            seconds=seconds,
+            threads=threads,
+            retain=retain_memory,
+            progress=one_bar(progress, "timing"),
+        )
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    for title, header, rows in benchmark.tables(report):
+    for title, header, rows in reports.tables(report):
         table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
         screen.print(table, "")
-    for disturbance in benchmark.disturbances(report):
+    for disturbance in reports.disturbances(report):
         console.print(disturbance, style="yellow")
-    for path in benchmark.write_report(report, out):
+    for path in reports.write_report(report, out):
         print(path)

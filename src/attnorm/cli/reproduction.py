@@ -14,6 +14,7 @@ from rich.table import Table
 from attnorm.cli.terminal import (
     Names,
     console,
+    one_bar,
     one_bar_each,
     progress_bar,
     read_images,
@@ -187,7 +188,8 @@ def _make_table5(plan: Plan, dry_run: bool) -> None:
     left = f"at least {reproduction.in_words(seconds)}; checking every result and warming up come on top of it"
     print("measured already" if is_there else left)
     if not dry_run:
-        reproduction.time_layers(plan, console=console)
+        with progress_bar() as progress:
+            reproduction.time_layers(plan, progress=one_bar(progress, "timing"))
         _finish(plan, reproduction.Result())
 
 

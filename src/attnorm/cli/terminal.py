@@ -77,6 +77,12 @@ def progress_bar() -> Progress:
     return Progress(console=console, transient=True) if console.is_terminal else _Lines()
 
 
+def one_bar(progress: Progress, what: str) -> Callable[[int, int, str], None]:
+    """A bar over all that is done, whose text says what is being done."""
+    bar = progress.add_task(what)
+    return lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+
+
 def one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
     """A bar for what is being done, with the time that is left of this."""
     bars: dict[str, TaskID] = {}

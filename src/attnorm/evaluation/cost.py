@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from attnorm import __version__
-from attnorm.bench import peak_bytes
+from attnorm.benchmark.timing import peak_bytes
 from attnorm.checkpoint import find_device, write_atomically, write_json
 from attnorm.config import ConfigError
 from attnorm.data.masks import centre_mask

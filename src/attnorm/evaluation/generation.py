@@ -14,11 +14,10 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.system.provenance import commit
 
 _log = logging.getLogger(__name__)
 
@@ -225,23 +225,6 @@ def _run_of(checkpoint: Path) -> RunDirectory | None:
     return run if folder.name == "checkpoints" and run.exists() else None
 
 
-@cache  # what is measured later in this process was imported before
-def _commit() -> str:
-    """The commit of the checkout that this package is run from, "-dirty" where its code was changed; or nothing."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return ""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "src") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 # The measurement
 
 
@@ -336,7 +319,7 @@ class _Evaluation:
     def run(self, file: Path) -> list[dict[str, Any]]:
         """Measures what is not in the file; every line that was asked for, in the order of METRICS."""
         self.check()
-        _commit()  # before anything takes long
+        commit()  # before anything takes long
         rows = {metric: self.plan(metric) for metric in self.metrics}
         old = {_identity(row): row for row in read_lines(file)} if self.team.rank == 0 and not self.overwrite else {}
 
@@ -559,7 +542,7 @@ class _Evaluation:
             "training_seconds": self.header.seconds,
             "context": self.model.context,
             "width": self.model.width,
-            "commit": _commit(),
+            "commit": commit(),
             "attnorm": __version__,
             "torch": torch.__version__,
             "device": device_name(self.sampler.device),
@@ -720,7 +703,7 @@ class _Evaluation:
         """Of all that decides its distance, and of what its line will say of how it came about."""
         reals = self.real_features().key("pooled", self.of_class(label))
         values = [reals, label, self.sha256, self.ema, self.fakes_per_class, self.seed]
-        values += [__version__, _commit(), torch.__version__, device_name(self.sampler.device)]
+        values += [__version__, commit(), torch.__version__, device_name(self.sampler.device)]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def layouts(self) -> Values:

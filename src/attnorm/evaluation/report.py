@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnorm import __version__
-from attnorm.bench import ATTENTION, PAPER_TABLE_5, BenchReport, Cell, read_report
+from attnorm.benchmark.cases import ATTENTION, PAPER_TABLE_5
+from attnorm.benchmark.report import BenchReport, Cell, read_report
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError
 from attnorm.evaluation.inpainting import DIGITS as INPAINTING_DIGITS
@@ -662,27 +663,27 @@ def _section_5(benches: Mapping[str, BenchReport]) -> Section:
 
 def _table_5(name: str, report: BenchReport | None) -> Table:
     sizes = list(PAPER_TABLE_5["AN"])
-    subjects = report.subjects() if report else []
+    names = report.implementations() if report else []
     of_row = {
-        "AN": [subject for subject in subjects if subject.startswith("an-")],
-        "Self-attention": [subject for subject in subjects if subject == ATTENTION],
+        "AN": [name for name in names if name.startswith("an-")],
+        "Self-attention": [name for name in names if name == ATTENTION],
     }
     rows, reasons = [], []
     for label, printed in PAPER_TABLE_5.items():
         rows.append((label, "paper", *("-" if printed[size] is None else f"{printed[size]:.2f}" for size in sizes)))
-        for subject in of_row[label]:
+        for implementation in of_row[label]:
             assert report is not None
             cells = []
             for size in sizes:
-                cell = _cell_5(report, subject, size)
+                cell = _cell_5(report, implementation, size)
                 if cell is None:
                     cells.append(NOT_RUN)
                 elif cell.median_ms is None:
                     cells.append(cell.status)
-                    reasons.append(f"{subject} at {size} x {size}: {cell.status}: {cell.reason}")
+                    reasons.append(f"{implementation} at {size} x {size}: {cell.status}: {cell.reason}")
                 else:
                     cells.append(f"{cell.median_ms:,.0f}" if cell.median_ms >= 100 else f"{cell.median_ms:.3g}")
-            rows.append((label, subject, *cells))
+            rows.append((label, implementation, *cells))
         if not of_row[label]:
             rows.append((label, "here", *(NOT_RUN for _ in sizes)))
     header = ("Module", "implementation", *(f"{size} x {size}" for size in sizes))
@@ -696,7 +697,7 @@ def _table_5(name: str, report: BenchReport | None) -> Table:
     return Table(title, header, tuple(rows), tuple(reasons))
 
 
-def _cell_5(report: BenchReport, subject: str, size: int) -> Cell | None:
+def _cell_5(report: BenchReport, implementation: str, size: int) -> Cell | None:
     """Of the case that has Table 5's shape, whatever it is called."""
     names = [case.name for case in report.cases if case.shape == (1, 32, size, size)]
-    return next((cell for name in names if (cell := report.find(name, subject, "forward")) is not None), None)
+    return next((cell for name in names if (cell := report.find(name, implementation, "forward")) is not None), None)

@@ -24,8 +24,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 
-from attnorm import bench
 from attnorm import config as configuration
+from attnorm.benchmark import report as bench_report
+from attnorm.benchmark import run as bench_run
+from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
 from attnorm.checkpoint import (
     RunDirectory,
     find_checkpoint,
@@ -263,7 +265,7 @@ def _require_own_bench(plan: Plan) -> None:
     file = plan.out / "bench.json"
     if not file.is_file():
         return
-    report = bench.read_report(file)
+    report = bench_report.read_report(file)
     names, seconds = ", ".join(case.name for case in report.cases), report.environment["seconds_a_cell"]
     there = f"{names}, {seconds:g} s each, on {torch.device(report.environment['device']).type}"
     wanted = f"{describe_table5(plan)[0]}, {plan.scale.seconds:g} s each, on {find_device(plan.device).type}"
@@ -674,17 +676,17 @@ def _has_scores(file: Path, runs: Sequence[Path], manifest_sha256: str) -> bool:
 def describe_table5(plan: Plan) -> tuple[str, int, float]:
     """Names of the input sizes, how many measurements they take, and the seconds that these will have at least."""
     groups = plan.scale.cases.split(",")
-    names = [case.name for case in bench.CASES]
+    names = [case.name for case in CASES]
     cases = [name for name in names if any(name == group or name.startswith(f"{group}-") for group in groups)]
-    cells = len(cases) * len(bench.SUBJECTS) * len(bench.MODES)
+    cells = len(cases) * len(IMPLEMENTATIONS) * len(MODES)
     return ", ".join(cases), cells, cells * plan.scale.seconds
 
 
-def time_layers(plan: Plan, *, console: Console) -> list[Path]:
+def time_layers(plan: Plan, *, progress: bench_run.Progress) -> list[Path]:
     """Table 5: bench.json, bench.md and its picture in `plan.out`, where they are not there yet."""
     if (plan.out / "bench.json").is_file():
-        bench.read_report(plan.out / "bench.json")
+        bench_report.read_report(plan.out / "bench.json")
         return []
     scale = plan.scale
-    report = bench.run(cases=scale.cases, device=plan.device, seconds=scale.seconds, console=console)
-    return bench.write_report(report, plan.out)
+    report = bench_run.run(cases=scale.cases, device=plan.device, seconds=scale.seconds, progress=progress)
+    return bench_report.write_report(report, plan.out)

@@ -20,14 +20,31 @@ from PIL import Image
 from torch import Tensor, nn
 
 import attnorm.ops.attentive_norm as operation
-from attnorm import bench, cli
-from attnorm.bench import Case, Cell
+from attnorm import cli
+from attnorm.benchmark import cases, checks, timing
+from attnorm.benchmark import report as reports
+from attnorm.benchmark import run as bench_run
+from attnorm.benchmark.cases import (
+    CASES,
+    CONV_INSTANCE_NORM,
+    IMPLEMENTATIONS,
+    MODES,
+    NUM_ENTITIES,
+    PAPER_TABLE_5,
+    USUAL,
+    Case,
+    Implementation,
+    Mode,
+    find_named,
+)
+from attnorm.benchmark.report import BenchReport, Cell
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.system.provenance import commit
 
-SUBJECTS = {subject.name: subject for subject in bench.SUBJECTS}
-FUSED = SUBJECTS["an-fused"]
+BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+FUSED = BY_NAME["an-fused"]
 ENVIRONMENT: dict[str, Any] = {
     "device_name": "an abacus",
     "threads": 1,
@@ -35,6 +52,9 @@ ENVIRONMENT: dict[str, Any] = {
     "precision": "float32",
     "tolerances": (1e-5, 1e-4),
     "attnorm": "0",
+    "commit": "0123456789",
+    "date": "2026-01-01T00:00:00+00:00",
+    "load_averages": [0.5, 0.25],
     "torch": "2",
     "triton": None,
     "python": "3",
@@ -60,57 +80,101 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operation, "unsupported_reason", without)
 
 
-def measured(case: str, subject: str, mode: bench.Mode, median: float, **values: Any) -> Cell:
+@pytest.fixture(autouse=True)
+def _known_roofline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring it takes seconds: once is enough."""
+    if request.function is not test_the_command_writes_all_of_it:
+        monkeypatch.setattr(bench_run, "measure_roofline", lambda *_: dict(ENVIRONMENT["roofline"]))
+
+
+def measured(case: str, implementation: str, mode: Mode, median: float, **values: Any) -> Cell:
     between = {"p20_ms": 0.5 * median, "p80_ms": 3 * median, "repeats": 5, "peak_bytes": 4096, "beyond_bytes": 2048}
-    return Cell(case=case, subject=subject, mode=mode, status="measured", median_ms=median, **between | values)
+    return Cell(case, implementation, mode, "measured", median_ms=median, **between | values)
 
 
-def report_of(times: dict[str, Callable[[int], float]]) -> bench.BenchReport:
+def report_of(times: dict[str, Callable[[int], float]]) -> BenchReport:
     """Table 5's sizes with invented times, of P pixels."""
-    cases = tuple(case for case in bench.CASES if case.name.startswith("table5-") or case.name == "gan-16")
+    cases = tuple(case for case in CASES if case.name.startswith("table5-") or case.name == "gan-16")
     cells = [
         measured(case.name, name, mode, time(case.shape[2] * case.shape[3]))
-        for case, mode, (name, time) in itertools.product(cases, bench.MODES, times.items())
+        for case, mode, (name, time) in itertools.product(cases, MODES, times.items())
     ]
-    return bench.BenchReport(environment=ENVIRONMENT, cases=cases, cells=bench.with_ratios(cells))
+    return BenchReport(environment=ENVIRONMENT, cases=cases, cells=reports.with_ratios(cells))
 
 
 # The gate
 
 
-@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("subject", bench.SUBJECTS, ids=lambda subject: subject.name)
-def test_every_subject_is_right_on_every_case(
-    case: Case, subject: bench.Subject, monkeypatch: pytest.MonkeyPatch
+def by_name(implementation: Implementation) -> str:
+    return implementation.name
+
+
+NOT_COMPILED = [implementation for implementation in IMPLEMENTATIONS if not implementation.is_compiled]
+
+
+@pytest.mark.parametrize("case", ["smoke", "table5-128", "small", "gan-16", "wide"])  # each number of channels
+@pytest.mark.parametrize("implementation", NOT_COMPILED, ids=by_name)
+def test_every_implementation_is_right_on_every_case(
+    case: str, implementation: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a small crop of the case's own batch and channels."""
-    monkeypatch.setitem(bench.LARGEST_CHECKED_BYTES, "cpu", 8 * 2**20)
+    (shape,) = (known.shape for known in CASES if known.name == case)
+    monkeypatch.setitem(checks.LARGEST_CHECKED_BYTES, "cpu", 8 * 2**20)
     try:
-        found = bench.check(subject, case.shape)
-    except ValueError as error:  # an implementation for another device says so, and is no subject here
+        found = checks.check(implementation, shape)
+    except ValueError as error:  # one for another device says so
         assert "cannot run" in str(error)
         return
     assert found.complaint("float32") == ""
-    assert found.shape[:2] == case.shape[:2]
-    assert (found.output > 0) == (subject.name != "copy")
+    assert found.shape[:2] == shape[:2]
+    assert (found.output > 0) == (implementation.name != "copy")
 
 
-@pytest.mark.parametrize("subject", bench.SUBJECTS, ids=lambda subject: subject.name)
-def test_low_precision_is_within_its_own_tolerance_and_not_within_float32s(subject: bench.Subject) -> None:
+def test_the_plain_form_is_one_graph_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor but not compiled, which takes half a minute and is checked at every run of the benchmark.
+    A break in the graph would be an error.
+    """
+    monkeypatch.setattr(cases, "unsupported_reason", lambda: "")
+    original = nn.Module.compile
+
+    def traced(self: nn.Module, **settings: Any) -> None:
+        assert settings.pop("options")["fallback_random"] and settings == {"fullgraph": True, "dynamic": False}
+        original(self, **settings, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    report = bench_run.run(cases="smoke", implementations="copy,an-inductor", device="cpu", seconds=1e-3)
+    for mode in MODES:
+        cell = report.find("smoke", "an-inductor", mode)
+        assert cell is not None and cell.status == "measured" and (cell.output_error or 1) < 1e-5
+        assert cell.compile_seconds
+        copied = report.find("smoke", "copy", mode)
+        assert copied is not None and copied.compile_seconds is None
+
+
+def test_without_a_compiler_inductor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    report = bench_run.run(cases="smoke", implementations="an-inductor", device="cpu", seconds=1e-3)
+    assert [cell.status for cell in report.cells] == ["missing", "missing"]
+    assert re.search(r"an-inductor cannot run: No working C\+\+ compiler.*/nowhere/g\+\+.*CXX", report.cells[0].reason)
+
+
+@pytest.mark.parametrize("implementation", NOT_COMPILED, ids=by_name)
+def test_low_precision_is_within_its_own_tolerance_and_not_within_float32s(implementation: Implementation) -> None:
     try:
-        found = bench.check(subject, (2, 16, 12, 12), dtype=torch.bfloat16)
+        found = checks.check(implementation, (2, 16, 12, 12), dtype=torch.bfloat16)
     except ValueError as error:
         assert "cannot run" in str(error)
         return
     assert found.complaint("bfloat16") == ""
-    assert bool(found.complaint("float32")) == (subject.name != "copy")
+    assert bool(found.complaint("float32")) == (implementation.name != "copy")
 
 
 def test_larger_cases_are_checked_on_a_crop_that_says_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.LARGEST_CHECKED_BYTES, "cpu", 8 * bench.NUM_ENTITIES * 4 * 12 * 10)
-    assert bench.check(FUSED, (1, 4, 12, 10)).shape == (1, 4, 12, 10)
-    assert bench.check(FUSED, (1, 4, 24, 20)).shape == (1, 4, 12, 10)
-    assert bench.check(FUSED, (1, 4, 24, 22)).shape == (1, 4, 6, 6)
+    monkeypatch.setitem(checks.LARGEST_CHECKED_BYTES, "cpu", 8 * NUM_ENTITIES * 4 * 12 * 10)
+    assert checks.check(FUSED, (1, 4, 12, 10)).shape == (1, 4, 12, 10)
+    assert checks.check(FUSED, (1, 4, 24, 20)).shape == (1, 4, 12, 10)
+    assert checks.check(FUSED, (1, 4, 24, 22)).shape == (1, 4, 6, 6)
 
 
 def off_in_the_output(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
@@ -163,36 +227,36 @@ def test_what_is_wrong_gets_no_time(
 ) -> None:
     original = AttentiveNorm2d.forward
     monkeypatch.setattr(AttentiveNorm2d, "forward", lambda self, x: defect(self, x, original))
-    report = bench.run(cases="smoke", subjects="copy,an-reference,an-fused", device="cpu", seconds=1e-3)
-    for mode in bench.MODES:
+    report = bench_run.run(cases="smoke", implementations="copy,an-reference,an-fused", device="cpu", seconds=1e-3)
+    for mode in MODES:
         cell = report.find("smoke", "an-fused", mode)
         assert cell is not None and cell.status == status and re.search(reason, cell.reason)
         assert cell.median_ms is None and cell.ratio_to_copy is None and cell.peak_bytes is None and cell.repeats == 0
         for other in ("copy", "an-reference"):
             cell = report.find("smoke", other, mode)
             assert cell is not None and cell.status == "measured" and cell.median_ms
-    text = bench.markdown(report)
+    text = reports.markdown(report)
     assert f"- smoke, an-fused, training: {status}: " in text and f"| {status} |" in text
 
 
-def test_the_sampled_positions_are_those_of_the_exact_form() -> None:
+def test_the_sampled_positions_are_those_of_the_reference() -> None:
     """Two draws differ by far more than the tolerance, so that agreement means the same draw."""
-    x, gradient = bench._tensors((1, 8, 16, 16), torch.device("cpu"), torch.float32)
-    layer = bench._build(FUSED.build, 8, torch.device("cpu")).train()
+    x, gradient = checks.make_tensors((1, 8, 16, 16), torch.device("cpu"), torch.float32)
+    layer = checks.build(FUSED.build, 8, torch.device("cpu")).train()
     outputs = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         outputs.append(layer(x).detach())
-    assert bench._relative(outputs[0], outputs[1].double()) > 1e-3
-    first, second = (bench._run(layer, x, gradient, "training", torch.float32)[1] for _ in range(2))
+    assert checks._relative(outputs[0], outputs[1].double()) > 1e-3
+    first, second = (checks._run(layer, x, gradient, "training", torch.float32)[1] for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_no_gradient_of_the_checked_layer_vanishes() -> None:
-    x, gradient = bench._tensors((2, 8, 16, 16), torch.device("cpu"), torch.float64)
-    layer = bench._build(FUSED.exact, 8, torch.device("cpu")).double()
-    gradients, _ = bench._run(layer, x, gradient, "training", torch.float64)
-    assert set(gradients) == {bench.INPUT, *dict(layer.named_parameters())}
+    x, gradient = checks.make_tensors((2, 8, 16, 16), torch.device("cpu"), torch.float64)
+    layer = checks.build(FUSED.reference, 8, torch.device("cpu")).double()
+    gradients, _ = checks._run(layer, x, gradient, "training", torch.float64)
+    assert set(gradients) == {checks.INPUT, *dict(layer.named_parameters())}
     small = {name for name, value in gradients.items() if value.abs().max() < 1e-6}
     assert small == {"value.bias"}  # by mathematics: what follows takes the mean away
 
@@ -208,8 +272,8 @@ def test_peak_bytes_are_exact() -> None:
         third = torch.empty(2001)  # 12004
         del second, third
 
-    assert [bench.peak_bytes(known) for _ in range(3)] == [12004] * 3
-    assert bench.peak_bytes(lambda: None) == 0
+    assert [timing.peak_bytes(known) for _ in range(3)] == [12004] * 3
+    assert timing.peak_bytes(lambda: None) == 0
 
 
 def test_peak_bytes_see_the_backward_pass_and_scratch_memory() -> None:
@@ -220,20 +284,18 @@ def test_peak_bytes_see_the_backward_pass_and_scratch_memory() -> None:
 
     # At the end of the backward pass: exp(x) saved, and the gradients; before: output, product, the ones given.
     x.grad = None
-    first = bench.peak_bytes(step)
+    first = timing.peak_bytes(step)
     x.grad = None
-    assert bench.peak_bytes(step) == first and first % 4000 == 0 and 3 * 4000 <= first <= 7 * 4000
+    assert timing.peak_bytes(step) == first and first % 4000 == 0 and 3 * 4000 <= first <= 7 * 4000
     # A sort's indices and values are two outputs; its scratch copies are more.
-    assert bench.peak_bytes(lambda: torch.arange(1000.0).sort()) >= 4000 + 4000 + 8000
+    assert timing.peak_bytes(lambda: torch.arange(1000.0).sort()) >= 4000 + 4000 + 8000
 
 
 @pytest.mark.parametrize(("impl", "least", "most"), [("reference", 60, 200), ("fused", 4, 9)])
-def test_the_literal_form_needs_the_n_fold_tensor_and_the_fused_one_does_not(
-    impl: str, least: float, most: float
-) -> None:
-    subject = SUBJECTS[f"an-{impl}"]
-    x, gradient = bench._tensors((1, 32, 32, 32), torch.device("cpu"), torch.float32)
-    runner = bench._Runner(subject.build(32), [x], gradient, "training", torch.float32)
+def test_the_reference_needs_the_n_fold_tensor_and_the_fused_one_does_not(impl: str, least: float, most: float) -> None:
+    implementation = BY_NAME[f"an-{impl}"]
+    x, gradient = checks.make_tensors((1, 32, 32, 32), torch.device("cpu"), torch.float32)
+    runner = timing.Runner(implementation.build(32), [x], gradient, "training", torch.float32)
     peak = runner.prepare()
     assert runner.prepare() == peak
     assert least < peak / x.nbytes < most
@@ -242,21 +304,21 @@ def test_the_literal_form_needs_the_n_fold_tensor_and_the_fused_one_does_not(
 
 def test_operations_are_those_of_the_matrix_products() -> None:
     a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
-    assert bench.operations(lambda: a @ b) == 2 * 3 * 5 * 7
-    assert bench.operations(lambda: (a @ b).sum().backward()) == 2 * (2 * 3 * 5 * 7)
-    assert bench.operations(lambda: a + a) == 0
+    assert timing.operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert timing.operations(lambda: (a @ b).sum().backward()) == 2 * (2 * 3 * 5 * 7)
+    assert timing.operations(lambda: a + a) == 0
     convolution = nn.Conv2d(4, 6, 1, bias=False)
-    assert bench.operations(lambda: convolution(torch.ones(2, 4, 8, 8))) == 2 * 4 * 6 * 2 * 8 * 8
+    assert timing.operations(lambda: convolution(torch.ones(2, 4, 8, 8))) == 2 * 4 * 6 * 2 * 8 * 8
 
 
 def test_least_bytes_and_operations_are_those_of_the_formula() -> None:
     shape = (2, 32, 8, 8)
-    assert bench.least_bytes(shape, "forward", 4) == 3 * 4 * 2 * 32 * 64
-    assert bench.least_bytes(shape, "training", 2) == 8 * 2 * 2 * 32 * 64
+    assert timing.least_bytes(shape, "forward", 4) == 3 * 4 * 2 * 32 * 64
+    assert timing.least_bytes(shape, "training", 2) == 8 * 2 * 2 * 32 * 64
     forward = 2 * (2 * 32 * 32 + 6 * 16 * 32)
     backward = 2 * 32 * 32 + 6 * 16 * 32 + 6 * 32 * 32 + 20 * 16 * 32
-    assert bench.least_operations(shape, "forward") == 2 * 64 * forward
-    assert bench.least_operations(shape, "training") == 2 * 64 * (forward + backward)
+    assert timing.least_operations(shape, "forward") == 2 * 64 * forward
+    assert timing.least_operations(shape, "training") == 2 * 64 * (forward + backward)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is the GNU C library's")
@@ -264,15 +326,14 @@ def test_retained_memory_is_not_paid_for_twice() -> None:
     """In a process of its own: the setting cannot be taken back."""
     program = """
 import resource, torch
-from attnorm import bench
+from attnorm.benchmark.timing import retain_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(min(faults() for _ in range(3)))
-bench.retain_memory()
-faults()
-print(min(faults() for _ in range(3)))
+retain_memory()
+print(min(faults() for _ in range(8)))  # it takes some blocks until one fits between what is held already
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -287,92 +348,115 @@ def test_ratios_are_those_of_the_medians() -> None:
     cells = [
         measured("a", "copy", "forward", 2.0, p20_ms=1.9, p80_ms=80.0),
         measured("a", "an-fused", "forward", 10.0, p20_ms=9.0, p80_ms=11.0),
-        measured("a", bench.PAIR, "forward", 4.0),
+        measured("a", CONV_INSTANCE_NORM, "forward", 4.0),
         measured("a", "an-fused", "training", 10.0),
         measured("b", "copy", "forward", 1.0),
-        Cell(case="a", subject="self_attention", mode="forward", status="missing", reason="too large"),
+        Cell(case="a", implementation="self_attention", mode="forward", status="missing", reason="too large"),
     ]
-    found = bench.with_ratios(cells)
+    found = reports.with_ratios(cells)
     assert [cell.ratio_to_copy for cell in found] == [1.0, 5.0, 2.0, None, 1.0, None]
-    assert [cell.ratio_to_pair for cell in found] == [0.5, 2.5, 1.0, None, None, None]
-    assert [dataclasses.replace(cell, ratio_to_copy=None, ratio_to_pair=None) for cell in found] == cells
+    assert [cell.ratio_to_conv_instance_norm for cell in found] == [0.5, 2.5, 1.0, None, None, None]
+    assert [dataclasses.replace(cell, ratio_to_copy=None, ratio_to_conv_instance_norm=None) for cell in found] == cells
 
 
 def test_a_machine_that_was_busy_is_noticed() -> None:
     times = {("a", "forward"): 2.0, ("a", "training"): 1.1, ("b", "forward"): 1.0, ("b", "training"): 2.1}
     cells = tuple(measured(case, "copy", mode, time) for (case, mode), time in times.items())  # type: ignore[arg-type]
     cases = (Case("a", (1, 1, 1, 1), ""), Case("b", (1, 1, 1, 2), ""))
-    report = bench.BenchReport(environment=ENVIRONMENT, cases=cases, cells=cells)
-    (found,) = bench.disturbances(report)
+    report = BenchReport(environment=ENVIRONMENT, cases=cases, cells=cells)
+    (found,) = reports.disturbances(report)
     assert found.startswith("b: the same copy took 1 ms (forward) and 2.1 ms (training)")
-    assert found in bench.markdown(report)
+    assert found in reports.markdown(report)
     brief = tuple(dataclasses.replace(cell, median_ms=(cell.median_ms or 0) / 100) for cell in cells)
-    assert bench.disturbances(dataclasses.replace(report, cells=brief)) == []
+    assert reports.disturbances(dataclasses.replace(report, cells=brief)) == []
 
 
 def test_slopes_of_the_plot_are_those_of_the_powers() -> None:
     report = report_of({"an-fused": lambda p: 1e-5 * p, "self_attention": lambda p: 1e-10 * p**2})
-    for mode in bench.MODES:
-        lines = bench.series(report, mode)
+    for mode in MODES:
+        lines = reports.series(report, mode)
         assert [pixels for pixels, _ in lines["an-fused"]] == [n * n for n in (128, 256, 512, 1024)]  # and not gan-16
-        assert bench.slope(lines["an-fused"]) == pytest.approx(1)
-        assert bench.slope(lines["self_attention"]) == pytest.approx(2)
+        assert reports.slope(lines["an-fused"]) == pytest.approx(1)
+        assert reports.slope(lines["self_attention"]) == pytest.approx(2)
     # At the large end: what a start costs must not make the growth look slower.
-    assert bench.slope([(1, 100.0), (100, 101.0), (400, 404.0)]) == pytest.approx(1)
-    assert bench.slope([(400, 404.0), (100, 101.0), (1, 100.0)]) == pytest.approx(1)
-    assert bench.slope([(64, 1.0)]) is None
-    paper = bench.PAPER_TABLE_5["AN"]
-    assert bench.slope([(size * size, ms) for size, ms in paper.items() if ms]) == pytest.approx(1.0, abs=0.01)
-    labels = [line.get_label() for line in bench.pixels_figure(report).axes[1].lines]
+    assert reports.slope([(1, 100.0), (100, 101.0), (400, 404.0)]) == pytest.approx(1)
+    assert reports.slope([(400, 404.0), (100, 101.0), (1, 100.0)]) == pytest.approx(1)
+    assert reports.slope([(64, 1.0)]) is None
+    paper = PAPER_TABLE_5["AN"]
+    assert reports.slope([(size * size, ms) for size, ms in paper.items() if ms]) == pytest.approx(1.0, abs=0.01)
+    labels = [line.get_label() for line in reports.pixels_figure(report).axes[1].lines]
     assert labels == ["an-fused, slope 1.00", "self_attention, slope 2.00"]
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = report_of({"copy": lambda p: 0.1, "an-fused": lambda p: 1e-5 * p})
-    gone = Cell(case="gan-16", subject="x", mode="training", status="failed", reason="off", checked_shape=(1, 2, 3, 4))
+    gone = Cell("gan-16", "x", "training", "failed", reason="off", checked_shape=(1, 2, 3, 4))
     report = dataclasses.replace(report, cells=(*report.cells, gone))
-    files = bench.write_report(report, tmp_path / "new")
+    files = reports.write_report(report, tmp_path / "new")
     assert [file.name for file in files] == ["bench.json", "bench.md", "time-against-pixels.png"]
-    again = bench.read_report(files[0])
+    again = reports.read_report(files[0])
     assert again == dataclasses.replace(report, environment=json.loads(json.dumps(ENVIRONMENT)))
-    assert bench.markdown(again) == files[1].read_text(encoding="utf-8") == bench.markdown(report)
+    assert reports.markdown(again) == files[1].read_text(encoding="utf-8") == reports.markdown(report)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1}', '{"format_version": 99}'])
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bench.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"bench\.json"):
-        bench.read_report(tmp_path / "bench.json")
+        reports.read_report(tmp_path / "bench.json")
 
 
-def test_tables_show_medians_ratios_memory_and_the_paper() -> None:
+def test_tables_show_medians_ratios_memory_shares_and_the_paper() -> None:
     report = report_of({"copy": lambda p: 2.0, "an-fused": lambda p: p / 2**14 * 5, "self_attention": lambda p: 400.0})
-    time, memory, *_, paper = bench.tables(report)
-    assert time.header == ["case", "shape", "copy", "an-fused", "self_attention"]
-    assert time.rows[0] == ["table5-128", "1x32x128x128", "2 (1-6) 1x", "5 (2.5-15) 2.5x", "400 (200-1.2e+03) 200x"]
-    assert memory.rows[0][2] == "0.00, 0.00" and memory.rows[0][3] == f"{4096 / 2**21:.2f}, {2048 / 2**21:.2f}"
+    cells = [
+        dataclasses.replace(cell, of_roofline=0.25, compile_seconds=1.26 if cell.mode == "training" else None)
+        if cell.implementation == "an-fused"
+        else cell
+        for cell in report.cells
+    ]
+    time, _, memory, _, share, _, compiling, paper = reports.tables(dataclasses.replace(report, cells=tuple(cells)))
+    assert time.header[:2] == ["", "table5-128 1x32x128x128"]
+    assert [row[:2] for row in time.rows] == [
+        ["copy", "2 (1-6) 1x"],
+        ["an-fused", "5 (2.5-15) 2.5x"],
+        ["self_attention", "400 (200-1.2e+03) 200x"],
+    ]
+    assert [row[1] for row in memory.rows[:2]] == ["0.00, 0.00", f"{4096 / 2**21:.2f}, {2048 / 2**21:.2f}"]
+    assert [row[:2] for row in share.rows] == [["an-fused", "0.250"]]  # the others have none
+    assert compiling.title.startswith("training") and compiling.rows[0][:2] == ["an-fused", "1.3"]
     assert paper.rows[0] == ["AN (the paper)", "0.73", "2.24", "9.46", "37.68"]
     assert paper.rows[1] == ["Self-attention (the paper)", "5.21", "79.42", "-", "-"]
     assert paper.rows[2] == ["an-fused (here)", "5.00", "20.00", "80.00", "320.00"]
 
 
+def test_the_share_of_the_roofline_is_of_the_bytes_or_of_the_operations_whichever_take_longer() -> None:
+    case = Case("any", (2, 32, 8, 8), "")
+    slow_memory = {"bytes_per_second": 1e3, "operations_per_second": 1e30}
+    assert timing.least_seconds(case, "forward", 4, slow_memory) == 3 * 4 * 2 * 32 * 64 / 1e3
+    in_cache = slow_memory | {"bytes_per_second_by_case": {"any": 2e3, "other": 1e9}}
+    assert timing.least_seconds(case, "training", 4, in_cache) == 8 * 4 * 2 * 32 * 64 / 2e3
+    slow_products = {"bytes_per_second": 1e30, "operations_per_second": 1e3}
+    operations = timing.least_operations(case.shape, "training")
+    assert timing.least_seconds(case, "training", 4, slow_products) == operations / 1e3
+
+
 def test_self_attention_is_left_out_where_it_cannot_be_borne() -> None:
-    case = next(case for case in bench.CASES if case.name == "table5-1024")
+    case = next(case for case in CASES if case.name == "table5-1024")
     device = torch.device("cpu")
-    status, reason, checked = bench._gate(case, SUBJECTS["self_attention"], device, torch.float32, "float32", {})
+    status, reason, checked = bench_run._gate(case, BY_NAME["self_attention"], device, torch.float32, "float32", {})
     assert (status, checked) == ("missing", None)
     assert "1.8e+13 operations" in reason and "1 TiB" in reason  # 2^20 x 2^18 scores of 4 bytes
 
 
 def test_what_needs_more_memory_than_there_is_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_memory", lambda device: 30 * 4 * 2 * 8 * 16 * 16)
-    report = bench.run(cases="smoke", subjects="an", device="cpu", seconds=1e-3)
-    cells = [report.find("smoke", subject, "training") for subject in ("an-reference", "an-fused")]
+    monkeypatch.setattr(bench_run, "_memory", lambda device: 30 * 4 * 2 * 8 * 16 * 16)
+    report = bench_run.run(cases="smoke", implementations="an-reference,an-fused", device="cpu", seconds=1e-3)
+    cells = [report.find("smoke", name, "training") for name in ("an-reference", "an-fused")]
     assert [cell.status for cell in cells if cell] == ["missing", "measured"]
     assert cells[0] and re.fullmatch(r"needs about [\d.]+ MiB, more than the 480 KiB allowed here", cells[0].reason)
 
 
-def test_every_subject_has_its_turn_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_implementation_has_its_turn_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[int] = []
 
     class Pretended:
@@ -389,7 +473,7 @@ def test_every_subject_has_its_turn_in_each_round(monkeypatch: pytest.MonkeyPatc
 
     done: list[int] = []
     runners: Any = [Pretended(0, 1.0), Pretended(1, 10.0)]
-    bench._time_in_turn(runners, 5.0, lambda: done.append(turns[-1]))
+    timing.time_in_turn(runners, 5.0, lambda: done.append(turns[-1]))
     assert turns == [0, 1, 0, 1, 0, 1, 0, 0]  # the slow one is repeated three times all the same
     assert done == [1, 0]
 
@@ -399,27 +483,28 @@ def test_every_subject_has_its_turn_in_each_round(monkeypatch: pytest.MonkeyPatc
 
 def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    cli.main(["bench", "layer", "--cases", "smoke", "--seconds", "0.01", "--device", "cpu", "--out", str(out)])
+    names = [implementation.name for implementation in NOT_COMPILED]
+    arguments = ["--cases", "smoke", "--seconds", "0.01", "--device", "cpu", "--implementations", ",".join(names)]
+    cli.main(["bench", "layer", *arguments, "--out", str(out)])
     said = capsys.readouterr()
     assert said.out.splitlines()[-3:] == [str(out / n) for n in ("bench.json", "bench.md", "time-against-pixels.png")]
     assert "smoke" in said.out and "2x8x16x16" in said.out and "an-fused" in said.out
-    report = bench.read_report(out / "bench.json")
-    subjects = [subject.name for subject in bench.SUBJECTS]
-    assert [(cell.mode, cell.subject) for cell in report.cells] == [
-        (mode, subject) for mode in bench.MODES for subject in subjects
-    ]
+    report = reports.read_report(out / "bench.json")
+    assert [(cell.mode, cell.implementation) for cell in report.cells] == list(itertools.product(MODES, names))
     for cell in report.cells:
         assert cell.status == "measured" or (cell.status == "missing" and "cannot run" in cell.reason), cell
         if cell.status == "measured":
             assert 0 < (cell.p20_ms or 0) <= (cell.median_ms or 0) <= (cell.p80_ms or 0)
-            assert cell.repeats >= bench.FEWEST_REPEATS and cell.checked_shape == (2, 8, 16, 16)
+            assert cell.repeats >= timing.FEWEST_REPEATS and cell.checked_shape == (2, 8, 16, 16)
             copied = report.find(cell.case, "copy", cell.mode)
             assert copied is not None and copied.median_ms is not None
             assert cell.ratio_to_copy == pytest.approx((cell.median_ms or 0) / copied.median_ms)
-            assert (cell.of_roofline is not None) == cell.subject.startswith("an-")
+            assert (cell.of_roofline is not None) == cell.implementation.startswith("an-")
     environment = report.environment
     assert environment["torch"] == torch.__version__ and environment["device"] == "cpu" and environment["threads"] == 1
-    assert environment["roofline"]["bytes_per_second"] > 1e8
+    roofline = environment["roofline"]
+    assert roofline["bytes_per_second_by_case"]["smoke"] >= roofline["bytes_per_second"] > 1e8
+    assert environment["commit"] == commit() and len(environment["load_averages"]) == 2
     with Image.open(out / "time-against-pixels.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 1
 
@@ -431,8 +516,8 @@ def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--cases smoke,wid", "did you mean wide?"),
         ("--cases ,", "no case was named"),
         (
-            "--cases smoke --subjects an-fast",
-            "there is no subject 'an-fast'; did you mean an-fused? expected some of copy",
+            "--cases smoke --implementations an-fast",
+            "there is no implementation 'an-fast'; did you mean an-fused? expected some of copy",
         ),
         ("--seconds 0", "expected more than 0"),
         ("--seconds nan", "expected more than 0"),
@@ -457,7 +542,7 @@ def test_an_occupied_folder_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(bench, "run", lambda **_: pytest.fail("it was run"))
+    monkeypatch.setattr(bench_run, "run", lambda **_: pytest.fail("it was run"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["bench", "layer", "--out", str(tmp_path)])
     assert caught.value.code == 2
@@ -466,9 +551,9 @@ def test_an_occupied_folder_is_refused_at_once(
 
 
 def test_groups_of_names_stand_for_their_members() -> None:
-    assert [case.name for case in bench._named("case", "gan, smoke", bench.CASES)] == ["smoke", "gan-16", "gan-64"]
+    assert [case.name for case in find_named("case", "gan, smoke", CASES)] == ["smoke", "gan-16", "gan-64"]
     with pytest.raises(ConfigError, match="no case 'table'"):
-        bench._named("case", "table", bench.CASES)
-    assert set(bench.ON_CPU) < {case.name for case in bench.CASES}
-    sizes = [case.shape for case in bench.CASES if case.name.startswith("table5-")]
-    assert sizes == [(1, 32, size, size) for size in bench.PAPER_TABLE_5["AN"]]
+        find_named("case", "table", CASES)
+    assert set(USUAL["cpu"].split(",")) < {case.name for case in CASES}
+    sizes = [case.shape for case in CASES if case.name.startswith("table5-")]
+    assert sizes == [(1, 32, size, size) for size in PAPER_TABLE_5["AN"]]
