@@ -75,15 +75,14 @@ def inpaint(
         left_out += [f"this mask has no image: {path}" for path in masks_left]
         targets = _targets(out, pairs, lossless)
         read = [images, masks, *(path for pair in pairs for path in pair), *images_left, *masks_left]
-        for written in (out, *targets):
-            _require_apart({"--out": written}, read)
+        _require_apart([("--out", written) for written in (out, *targets)], read)
     else:
         if image is None or mask is None or masks is not None:
             raise ConfigError("expected IMAGE and MASK, or --images DIR and --masks DIR (or one file for all)")
         if lossless:
             raise ConfigError("--lossless is for --images; let --out end in .png")
         pairs, targets = [(image, mask)], [out]
-        _require_apart({"--out": out} | ({"--layout": layout} if layout is not None else {}), [image, mask])
+        _require_apart([("--out", out), *([("--layout", layout)] if layout is not None else [])], [image, mask])
         require_free(out, overwrite, is_picture=True)
         if layout is not None:
             require_free(layout, overwrite, is_picture=True)
@@ -135,11 +134,11 @@ def _targets(out: Path, pairs: Sequence[tuple[Path, Path]], lossless: bool) -> l
     return list(taken)
 
 
-def _require_apart(outputs: dict[str, Path], inputs: Iterable[Path]) -> None:
-    """ConfigError where an output, by its option, is an input or another output, by whatever name or link."""
+def _require_apart(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path]) -> None:
+    """ConfigError where an output, beside its option, is an input or another output, by whatever name or link."""
     read = {place for path in inputs for place in _places(path)}
     written: dict[str, str] = {}
-    for option, path in outputs.items():
+    for option, path in outputs:
         if not read.isdisjoint(_places(path)):
             raise ConfigError(f"{path} is what is read; choose another {option}")
         if other := written.get(os.path.realpath(path)):
