@@ -189,8 +189,8 @@ class AttentiveNorm2d(nn.Module):
         if is_changed or any(hooks):
             raise ValueError(
                 f"{name} is {type(convolution).__name__} with a forward of its own, or a hook on what goes in or comes "
-                "out; expected a plain nn.Conv2d, of which AN uses weight and bias and never calls: change the "
-                "weight instead (torch.nn.utils.parametrize), or put the hook on the AttentiveNorm2d"
+                "out; expected a plain nn.Conv2d: AN uses its weight and bias and never calls it. Change the weight "
+                "instead (torch.nn.utils.parametrize), or put the hook on the AttentiveNorm2d"
             )
         weight, bias = convolution.weight.flatten(1), convolution.bias
         return weight, weight.new_zeros(len(weight)) if bias is None else bias

@@ -27,11 +27,11 @@ def resolve(operation: str, impl: str, candidates: Mapping[str, str | None]) -> 
     ValueError with the reason: nothing falls back in silence.
     """
     if impl == "auto":
-        for name, obstacle in candidates.items():
-            if obstacle is None:
+        for name, reason in candidates.items():
+            if reason is None:
                 return name
             if not torch.compiler.is_compiling():
-                _say_once(f"{operation}: not using the {name} implementation: {obstacle}")
+                _say_once(f"{operation}: not using the {name} implementation: {reason}")
         raise ValueError(f"{operation}: no implementation can run: {dict(candidates)}")
     if impl not in candidates:
         raise ValueError(f"{operation}: impl is {impl!r}; expected 'auto' or one of {', '.join(candidates)}")
