@@ -340,6 +340,32 @@ def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Pat
     assert set(os.listdir(folder)) == foreign | {path.name for path in run.checkpoints()}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value": "low"},
+        {"value": float("nan")},
+        {"value": True},
+        {"protocol": None},
+        {"name": 3},
+        {"data": []},
+        {"metric": 1},
+    ],
+    ids=str,
+)
+def test_scores_that_were_edited_are_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = RunDirectory(tmp_path)
+    score = {"metric": "is1", "name": "IS", "protocol": "is5k", "value": 2.5, "images_seen": 8}
+    run.scores_file.parent.mkdir()
+    for line in (score, score | changes):
+        with run.scores_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if line is score:
+            assert run.read_scores() == ([score], 0)
+    with pytest.raises(CheckpointError, match=rf"whose {next(iter(changes))} is missing or of another kind"):
+        run.read_scores()
+
+
 def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "folder/checkpoints").mkdir(parents=True)

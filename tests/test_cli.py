@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 from attnorm import __version__, cli
 from attnorm.checkpoint import RunDirectory, read_checkpoint
 from attnorm.cli import terminal
+from attnorm.cli.generation import folder_names
 from attnorm.config import Config, from_dict, override
 from attnorm.presets import PRESETS
 
@@ -379,11 +381,18 @@ def test_a_run_of_other_settings_is_refused(run: Path, photographs: Path, capsys
         ("train --preset smoke --nonsense", "--nonsense"),
         ("sample OUT/nowhere --out OUT", "expected a run directory or a checkpoint file"),
         ("sample EMPTY --out OUT", "is not a run directory"),
-        ("sample FILE --out OUT", "is no checkpoint; expected a run directory, or"),
+        ("sample FILE --out OUT", "is no checkpoint; expected a run directory"),
         ("sample RUN", "--out"),
         ("sample RUN --out OUT --num 0", "at least 1 image"),
         ("sample RUN --out OUT --num many", "--num"),
-        ("sample RUN --out OUT --seed -1", "from 0 to 2^63 - 1"),
+        ("sample RUN --out OUT --seed -1", "--seed is -1; expected a whole number from 0 to 2^63 - 1"),
+        ("sample RUN --out OUT --seed 9223372036854775808", "--seed is 9223372036854775808; expected"),
+        ("interpolate RUN --from cat --to dog --seed 9223372036854775808 --out OUT/x.png", "expected a whole number"),
+        ("manifest --data DATA --size 32 --seed -1 --out OUT", "expected a whole number"),
+        ("evaluate RUN --seed 9223372036854775808", "expected a whole number"),
+        ("evaluate RUN --metrics is --classes cat --num 10", "--classes is for intra-frechet"),
+        ("evaluate RUN --metrics is --num 3", "--num is 3; expected at least 10"),
+        ("evaluate RUN --out RUN", "is a run directory, or a part of one"),
         ("sample RUN --out OUT --seed 99999999999999999999", "seed"),
         ("sample RUN --out OUT --classes cat,dogs", "did you mean dog?"),
         ("sample RUN --out OUT --classes 3", "it has: bird, cat, dog"),
@@ -399,7 +408,17 @@ def test_a_run_of_other_settings_is_refused(run: Path, photographs: Path, capsys
         ("interpolate RUN --from cat --to dog --out EMPTY", "EMPTY"),
         ("layout RUN --out OUT --classes cow", "it has: bird, cat, dog"),
         ("layout RUN --out OUT --classes ,", "--classes"),
-        ("layout RUN --out OUT --seed -1", "from 0 to 2^63 - 1"),
+        ("layout RUN --out OUT --seed -1", "expected a whole number from 0"),
+        ("layout RUN --out RUN --overwrite", "is a run directory, or a part of one"),
+        ("sample RUN --out RUN/samples --overwrite", "is a run directory, or a part of one"),
+        ("page RUN --out RUN/checkpoints/new --overwrite", "is a run directory, or a part of one"),
+        ("curves RUN --out RUN/samples/000000008.png --overwrite", "is a run directory, or a part of one"),
+        ("curves RUN --out RUN/config.json --overwrite", "let its name end in .png"),
+        ("interpolate RUN --from cat --to dog --out CHECKPOINT --overwrite", "let its name end in .png"),
+        ("interpolate RUN --from cat --to dog --out OUT/x.jpg", "let its name end in .png"),
+        ("interpolate RUN --from cat --to dog --steps 1000000 --out OUT/x.png", "at most 500"),
+        ("trian --preset smoke --out OUT", "did you mean train?"),
+        ("train --preset smoke --out OUT --set foo=1", "there is no setting foo; `attnorm train --preset P --dry-run`"),
         ("page OUT/nowhere --out OUT", "does not exist"),
         ("page CHECKPOINT --out OUT", "is not a run directory"),
         ("curves EMPTY --out OUT/x.png", "expected a run directory"),
@@ -421,9 +440,74 @@ def test_a_mistake_is_named_with_its_remedy(
     places = {"RUN": run, "DATA": photographs, "CHECKPOINT": RunDirectory(run).checkpoints()[-1]}
     places |= {name: tmp_path / name for name in ("OUT", "EMPTY", "FILE")}
     arguments = [re.sub(r"^[A-Z]+(?=/|$)", lambda m: str(places[m[0]]), word) for word in command.split()]
+    before = contents(run)
     assert remedy in refused(arguments, capsys)
+    assert contents(run) == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["EMPTY", "FILE"]
     assert (tmp_path / "FILE").read_text(encoding="utf-8") == "mine" and not any((tmp_path / "EMPTY").iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --preset smoke --data DATA --out OUT --set run.device=cuda:99",
+        "train --preset smoke --data DATA --out FOLDER",
+        "train --preset smoke --data DATA --out FILE/deep",
+        "train --preset smoke --data DATA --out RUN --set model.width=3",
+        "evaluate RUN --num 3 --extractor efficientnet-lite0",
+        "evaluate RUN --device cuda:99 --extractor efficientnet-lite0",
+    ],
+)
+def test_mistakes_are_told_before_the_data_are_read(
+    run: Path,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER/mine.txt").touch()
+    (tmp_path / "FILE").touch()
+    places = {"RUN": run, "DATA": photographs} | {name: tmp_path / name for name in ("OUT", "FOLDER", "FILE")}
+    for module in ("training", "evaluation"):
+        monkeypatch.setattr(f"attnorm.cli.{module}.read_images", lambda config: pytest.fail("the data were read"))
+    refused([re.sub(r"^[A-Z]+(?=/|$)", lambda m: str(places[m[0]]), word) for word in command.split()], capsys)
+
+
+def test_names_of_files_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["sample", "a\x1b]0;title\x07\u202egnp.\udce9", "--out", "x"], capsys)
+    assert r"a\x1b]0;title\x07\u202egnp.\xe9 does not exist" in message
+    terminal.console.print("skipped \x1b[2J", "[bold]")
+    assert capsys.readouterr().err == r"skipped \x1b[2J [bold]" + "\n"
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help of curves says Fréchet."""
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["curves", "--help"])
+    screen.flush()
+    assert caught.value.code == 0 and rb"Fr\xe9chet" in screen.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tables_are_as_wide_as_columns_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {}
+    for columns in ("40", ""):
+        monkeypatch.setenv("COLUMNS", columns)
+        terminal.screen().print("x" * 300)
+        widths[columns] = max(map(len, capsys.readouterr().out.splitlines()))
+    assert widths == {"40": 40, "": 200}
+
+
+def test_every_class_has_a_folder_of_its_own() -> None:
+    names = ["class-1", "a/b", "", "..", "Cat", "cat", "caf\u00e9", "cafe\u0301", "grid.png", "nul\0", "x" * 300, "dog"]
+    folders = folder_names(names)
+    assert folders[:6] == ["class-1", "class-1-", "class-2", "class-3", "Cat", "class-5"]
+    assert folders[6:] == ["caf\u00e9", "class-7", "class-8", "class-9", "class-10", "dog"]
 
 
 def test_words_in_brackets_are_no_markup(
@@ -474,6 +558,30 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     done = attnorm("train", "--preset", "smok", "--out", str(tmp_path / "x"))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr == "attnorm: there is no preset 'smok'; did you mean smoke? `attnorm presets` lists them\n"
+
+
+def test_an_interrupt_while_importing_ends_at_once(tmp_path: Path) -> None:
+    """Even where what is imported swallows it, as some packages do."""
+    script = """
+import os, signal, sys
+from attnorm import cli
+
+class Swallowing:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Swallowing())
+cli.main(sys.argv[1:])
+print("went on")
+"""
+    command = [sys.executable, "-c", script, "train", "--preset", "smoke", "--out", str(tmp_path / "x")]
+    done = subprocess.run([*command, "--set", *TINY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stdout == done.stderr == ""
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:
@@ -551,7 +659,16 @@ def test_a_device_without_memory_is_said_in_a_line(
     monkeypatch.setattr(cli.app, "cli", full)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["presets"])
-    assert stopped.value.code == 1 and "out of memory; a smaller batch" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "out of memory for 2 GiB more; a smaller batch" in capsys.readouterr().err
+    for ask, asked in (
+        (lambda **_: torch.empty(2**44), " for 70,368,744,177,664 bytes more"),
+        (lambda **_: torch.empty(2**40, 2**40), ""),
+        (lambda **_: np.empty(2**55), " for 256 PiB more"),
+    ):
+        monkeypatch.setattr(cli.app, "cli", ask)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["presets"])
+        assert stopped.value.code == 1 and f"the device is out of memory{asked}; a" in capsys.readouterr().err
     monkeypatch.setattr(cli.app, "cli", lambda **_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # others are ours to mend, and keep their traceback
         cli.main(["presets"])

@@ -25,6 +25,7 @@ from attnorm.config import (
     flatten,
     from_dict,
     override,
+    printable,
     to_dict,
 )
 
@@ -251,6 +252,12 @@ def test_none_takes_an_optional_setting_back(text: str) -> None:
 def test_settings_apply_in_order() -> None:
     assert override(Config(), ["run.seed=1", "run.batch_size=2", "run.seed=3"]).run == RunConfig(seed=3, batch_size=2)
     assert override(Config(), []) == Config()
+
+
+def test_what_would_steer_a_terminal_is_shown_as_an_escape() -> None:
+    assert printable("caf\u00e9 \u732b\n\t$5_$10 [b]") == "caf\u00e9 \u732b\n\t$5_$10 [b]"
+    assert printable("\x1b[31m\x00\x7f\x9b\u202e\udce9\ud800") == r"\x1b[31m\x00\x7f\x9b\u202e\xe9\ud800"
+    assert str(ConfigError("\x1bc")) == r"\x1bc"
 
 
 def test_settings_that_belong_together_are_taken_in_any_order() -> None:

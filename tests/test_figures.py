@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from attnorm import figures
@@ -389,3 +390,16 @@ def test_the_page_needs_a_run_directory(sampler: Sampler, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="is not a run directory"):
         write_page(sampler.path, sampler, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_any_kind_are_drawn_as_they_are(tmp_path: Path, run: Path) -> None:
+    """Neither formulas, nor bytes that are not UTF-8, nor accents in pieces."""
+    names = ["$5_$10", "caf\udce9", "cafe\u0301", "\x1b[31m"]
+    figure = figures.images_figure([[torch.zeros(3, 2, 2, dtype=torch.uint8)] for _ in names], names)
+    figures.save_figure(figure, tmp_path / "x.png")
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert [text.get_text() for text in texts] == ["$5_$10", r"caf\xe9", "caf\u00e9", r"\x1b[31m"]
+    figure = figures.curves_figure({name: run for name in names})
+    figures.save_figure(figure, tmp_path / "x.png")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["$5_$10", r"caf\xe9", "caf\u00e9", r"\x1b[31m"]

@@ -48,6 +48,15 @@ def grey_levels_apart(first: Tensor, second: Tensor) -> int:
     return int((first.int() - second.int()).abs().max())
 
 
+def test_a_class_is_found_however_its_accents_are_composed(file: Path) -> None:
+    sampler = Sampler(file, device="cpu")
+    sampler.classes = ("cafe\u0301", "na\u00efve", "e\u0301", "\u00e9")
+    assert sampler.class_index("caf\u00e9") == 0 and sampler.class_index("nai\u0308ve") == 1
+    assert (
+        sampler.class_index("e\u0301") == 2 and sampler.class_index("\u00e9") == 3
+    )  # both are there: by the very name
+
+
 def test_latents_of_seeds_of_any_size_differ_and_those_of_32_bits_are_torchs(sampler: Sampler) -> None:
     seeds = [0, 7, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**64, (2**63 - 1) * 10_000_000]
     latents = sampler.latents(seeds)

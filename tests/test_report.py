@@ -22,7 +22,7 @@ from attnorm.config import Config, override
 from attnorm.evaluation.report import Report, Section, Table, build_report
 from attnorm.models.class_conditional import Generator
 from attnorm.presets import ROWS
-from attnorm.report import markdown, page, write_report
+from attnorm.report import Picture, markdown, page, write_report
 
 CLASSES = ("<b>cat</b>", "dog | co", "owl")
 BENCH = Path(__file__).parents[1] / "docs/results/bench/cpu-float32.json"
@@ -216,3 +216,13 @@ def test_the_verb_takes_inpainters_and_benchmarks_without_any_run(
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "scores: 4 images of street" in text and "| AN | an-native | 2.52 |" in text
     assert {path.name for path in (out / "pictures").iterdir()} == {"figure-9-1.png", "table-5-1.png"}
+
+
+def test_names_steer_neither_markdown_nor_a_page(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    pictures = [Picture("Samples", "x.png", "\x1b[31m caf\udce9 <b>")]
+    for made, expected in (
+        (markdown(Report(()), pictures), r"\x1b[31m caf\xe9 \<b>"),
+        (page(Report(()), pictures, tmp_path), r"\x1b[31m caf\xe9 &lt;b&gt;"),
+    ):
+        assert expected in made and made.encode() and "\x1b" not in made

@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
 
 HEADER_KEY = "attnorm"
+# A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
+PARTS_OF_A_RUN = ("config.json", "metrics.jsonl", "samples", "tensorboard", "checkpoints")
 CHECKPOINT_NAME = re.compile(r"(\d{9}|[1-9]\d{9,})\.safetensors")  # images seen; beyond nine digits the names grow
 UNFINISHED_NAME = re.compile(rf"\.{CHECKPOINT_NAME.pattern}\.\w{{8}}\.tmp")  # what a kill leaves of write_atomically
 
@@ -269,6 +272,29 @@ def _find_damage(path: Path, changed: int, size: int) -> str:
     return ""
 
 
+# Of a score's line, what is used of it, and of which types: with None, of newer lines alone.
+_SCORE: dict[str, tuple[type, ...]] = {
+    "metric": (str,),
+    "name": (str,),
+    "protocol": (str,),
+    "value": (int, float),
+    "images_seen": (int,),
+    "training_seconds": (int, float, type(None)),
+    "seed": (int, type(None)),
+    "checkpoint": (str, type(None)),
+    "checkpoint_sha256": (str, type(None)),
+    "weights": (str, type(None)),
+    "data": (dict, type(None)),
+    "extractor": (dict, type(None)),
+    "low": (int, float, type(None)),
+    "high": (int, float, type(None)),
+}
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and (not isinstance(value, float) or math.isfinite(value))
+
+
 @cache
 def _warn_once(text: str) -> None:
     _log.warning("%s", text)
@@ -300,22 +326,25 @@ class RunDirectory:
         """
         scores = read_lines(self.scores_file)
         for score in scores:
-            missing = {"metric", "value", "images_seen"} - score.keys()
-            if missing:
+            wrong = [name for name, kinds in _SCORE.items() if not _is_of(score.get(name), kinds)]
+            if score.get("metric") == "layout":  # its sites have no name of their own
+                wrong = [name for name in wrong if name not in ("name", "protocol")]
+            if wrong:
                 raise CheckpointError(
-                    f"{self.scores_file} has a line without {', '.join(sorted(missing))}; expected what `attnorm "
-                    "evaluate` writes"
+                    f"{self.scores_file} has a line whose {', '.join(wrong)} is missing or of another kind; expected "
+                    "what `attnorm evaluate` writes"
                 )
         current = [score for score in scores if not self._is_outdated(score)]
         return current, len(scores) - len(current)
 
     def _is_outdated(self, score: Mapping[str, Any]) -> bool:
         """Whether the checkpoint that was measured has since been replaced by another one of its name."""
-        checkpoint = self.path / score.get("checkpoint", "")
+        checkpoint = self.path / (score.get("checkpoint") or "")
         if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
             return False
-        if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
-            return False  # without reading it
+        with contextlib.suppress(ValueError, TypeError):  # of a date that is none
+            if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
+                return False  # without reading it
         with checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import reprlib
 import types
 import typing
@@ -23,8 +24,26 @@ Context = Literal["an", "self_attention", "none"]
 T = TypeVar("T")
 
 
+# Control characters but newline and tab, what turns the direction of writing, and halves of pairs (of bytes not UTF-8).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A name from a file, for a terminal, a page or a figure: what would steer these is shown as an escape."""
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # Python's way to hold a byte that is not UTF-8
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _UNPRINTABLE.sub(escape, text)
+
+
 class UserError(ValueError):
     """A mistake that a message can mend: the command line prints it in one line and exits with status 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
+from attnorm.config import printable
 from attnorm.inference import Sampler, View
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
@@ -224,12 +227,12 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
             else:
                 axis.plot(*_smooth(curve.points), styles[curve.label], color=color, label=label, linewidth=1)
         title, x_label, y_label = panel
-        axis.set_title(title, fontsize=10)
+        axis.set_title(_name(title), fontsize=10, parse_math=False)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
         if len(runs) == 1:
-            axis.legend(fontsize=7)
+            _without_math(axis.legend(fontsize=7))
         else:  # here what a line's style means, once below all panels what its colour does
             axis.legend(
                 [Line2D([], [], color="black", linestyle=style) for style in styles.values()], styles, fontsize=7
@@ -237,7 +240,11 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
     figure.tight_layout()
     if len(runs) > 1:
         handles = [Line2D([], [], color=_colour_of(name, runs)) for name in runs]
-        figure.legend(handles, runs, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(len(runs), 4))
+        names = [_name(name) for name in runs]
+        columns = min(len(runs), 4)
+        _without_math(
+            figure.legend(handles, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+        )
     return figure
 
 
@@ -271,7 +278,7 @@ def _score_curves(scores: list[dict[str, Any]]) -> Iterator[Curve]:
             panel = f"{score['protocol']}, data {data}" if data else score["protocol"]
             label = "averaged weights" if score.get("weights", "ema") == "ema" else "raw weights"
             points = kinds.setdefault((panel, score["name"], label), {})
-            points[score["images_seen"]] = score["training_seconds"] / 3600, score["value"]
+            points[score["images_seen"]] = (score.get("training_seconds") or 0.0) / 3600, score["value"]
     for (panel, name, label), points in kinds.items():
         ordered = sorted(points.items())
         yield Curve(panel, IMAGES_SEEN, name, label, [(seen, value) for seen, (_, value) in ordered])
@@ -309,12 +316,29 @@ def _table(
         for (picture, title), axis in zip(row, row_axes, strict=False):
             axis.imshow(picture, interpolation="nearest")
             if title and not (titles_on_first_row_only and number):
-                axis.set_title(title, fontsize=7, pad=2)
+                axis.set_title(_name(title), fontsize=7, pad=2, parse_math=False)
         if row_titles:
             row_axes[0].text(
-                -0.08, 0.5, row_titles[number], transform=row_axes[0].transAxes, ha="right", va="center", fontsize=8
+                -0.08,
+                0.5,
+                _name(row_titles[number]),
+                transform=row_axes[0].transAxes,
+                ha="right",
+                va="center",
+                fontsize=8,
+                parse_math=False,
             )
     return figure
+
+
+def _name(text: str) -> str:
+    """As a figure can show it: whole letters where they came in pieces, and nothing that is no text."""
+    return unicodedata.normalize("NFC", printable(text))
+
+
+def _without_math(legend: Legend) -> None:
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _to_array(image: Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,9 +59,12 @@ class Sampler:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
 
     def class_index(self, name: str) -> int:
-        """The label of a class, given by its name or number."""
+        """The label of a class, given by its name, however accents are composed, or its number."""
         if name in self.classes:
             return self.classes.index(name)
+        composed = [unicodedata.normalize("NFC", known) for known in self.classes]
+        if composed.count(unicodedata.normalize("NFC", name)) == 1:
+            return composed.index(unicodedata.normalize("NFC", name))
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
         near = difflib.get_close_matches(name, self.classes, n=1)

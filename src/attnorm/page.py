@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically
+from attnorm.config import printable
 from attnorm.data.images import ImageSet, load_images
 from attnorm.figures import (
     curves_figure,
@@ -46,7 +47,7 @@ def write_page(run: Path, sampler: Sampler, out: Path) -> Path:
     classes = list(range(min(len(sampler.classes), 10)))
     parts = [_facts(sampler)]
     if header.note:
-        parts.append(f'<p class="note">{html.escape(header.note)}</p>')
+        parts.append(f'<p class="note">{_text(header.note)}</p>')
 
     save_figure(samples_figure(sampler, classes), out / "samples.png")
     text = "A class a row, a latent a column. "
@@ -93,8 +94,8 @@ def write_page(run: Path, sampler: Sampler, out: Path) -> Path:
     title = f"{config.preset or 'A run'}: Attentive Normalization for image generation"
     page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</html>\n"
+        f'<meta name="viewport" content="width=device-width">\n<title>{_text(title)}</title>\n'
+        f"<style>{STYLE}</style>\n<h1>{_text(title)}</h1>\n" + "\n".join(parts) + "\n</html>\n"
     )
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     return out / "index.html"
@@ -109,7 +110,7 @@ def _facts(sampler: Sampler) -> str:
         "Trained on": config.data.source,
         "Training": f"{steps:,} generator steps, {header.images_seen:,} images, {header.seconds / 60:.1f} minutes",
     }
-    cells = "".join(f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+    cells = "".join(f"<tr><td>{name}</td><td>{_text(text)}</td></tr>" for name, text in rows.items())
     return f"<table>{cells}</table>"
 
 
@@ -127,10 +128,14 @@ def _share_of_lower_std(images: list[dict[str, Any]]) -> float:
     return sum(comparisons) / max(len(comparisons), 1)
 
 
+def _text(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n{body}"
+    return f"<h2>{_text(title)}</h2>\n{body}"
 
 
 def _picture(name: str, caption: str) -> str:
-    text = html.escape(caption)
+    text = _text(caption)
     return f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>'

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from attnorm.benchmark.report import pixels_figure
 from attnorm.checkpoint import RunDirectory, write_atomically, write_json
+from attnorm.config import printable
 from attnorm.evaluation.paper_tables import FIGURE_7_CLASSES, FIGURE_8_CLASSES, NUM_IMAGENET_CLASSES
 from attnorm.evaluation.report import NOT_RUN, Report, Section, Table, to_dict
 from attnorm.evaluation.runs import Run
@@ -217,41 +218,45 @@ def _escaped(text: str) -> str:
     """As text in Markdown, in a cell too: no emphasis, HTML or new cell comes of a name."""
     for character in "\\|*<`":
         text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
 
 
 def page(report: Report, pictures: Sequence[Picture], folder: Path) -> str:
     """One HTML file that needs no other: pictures are inline."""
     parts = [_html_section(section) for section in report.sections]
     for title, group in itertools.groupby(pictures, key=lambda picture: picture.section):
-        parts.append(f"<h2>{html.escape(title)}</h2>")
+        parts.append(f"<h2>{_html_text(title)}</h2>")
         for picture in group:
             data = base64.b64encode((folder / picture.file).read_bytes()).decode("ascii")
-            caption = html.escape(picture.caption)
+            caption = _html_text(picture.caption)
             source = f"data:image/png;base64,{data}"
             parts.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(TITLE)}</title>\n'
-        f"<style>{STYLE}{REPORT_STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(TITLE)}</h1>\n"
+        f'<meta name="viewport" content="width=device-width">\n<title>{_html_text(TITLE)}</title>\n'
+        f"<style>{STYLE}{REPORT_STYLE}</style>\n</head>\n<body>\n<h1>{_html_text(TITLE)}</h1>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
 
 
+def _html_text(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _html_section(section: Section) -> str:
-    parts = [f"<h2>{html.escape(section.title)}</h2>"]
-    parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs]
+    parts = [f"<h2>{_html_text(section.title)}</h2>"]
+    parts += [f"<p>{_html_text(paragraph)}</p>" for paragraph in section.paragraphs]
     for table in section.tables:
         parts.append(_html_table(table))
-        parts += [f'<p class="note">{html.escape(note)}</p>' for note in table.notes]
+        parts += [f'<p class="note">{_html_text(note)}</p>' for note in table.notes]
     if section.points:
-        parts.append("<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in section.points) + "</ul>")
+        parts.append("<ul>" + "".join(f"<li>{_html_text(point)}</li>" for point in section.points) + "</ul>")
     return "\n".join(parts)
 
 
 def _html_table(table: Table) -> str:
-    title = f"<h3>{html.escape(table.title)}</h3>\n" if table.title else ""
+    title = f"<h3>{_html_text(table.title)}</h3>\n" if table.title else ""
     header = "".join(_html_cell(cell, "th") for cell in table.header)
     rows = "".join("<tr>" + "".join(_html_cell(cell, "td") for cell in row) + "</tr>\n" for row in table.rows)
     return f'{title}<div class="wide"><table><tr>{header}</tr>\n{rows}</table></div>'
@@ -260,4 +265,4 @@ def _html_table(table: Table) -> str:
 def _html_cell(text: str, tag: str) -> str:
     kind = "none" if text in ("-", NOT_RUN) else "text" if len(text) > LONG_CELL else ""
     opening = f'<{tag} class="{kind}">' if kind else f"<{tag}>"
-    return f"{opening}{html.escape(text)}</{tag}>"
+    return f"{opening}{_html_text(text)}</{tag}>"

@@ -625,7 +625,7 @@ def test_what_cannot_be_reported_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained for inpainting; expected class-conditional runs"):
         build_report([tmp_path / "inpainter"])
     (run / "evaluation/metrics.jsonl").write_text('{"metric": "frechet"}\n', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="a line without images_seen, value"):
+    with pytest.raises(CheckpointError, match="a line whose name, protocol, value, images_seen is missing"):
         build_report([run])
 
 

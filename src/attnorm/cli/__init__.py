@@ -5,11 +5,15 @@ torch is imported inside the verbs only, so that help and mistakes are answered 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import types
+from collections.abc import Iterator, Sequence
 
 import tyro
 
@@ -19,7 +23,7 @@ from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
 from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
-from attnorm.cli.terminal import console
+from attnorm.cli.terminal import console, describe_os_error, no_such, out_of_memory
 from attnorm.cli.training import presets, train
 from attnorm.config import UserError
 
@@ -51,26 +55,59 @@ def _repeat_set(arguments: Sequence[str]) -> list[str]:
     return out
 
 
+@contextlib.contextmanager
+def _interrupted_while_importing() -> Iterator[None]:
+    """Ends the process at once at a Ctrl-C in the seconds in which torch and others are imported: there Python may
+    raise KeyboardInterrupt where it is only printed, or where someone catches it, and the work would go on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # someone else's concern, or ignored on purpose
+        return
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user's mistake ends with status 2 and one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text that the terminal can show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is escaped, and no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"attnorm {__version__}")
         return
+    names = [verb.__name__ for verb in VERBS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        text = no_such("verb", arguments[0], names, f"expected one of {', '.join(names)}")
+        console.print(f"attnorm: {text}", style="red")
+        raise SystemExit(2)
     try:
-        app.cli(prog="attnorm", description=EPILOGUE, args=_repeat_set(arguments))
+        with _interrupted_while_importing():
+            app.cli(prog="attnorm", description=EPILOGUE, args=_repeat_set(arguments))
     except BrokenPipeError:  # `attnorm presets | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except (UserError, OSError) as error:
-        console.print(f"attnorm: {error}", style="red")
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        console.print(f"attnorm: {text}", style="red")
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported here
+    except (RuntimeError, MemoryError) as error:
+        text = out_of_memory(error)
+        if not text:
             raise
-        console.print("attnorm: the device is out of memory; a smaller batch or --device cpu needs less", style="red")
+        console.print(f"attnorm: {text}", style="red")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
 from attnorm import config as configuration
 from attnorm.cli.terminal import (
@@ -21,9 +19,11 @@ from attnorm.cli.terminal import (
     progress_bar,
     read_images,
     require_free,
+    require_not_of_a_run,
     require_outside,
+    screen,
 )
-from attnorm.config import Config, ConfigError, require_seed
+from attnorm.config import Config, ConfigError, printable, require_seed
 
 if TYPE_CHECKING:
     from attnorm.checkpoint import Header
@@ -172,6 +172,8 @@ def evaluate(
         raise ConfigError(f"--batch-size is {batch_size}; expected at least 1 image at a time, or 0 for the usual")
     require_seed("--seed", seed)
     require_outside(out, data)
+    if out is not None:
+        require_not_of_a_run(out)
     if not is_inpainting:
         _evaluate_generators(
             headers,
@@ -224,11 +226,14 @@ def _evaluate_generators(
     from attnorm.checkpoint import RunDirectory, read_lines
     from attnorm.evaluation.collection import find_own_device, processes
     from attnorm.evaluation.features import EXTRACTORS, load_extractor
-    from attnorm.evaluation.generation import evaluate_generator, find_metrics, scores_file
+    from attnorm.evaluation.generation import evaluate_generator, find_metrics, require_measurable, scores_file
 
     files = {run: scores_file(run, out) for run in headers}
-    if extractor_name in EXTRACTORS:
-        find_metrics(metrics, EXTRACTORS[extractor_name])  # before anything is downloaded
+    if extractor_name in EXTRACTORS:  # before anything is downloaded or decoded
+        wanted = find_metrics(metrics, EXTRACTORS[extractor_name])
+        counts = ("num", "fakes_per_class", "classes", "subset", "batch_size")
+        require_measurable(wanted, **{name: settings[name] for name in counts})
+    find_own_device(device)
     with processes() as team:
         extractor = load_extractor(extractor_name, device=find_own_device(device), inception_weights=inception_weights)
         read: dict[tuple[Any, ...], ImageSet] = {}
@@ -278,7 +283,9 @@ def _print_scores(checkpoint: Path, rows: Sequence[dict[str, Any]], old: Sequenc
         console.print(f"{checkpoint}: nothing to measure: there is no AN layer, so there are no layouts")
         return
     of = f"{rows[0]['run']}, {rows[0]['images_seen']:,} images seen, {rows[0]['weights']} weights"
-    table = Table("score", "value", "", "protocol", "", title=of, title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        "score", "value", "", "protocol", "", title=printable(of), title_justify="left", box=None, pad_edge=False
+    )
     for row in rows:
         about = f"± {row['spread']:.4g}" if "spread" in row else ""
         if "interval" in row:
@@ -288,7 +295,7 @@ def _print_scores(checkpoint: Path, rows: Sequence[dict[str, Any]], old: Sequenc
         named = {"is1": f"{row['name']}, one split", "is10": f"{row['name']}, ten splits"}
         name = named.get(row["metric"], row["name"])
         table.add_row(name, f"{row['value']:.5g}", about, row["protocol"], "already measured" if row in old else "")
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    screen().print(table)
     subsets = {row["num_reals"] for row in rows if row["subset"]}
     for count in sorted(subsets):
         console.print(
@@ -400,12 +407,12 @@ def bench(
             retain=retain_memory,
             progress=one_bar(progress, "timing"),
         )
-    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    wide = screen()
     for title, header, rows in reports.tables(report):
         table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
-        screen.print(table, "")
+        wide.print(table, "")
     for disturbance in reports.disturbances(report):
         console.print(disturbance, style="yellow")
     for path in reports.write_report(report, out):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.progress import track
 
-from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, require_free
+from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, counted, require_free, require_png
 from attnorm.config import ConfigError, require_seed
+
+MOST_IMAGES_OF_A_WALK = 500  # side by side: a picture has at most 65,536 columns of pixels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +59,8 @@ def sample(
     require_free(out, overwrite)
     seeds = [seed + i for i in range(num)]
     labels = [chosen[i % len(chosen)] for i in range(num)]
-    folders = {label: out / _folder_name(sampler, label) for label in sorted(set(labels))}
+    names = folder_names(sampler.classes)
+    folders = {label: out / names[label] for label in sorted(set(labels))}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     firsts: dict[int, list[Tensor]] = {label: [] for label in chosen}
@@ -81,7 +88,8 @@ def sample(
         "note": sampler.header.note,
     }
     write_json(out / "samples.json", record)
-    print(f"{num} images of {len(folders)} classes in {out}, and {out / 'grid.png'}")
+    of = f"{counted(num, 'image')} of {counted(len(folders), 'class', 'classes')}"
+    print(f"{of} in {out}, and {out / 'grid.png'}")
 
 
 def interpolate(
@@ -115,10 +123,16 @@ def interpolate(
     if steps < 2:
         raise ConfigError(f"--steps is {steps}; expected at least 2")
     require_seed("--seed", seed)
+    require_png(out)
     sampler = _sampler(run, device=device)
     middle = [name for name in via.split(",") if name]
     walk = [sampler.class_index(name) for name in (start, *middle, end)]
     require_free(out, overwrite, is_picture=True)
+    num_images = (len(walk) - 1) * (steps - 1) + 1
+    if num_images > MOST_IMAGES_OF_A_WALK:
+        raise ConfigError(
+            f"--steps is {steps}, which makes {num_images:,} images; expected at most {MOST_IMAGES_OF_A_WALK} of them"
+        )
     images, layouts = sampler.interpolate(seed, walk, steps)
     layout = next(iter(layouts.values())).layout if layouts else None
     if layout is not None and entity is not None and not 0 <= entity < layout.shape[1]:
@@ -196,6 +210,7 @@ def curves(
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")
+    require_png(out)
     require_free(out, overwrite, is_picture=True)
     names = [run.resolve().name for run in runs]
     named = {str(run) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
@@ -217,7 +232,22 @@ def _classes(sampler: Sampler, names: str) -> list[int]:
     return chosen
 
 
-def _folder_name(sampler: Sampler, label: int) -> str:
-    """A class's name, where it can be a folder's."""
-    name = sampler.classes[label]
-    return name if name not in ("", ".", "..") and "/" not in name and "\\" not in name else f"class-{label}"
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """Each class's name where it can be a folder's, else its number; no two are one folder, on any file system."""
+    others = ("grid.png", "samples.json")
+    names: list[str] = []
+
+    def is_free(name: str) -> bool:
+        alike = unicodedata.normalize("NFC", name).casefold()
+        return all(alike != unicodedata.normalize("NFC", taken).casefold() for taken in (*others, *names))
+
+    for label, name in enumerate(classes):
+        is_name = name not in ("", ".", "..") and len(os.fsencode(name)) <= 255 and not _NO_FOLDER.search(name)
+        numbered = f"class-{label}"
+        while not is_free(numbered) or numbered in classes:
+            numbered += "-"
+        names.append(name if is_name and is_free(name) else numbered)
+    return names
+
+
+_NO_FOLDER = re.compile(r"[/\\\x00-\x1f]")

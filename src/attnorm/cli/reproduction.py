@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from attnorm.cli.terminal import (
@@ -20,6 +19,7 @@ from attnorm.cli.terminal import (
     read_images,
     require_one_process,
     require_outside,
+    screen,
 )
 from attnorm.config import ConfigError
 
@@ -97,8 +97,6 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    import torch
-
     from attnorm.checkpoint import alone_in
     from attnorm.evaluation import reproduce as reproduction
 
@@ -110,16 +108,8 @@ def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> No
     _say_plan(plan, left, num_images=len(images))
     if dry_run:
         return
-    try:
-        with alone_in(plan.out):
-            result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
-    except torch.OutOfMemoryError:
-        console.print(
-            "attnorm: the device is out of memory; --set run.batch_size=... with a smaller one, or "
-            "run.precision=bfloat16, needs less, in another --out. What was saved is whole",
-            style="red",
-        )
-        raise SystemExit(1) from None
+    with alone_in(plan.out):
+        result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
     if result.is_interrupted:
         _stop()
     _finish(plan, result)
@@ -163,7 +153,7 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
             in_words(training) if training else "-",
             "of the whole test set" if measuring is None else in_words(measuring) if measuring else "-",
         )
-    Console(highlight=False, width=None if console.is_terminal else 200).print(table)
+    screen().print(table)
     counts = {
         "table2": f"; {plan.scale.fakes_per_class:,} generated images of each class, {plan.extractor}",
         "table3": "",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,16 +14,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from attnorm.config import Config, ConfigError
+from attnorm.config import Config, ConfigError, printable
 
 if TYPE_CHECKING:
     from attnorm.data.images import ImageSet
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+class _Messages(Console):
+    """Messages may quote names of files and classes, and these are anything."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+console = _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def screen() -> Console:
+    """For tables on the standard output: as wide as the terminal or COLUMNS, and elsewhere wide enough for them all."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console(highlight=False, markup=False, width=None if is_known else 200)
+
+
+def counted(count: int, singular: str, plural: str = "") -> str:
+    """ "1 image", "2,560 images"."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Seed = Annotated[int, tyro.conf.arg(metavar="S")]
@@ -42,10 +65,8 @@ def read_images(config: Config) -> ImageSet:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    num_classes = len(images.classes)
-    console.print(
-        f"{len(images):,} images of {num_classes} class{'es' if num_classes > 1 else ''} from {images.source}"
-    )
+    num_classes = counted(len(images.classes), "class", "classes")
+    console.print(f"{counted(len(images), 'image')} of {num_classes} from {images.source}")
     if images.skipped:
         named = "\n  ".join(images.skipped[:10])
         more = f"\n  and {len(images.skipped) - 10} more" if len(images.skipped) > 10 else ""
@@ -74,7 +95,10 @@ class _Lines(Progress):
 
 def progress_bar() -> Progress:
     """A bar with the time left on a terminal, lines elsewhere."""
-    return Progress(console=console, transient=True) if console.is_terminal else _Lines()
+    if not console.is_terminal:
+        return _Lines()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def one_bar(progress: Progress, what: str) -> Callable[[int, int, str], None]:
@@ -92,7 +116,7 @@ def one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
             for bar in bars.values():
                 progress.remove_task(bar)
             bars.clear()
-            bars[what] = progress.add_task(what, total=total)
+            bars[what] = progress.add_task(printable(what), total=total)
         progress.update(bars[what], completed=done)
 
     return tell
@@ -110,6 +134,8 @@ def require_one_process(verb: str) -> None:
 def require_free(out: Path, overwrite: bool, *, is_picture: bool = False) -> None:
     if is_picture and out.is_dir():
         raise ConfigError(f"{out} is a folder; expected a picture's name, for example {out / 'picture.png'}")
+    require_not_of_a_run(out)
+    require_writable(out)
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not overwrite:
         raise ConfigError(f"{out} is already there; choose another --out, or say --overwrite")
@@ -117,6 +143,71 @@ def require_free(out: Path, overwrite: bool, *, is_picture: bool = False) -> Non
         raise ConfigError(f"{out} is a file; expected a folder")
     if out.exists() and not out.is_file() and not out.is_dir():
         raise ConfigError(f"{out} is a pipe or a device; choose another --out")
+
+
+def require_writable(out: Path) -> None:
+    """Whether `out` can be made, as far as can be told without making it."""
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if place != out and not place.is_dir():
+        raise ConfigError(f"{place} is a file; expected a folder there; choose another --out")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{place} cannot be written to; choose another --out, or have its permissions changed")
+
+
+def require_png(out: Path) -> None:
+    """Of a picture's name, before anything is drawn."""
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out} is written as PNG; let its name end in .png")
+
+
+def require_not_of_a_run(out: Path) -> None:
+    """What a run needs is no place for anything else, whether it would replace a file or stand beside it."""
+    from attnorm.checkpoint import PARTS_OF_A_RUN, RunDirectory
+
+    place = Path(os.path.realpath(out))
+    for folder in (place, *place.parents):
+        below = place.relative_to(folder).parts[:1]
+        if RunDirectory(folder).exists() and (not below or below[0] in PARTS_OF_A_RUN):
+            raise ConfigError(f"{out} is a run directory, or a part of one ({folder}); choose another --out")
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What is said of an error that means too little memory, with what was asked for; "" of any other one."""
+    text = str(error)
+    found = re.search(r"llocate (?:memory: you tried to allocate )?([\d.]+) ?(bytes|[KMGTPE]?i?B)", text)
+    is_meant = (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    )  # torch's: it is not imported
+    if not (is_meant or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text))):
+        return ""
+    asked = f" for {float(found[1]):,.15g} {found[2]} more" if found else ""
+    return (
+        f"the device is out of memory{asked}; a smaller batch, model or picture needs less, as does --device cpu and "
+        "in training run.precision=bfloat16. What was saved is whole"
+    )
+
+
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|Storage size calculation overflowed|multiplication overflow"
+)
+
+
+def describe_os_error(error: OSError) -> str:
+    """In words, with a remedy where there is one for certain."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    remedies = {
+        errno.ENOSPC: "make room there",
+        errno.EDQUOT: "make room there",
+        errno.EACCES: "choose another place, or have its permissions changed",
+        errno.EPERM: "choose another place, or have its permissions changed",
+        errno.EROFS: "choose another place",
+        errno.ENOTDIR: "choose another place: a part of this name is a file",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    remedy = remedies.get(error.errno or 0, "choose another place")
+    return f"{name} cannot be read or written ({error.strerror.lower()}); {remedy}"
 
 
 def require_outside(out: Path | None, data: str) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from attnorm import config as configuration
-from attnorm.cli.terminal import console, no_such, read_images, require_one_process, require_outside
+from attnorm.cli.terminal import (
+    console,
+    describe_os_error,
+    no_such,
+    read_images,
+    require_one_process,
+    require_outside,
+    require_writable,
+    screen,
+)
 from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.presets import PRESETS
 
@@ -56,32 +63,26 @@ def train(
 
 
 def _train(config: Config, out: Path) -> None:
-    import torch
-
     from attnorm.checkpoint import RunDirectory
-    from attnorm.training.trainer import TrainingError
+    from attnorm.training.trainer import TrainingError, require_trainable
     from attnorm.training.trainer import train as run_training
 
+    require_trainable(config, out)  # before minutes of decoding
+    require_writable(out)
     images = read_images(config)
     try:
         outcome = run_training(config, images, out, console=console)
     except TrainingError as error:
         console.print(f"attnorm: {error}", style="red")
         raise SystemExit(1) from None
-    except torch.OutOfMemoryError:
-        console.print(
-            "attnorm: the device is out of memory; a new run with a smaller run.batch_size or run.precision=bfloat16 "
-            "needs less. What was saved is whole",
-            style="red",
-        )
-        raise SystemExit(1) from None
     except OSError as error:
         if not (out / "config.json").is_file():
             raise
         kept = RunDirectory(out).checkpoints()
         last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        why = describe_os_error(error)
         console.print(
-            f"attnorm: training stopped: {error}; {last}; the same command goes on when there is room", style="red"
+            f"attnorm: training stopped: {why}; {last}; the same command goes on when that is mended", style="red"
         )
         raise SystemExit(1) from None
     print(f"{outcome.reason} at {outcome.images_seen:,} images; checkpoint {outcome.checkpoint}")
@@ -109,7 +110,7 @@ def presets() -> None:
             f"{g_parameters:,}",
             f"{d_parameters:,}",
         )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    screen().print(table)
 
 
 def _describe(config: Config, num_classes: int) -> tuple[str, int, int]:

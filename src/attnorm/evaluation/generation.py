@@ -106,6 +106,26 @@ def find_metrics(names: Sequence[str], extractor: Extractor | type[Extractor]) -
     return tuple(metric for metric in METRICS if metric in found)
 
 
+def require_measurable(
+    metrics: Sequence[str], num: int, fakes_per_class: int, classes: Sequence[str], subset: int, batch_size: int
+) -> None:
+    """What can be told of the arguments of `evaluate_generator` before any data are read; ConfigError where not."""
+    least = SPLITS if "is" in metrics else NEIGHBOURS + 1
+    if num < least:
+        raise ConfigError(f"--num is {num}; expected at least {least} generated images for these metrics")
+    if fakes_per_class < 2:
+        raise ConfigError(f"--fakes-per-class is {fakes_per_class}; expected at least 2")
+    if subset and subset <= NEIGHBOURS:
+        raise ConfigError(f"--subset is {subset}; expected 0 (all real images) or at least {NEIGHBOURS + 1}")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}; expected at least 1 image at a time")
+    if classes and "intra-frechet" not in metrics:
+        raise ConfigError(
+            f"--classes is for intra-frechet, but only {', '.join(metrics)} would be measured, of all classes; add "
+            "intra-frechet to --metrics, or leave --classes out"
+        )
+
+
 def find_classes(names: Sequence[str], sampler: Sampler) -> tuple[list[int], str]:
     """Labels of the classes named (by name or number, or all of Table 2 by "table2"; none: all), and what a protocol
     calls them.
@@ -343,15 +363,9 @@ class _Evaluation:
 
     def check(self) -> None:
         sampler, images = self.sampler, self.images
-        least = SPLITS if "is" in self.metrics else NEIGHBOURS + 1
-        if self.num < least:
-            raise ConfigError(f"--num is {self.num}; expected at least {least} generated images for these metrics")
-        if self.fakes_per_class < 2:
-            raise ConfigError(f"--fakes-per-class is {self.fakes_per_class}; expected at least 2")
-        if self.subset and self.subset <= NEIGHBOURS:
-            raise ConfigError(f"--subset is {self.subset}; expected 0 (all real images) or at least {NEIGHBOURS + 1}")
-        if sampler.batch_size < 1:
-            raise ConfigError(f"--batch-size is {sampler.batch_size}; expected at least 1 image at a time")
+        require_measurable(
+            self.metrics, self.num, self.fakes_per_class, self.classes, self.subset, batch_size=sampler.batch_size
+        )
         if max(self.num, len(sampler.classes) * self.fakes_per_class) > SEEDS_APART:
             raise ConfigError(
                 f"--num is {self.num}, and --fakes-per-class {self.fakes_per_class} for {len(sampler.classes)} "

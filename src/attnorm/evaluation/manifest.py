@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
         values["data"] = configuration.from_dict(DataConfig, values["data"], prefix="data.")
         values["entries"] = tuple(Entry(**entry) for entry in values["entries"])
         return Manifest(folder=folder, **values)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}); make it again with `attnorm manifest`") from error
 
 

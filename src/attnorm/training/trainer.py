@@ -154,6 +154,29 @@ def resolve(config: Config, images: ImageSet) -> Config:
     return replace(config, model=replace(config.model, num_classes=num_classes))
 
 
+def require_trainable(config: Config, out: Path) -> None:
+    """What can be told before the data are read: device, place, and settings of a run that is there.
+
+    Raises:
+        ConfigError, CheckpointError: as `train` would.
+    """
+    find_device(config.run.device)
+    run = RunDirectory(out)
+    run.require_free_or_run()
+    if run.checkpoints():
+        _require_same_settings(run, config)
+
+
+def _require_same_settings(run: RunDirectory, config: Config) -> None:
+    """Of a configuration that was resolved, or as it was given: then the number of classes may be open."""
+    old, new = configuration.flatten(run.read()[0]), configuration.flatten(config)
+    is_open = MAY_CHANGE_ON_RESUME | ({"model.num_classes"} if new.get("model.num_classes") == 0 else set())
+    changed = [key for key in new if old.get(key) != new[key] and key not in is_open]
+    if changed:
+        differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+
+
 def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> list[str]:
     """Creates the run directory, or brings `state` to its last good checkpoint; what is to be said of that."""
     data = {
@@ -167,12 +190,8 @@ def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingSt
     if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
         run.create(config, data)
         return said
-    old_config, old_data = run.read()
-    old, new = configuration.flatten(old_config), configuration.flatten(config)
-    changed = [key for key in new if old.get(key) != new[key] and key not in MAY_CHANGE_ON_RESUME]
-    if changed:
-        differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
-        raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+    _require_same_settings(run, config)
+    _, old_data = run.read()
     if old_data["fingerprint"] != data["fingerprint"]:
         raise ConfigError(
             f"{run.path} was trained on other data ({old_data['num_images']} images of {old_data['source']}, now "
