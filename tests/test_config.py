@@ -39,7 +39,7 @@ words = st.text(alphabet="abcXYZ019/._- =,", max_size=12).map(str.strip)
 layers = st.builds(
     AttentiveNormConfig,
     num_entities=count,
-    temperature=st.none() | positive,
+    temperature=st.none() | st.just("auto") | positive,
     affine=st.booleans(),
     value_projection=st.booleans(),
     reduction=count,
@@ -233,6 +233,7 @@ def test_configuration_is_frozen() -> None:
         ("model.context=none", "model.context", "none"),
         ("model.an.temperature=0.25", "model.an.temperature", 0.25),
         ("model.an.temperature=2", "model.an.temperature", 2.0),
+        ("model.an.temperature=auto", "model.an.temperature", "auto"),
         ("data.source=a=b.zip", "data.source", "a=b.zip"),
         ("data.source=none", "data.source", "none"),
     ],
@@ -318,7 +319,7 @@ def test_setting_without_a_value_shows_how() -> None:
         ("optim.g_lr=fast", "optim.g_lr is 'fast'; expected a number"),
         ("run.tf32=maybe", "run.tf32 is 'maybe'; expected true or false"),
         ("model.an_blocks=3,x", "model.an_blocks is 'x'; expected a whole number"),
-        ("model.an.temperature=warm", "model.an.temperature is 'warm'; expected a number or none"),
+        ("model.an.temperature=warm", "model.an.temperature is 'warm'; expected a number or auto or none"),
         ("model.context=attention", "model.context is 'attention'; expected one of an, self_attention, none"),
         ("model.context=ann", r"expected one of an, self_attention, none; did you mean an\?"),
         ("run.precision=float16", r"run.precision is 'float16'; expected one of .*; did you mean \w+\?"),
@@ -389,7 +390,7 @@ def test_whole_numbers_of_json_are_numbers() -> None:
         ("model.an_blocks=0", "names block 0; a 128-pixel generator has blocks 1 to 5"),
         ("model.an.num_entities=0", "num_entities is 0; expected at least 1"),
         ("model.an.reduction=0", "reduction is 0; expected at least 1"),
-        ("model.an.temperature=0", "temperature is 0.0; expected a positive number"),
+        ("model.an.temperature=0", "temperature is 0.0; expected auto, a positive number"),
         ("model.an.eps=0", "eps is 0.0; expected a positive number"),
         ("optim.g_lr=0", "optim.g_lr is 0.0; expected a positive number"),
         ("optim.d_lr=-1", "optim.d_lr is -1.0; expected a positive number"),
@@ -437,11 +438,13 @@ def test_setting_of_inpainting_that_cannot_be_meant_is_refused(setting: str, mes
         override(INPAINTING, [setting])
 
 
-def test_temperature_follows_the_width_unless_it_is_set() -> None:
+def test_temperature_is_the_layers_own_or_follows_the_width_or_is_set() -> None:
     """Row 7: the paper's 0.1 at the paper's width; a quarter of the channels halves the spread of the logits."""
-    assert ClassConditionalConfig(width=64).temperature == pytest.approx(0.1)
-    assert ClassConditionalConfig(width=16).temperature == pytest.approx(0.2)
+    rule = AttentiveNormConfig(temperature=None)
+    assert ClassConditionalConfig(width=16).temperature == InpaintingConfig(width=8).temperature == "auto"
+    assert ClassConditionalConfig(width=64, an=rule).temperature == pytest.approx(0.1)
+    assert ClassConditionalConfig(width=16, an=rule).temperature == pytest.approx(0.2)
     assert ClassConditionalConfig(width=16, an=AttentiveNormConfig(temperature=0.1)).temperature == 0.1
-    assert InpaintingConfig(width=32).temperature == pytest.approx(0.1)
-    assert InpaintingConfig(width=8).temperature == pytest.approx(0.2)
+    assert InpaintingConfig(width=32, an=rule).temperature == pytest.approx(0.1)
+    assert InpaintingConfig(width=8, an=rule).temperature == pytest.approx(0.2)
     assert InpaintingConfig(width=8, an=AttentiveNormConfig(temperature=0.1)).temperature == 0.1

@@ -23,9 +23,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 INPAINTING: dict[str, tuple[str, ...]] = {
-    "paper-streetview256": ("an", "contextual", "none"),
-    "inpaint128": ("an", "an-wide", "contextual", "self_attention", "none"),
-    "inpaint64": ("an", "an-wide", "contextual", "self_attention", "none"),
+    "paper-streetview256": ("an", "an-auto", "contextual", "none"),
+    "inpaint128": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none"),
+    "inpaint64": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none"),
     "inpaint-smoke": ("an", "contextual", "none"),
 }
 
@@ -45,8 +45,9 @@ def test_a_family_has_every_row_and_rows_differ_in_what_they_say(family: str) ->
 def test_there_are_no_others() -> None:
     inpainting = {f"{family}-{row}" for family, rows in INPAINTING.items() for row in rows}
     conditional = {f"{family}-{row}" for family in FAMILIES for row in ROWS}
+    conditional |= {f"paper-imagenet128-{row}-auto" for row in ROWS if row.startswith("an")}
+    conditional |= {f"{family}-an-fixed" for family in FAMILIES if family != "paper-imagenet128"}
     assert set(PRESETS) == conditional | inpainting | {"demo", "smoke", "inpaint-smoke"}
-    assert len(PRESETS) == 79
     descriptions = [description for description, _ in PRESETS.values()]
     assert all(descriptions) and not any("\n\n" in description for description in descriptions)
 
@@ -87,8 +88,8 @@ def test_small32_is_1000_steps_of_16_images_and_keeps_every_checkpoint() -> None
         every % config.run.batch_size == 0
         for every in (config.run.log_every_images, config.run.layout_every_images, config.run.checkpoint_every_images)
     )
-    assert config.model.an.temperature is None  # 0.1 * sqrt(64 / 32): row 7 of the ledger
-    assert config.model.temperature == pytest.approx(0.1414, abs=1e-4)
+    assert config.model.temperature == "auto"
+    assert PRESETS["small32-an-fixed"][1].model.temperature == pytest.approx(0.1414, abs=1e-4)  # 0.1 * sqrt(64 / 32)
 
 
 def test_the_rows_of_smoke_are_smoke_but_for_the_number_of_entities() -> None:
@@ -112,8 +113,22 @@ def test_the_arms_of_an_inpainting_family_differ_in_their_context_block_alone(fa
     base = flatten(PRESETS[f"{family}-an"][1])
     for row in INPAINTING[family]:
         values = flatten(PRESETS[f"{family}-{row}"][1])
-        assert values.pop("preset") == f"{family}-{row}" and values.pop("model.context") == row
+        block = row.removesuffix("-auto").removesuffix("-fixed")
+        assert values.pop("preset") == f"{family}-{row}" and values.pop("model.context") == block
+        if row in ("an-auto", "an-fixed"):
+            assert values.pop("model.an.temperature") == {"an-auto": "auto", "an-fixed": None}[row]
         assert values.items() <= base.items(), row
+
+
+def test_the_papers_presets_keep_its_tau_and_have_twins_with_the_layers_own() -> None:
+    for row in (row for row in ROWS if row.startswith("an")):
+        printed, twin = (flatten(PRESETS[f"paper-imagenet128-{row}{more}"][1]) for more in ("", "-auto"))
+        assert printed["model.an.temperature"] == 0.1
+        assert {key for key in twin if twin[key] != printed[key]} == {"preset", "model.an.temperature"}
+        assert twin["model.an.temperature"] == "auto"
+    for name, (_, config) in PRESETS.items():
+        is_paper = name.startswith("paper-") and not name.endswith("-auto")
+        assert config.model.an.temperature == (0.1 if is_paper else None if name.endswith("-fixed") else "auto"), name
 
 
 def test_inpainting_has_the_papers_losses_and_optimiser() -> None:

@@ -65,8 +65,9 @@ class AttentiveNormConfig:
     """The options of one AttentiveNorm2d layer; see the layer for what each one does."""
 
     num_entities: int = 16
-    # None: 0.1 * sqrt(64 / width), which is the paper's 0.1 at the paper's width. See docs/paper.md, row 7.
-    temperature: float | None = None
+    # auto: the layer keeps the paper's spread of the logits by itself. None, which runs of earlier versions have:
+    # 0.1 * sqrt(64 / width), the paper's 0.1 at the paper's width. See docs/paper.md, row 7.
+    temperature: float | Literal["auto"] | None = "auto"
     affine: bool = True
     value_projection: bool = True
     reduction: int = 8
@@ -84,8 +85,8 @@ class AttentiveNormConfig:
         _require(self.reduction >= 1, f"reduction is {self.reduction}; expected at least 1")
         _require(self.eps > 0, f"eps is {self.eps}; expected a positive number")
         _require(
-            self.temperature is None or self.temperature > 0,
-            f"temperature is {self.temperature}; expected a positive number, or none for 0.1 * sqrt(64 / width)",
+            self.temperature in (None, "auto") or float(self.temperature) > 0,
+            f"temperature is {self.temperature}; expected auto, a positive number, or none for 0.1 * sqrt(64 / width)",
         )
 
 
@@ -120,9 +121,9 @@ class ClassConditionalConfig:
             )
 
     @property
-    def temperature(self) -> float:
-        """tau of Eq. 4: as set, or the paper's 0.1 with the logits' spread at the paper's width kept (row 7)."""
-        return self.an.temperature if self.an.temperature is not None else 0.1 * math.sqrt(64 / self.width)
+    def temperature(self) -> float | Literal["auto"]:
+        """tau of Eq. 4: as set, or by the rule for None: the paper's 0.1 scaled with the width (row 7)."""
+        return 0.1 * math.sqrt(64 / self.width) if self.an.temperature is None else self.an.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +143,9 @@ class InpaintingConfig:
         _require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
 
     @property
-    def temperature(self) -> float:
-        """tau of Eq. 4: as set, or the paper's 0.1 with the logits' spread at the paper's width kept (row 7)."""
-        return self.an.temperature if self.an.temperature is not None else 0.1 * math.sqrt(32 / self.width)
+    def temperature(self) -> float | Literal["auto"]:
+        """tau of Eq. 4: as set, or by the rule for None: the paper's 0.1 scaled with the width (row 7)."""
+        return 0.1 * math.sqrt(32 / self.width) if self.an.temperature is None else self.an.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +205,13 @@ class OptimiserConfig:
     beta2: float = 0.999
     d_steps: int = 1  # discriminator updates per generator update
     orthogonality_weight: float = 1e-3  # lambda_o of Eq. 1
+    # The gate of a context block (rho of AN, that of attention) learns so many times as fast: docs/paper.md, row 9.
+    gate_lr_scale: float = 1.0
     classifier_weight: float = 1.0  # of AC-GAN's cross-entropy
     ema_decay: float = 0.999  # per generator step, reached gradually from 0
 
     def __post_init__(self) -> None:
-        for name in ("g_lr", "d_lr"):
+        for name in ("g_lr", "d_lr", "gate_lr_scale"):
             _require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
@@ -391,6 +394,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         _require(text.lower() in words, f"{path} is {text!r}; expected true or false")
         return words[text.lower()]
+    if text in _words(options):
+        return text
     for kind in (int, float):
         if kind in options:
             try:
@@ -425,7 +430,7 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         _require(abs(value) < 2**1023, message)
         return float(value)
-    _require(type(value) in options, message)
+    _require(type(value) in options or value in _words(options), message)
     _require(not isinstance(value, float) or math.isfinite(value), message)
     return value
 
@@ -438,7 +443,12 @@ def _brief(value: Any) -> str:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _words(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a union takes by name, beside its types: of `float | Literal["auto"]`, "auto"."""
+    return tuple(word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option))
 
 
 def _describe(hint: Any) -> str:
@@ -448,6 +458,8 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(typing.get_args(hint)[0])}, comma between"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return " or ".join(
-        "a group of settings" if dataclasses.is_dataclass(option) else names.get(option, str(option))
+        "a group of settings"
+        if dataclasses.is_dataclass(option)
+        else " or ".join(_words((option,))) or names.get(option, str(option))
         for option in _alternatives(hint)
     )

@@ -26,7 +26,7 @@ SMALL_G_LR, SMALL_D_LR = 2e-4, 8e-4
 def imagenet128() -> Config:
     """The paper's recipe (section 5.1): ImageNet at 128 pixels, batch 256, 880k steps, TTUR, AN in G and D."""
     return Config(
-        model=ClassConditionalConfig(image_size=128, width=64),
+        model=ClassConditionalConfig(image_size=128, width=64, an=AttentiveNormConfig(temperature=0.1)),
         optim=OptimiserConfig(ema_decay=0.9999),
         run=RunConfig(
             batch_size=256,
@@ -129,7 +129,7 @@ def streetview256() -> Config:
     """The paper's inpainting (section 4): Paris StreetView at 256 pixels. It names no batch and no number of steps."""
     return Config(
         task="inpainting",
-        model=InpaintingConfig(image_size=256, width=32),
+        model=InpaintingConfig(image_size=256, width=32, an=AttentiveNormConfig(affine=False, temperature=0.1)),
         inpainting=InpaintingTaskConfig(),  # the first phase ends when the validation L1 is flat
         data=DataConfig(fit="street-view", flip=True, held_out_every=100),
         optim=OptimiserConfig(g_lr=1e-4, d_lr=1e-4, beta1=0.5, beta2=0.9, d_steps=5),
@@ -150,9 +150,10 @@ def inpaint128() -> Config:
     base = streetview256()
     return replace(
         base,
-        model=replace(base.model, image_size=128),
+        model=replace(base.model, image_size=128, an=AttentiveNormConfig(affine=False)),
         inpainting=InpaintingTaskConfig(switch_images=10_000 * 16),
         data=DataConfig(stored_size=224, flip=True, held_out_every=10),
+        optim=replace(base.optim, gate_lr_scale=100.0),  # else rho is still on its way from 0 when the run ends
         run=replace(
             base.run,
             duration_images=20_000 * 16,
@@ -169,7 +170,7 @@ def inpaint64() -> Config:
     base = inpaint128()
     return replace(
         base,
-        model=InpaintingConfig(image_size=64, width=16),
+        model=replace(base.model, image_size=64, width=16),
         inpainting=InpaintingTaskConfig(switch_images=3_000 * 8),
         data=replace(base.data, stored_size=112),
         run=replace(
@@ -218,6 +219,10 @@ def _an(**changes: object) -> Callable[[Config], Config]:
     )
 
 
+def _then(first: Callable[[Config], Config], second: Callable[[Config], Config]) -> Callable[[Config], Config]:
+    return lambda config: second(first(config))
+
+
 # The rows of Table 1, then those of Table 4 that are not among them.
 ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "an": ("Attentive Normalization, n = 16 (Tables 1 and 4)", lambda config: config),
@@ -237,6 +242,14 @@ ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     ),
     "an-bn": ("AN with batch moments (Table 4, 'w BN')", _an(moments="batch")),
 }
+# tau by itself or as section 4 prints it: the paper's families have the latter and twins of their rows with the former,
+# the others the reverse.
+AUTO = {
+    f"{row}-auto": (f"{description}, tau by itself", _then(change, _an(temperature="auto")))
+    for row, (description, change) in ROWS.items()
+    if row.startswith("an")
+}
+FIXED = {"an-fixed": ("AN with the paper's tau, scaled with the width (ledger, row 7)", _an(temperature=None))}
 # The rows of Table 3, and the other blocks for context.
 INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "an": ("Attentive Normalization in place of contextual attention (Table 3)", lambda config: config),
@@ -244,12 +257,14 @@ INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "contextual": ("DeepFill v1's contextual attention (Table 3)", _model(context="contextual")),
     "self_attention": ("SAGAN's self-attention", _model(context="self_attention")),
     "none": ("no block for context", _model(context="none")),
+    "an-auto": AUTO["an-auto"],
+    "an-fixed": FIXED["an-fixed"],
 }
 # Families of the inpainting task, and which rows they have.
 INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
-    "paper-streetview256": (streetview256, ("an", "contextual", "none")),
-    "inpaint128": (inpaint128, tuple(INPAINTING_ROWS)),
-    "inpaint64": (inpaint64, tuple(INPAINTING_ROWS)),
+    "paper-streetview256": (streetview256, ("an", "an-auto", "contextual", "none")),
+    "inpaint128": (inpaint128, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none")),
+    "inpaint64": (inpaint64, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none")),
     "inpaint-smoke": (inpaint_smoke, ("an", "contextual", "none")),
 }
 FAMILIES: dict[str, Callable[[], Config]] = {
@@ -262,10 +277,15 @@ FAMILIES: dict[str, Callable[[], Config]] = {
 }
 
 
+def rows_of(family: str) -> dict[str, tuple[str, Callable[[Config], Config]]]:
+    """The rows of a class-conditional family: of Tables 1 and 4, and AN with the other choice of tau."""
+    return ROWS | (AUTO if family.startswith("paper-") else FIXED)
+
+
 def _build() -> dict[str, tuple[str, Config]]:
     presets = {}
     for family, base in FAMILIES.items():
-        for row, (description, change) in ROWS.items():
+        for row, (description, change) in rows_of(family).items():
             name = f"{family}-{row}"
             presets[name] = (description, replace(change(base()), preset=name))
     for family, (base, rows) in INPAINTING_FAMILIES.items():

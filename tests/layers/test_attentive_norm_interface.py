@@ -82,7 +82,7 @@ def test_training_without_self_sampling_draws_nothing() -> None:
 def test_new_layer_has_the_papers_initial_values() -> None:
     torch.manual_seed(0)
     layer = AttentiveNorm2d(256)
-    assert layer.num_entities == 16 and layer.temperature == 0.1
+    assert layer.num_entities == 16 and layer.temperature == "auto"
     assert torch.equal(layer.t, torch.full((16,), 0.1))
     assert torch.equal(layer.weight, torch.ones(16, 256))
     assert torch.equal(layer.bias, torch.zeros(16, 256))
@@ -113,7 +113,9 @@ ALL_NAMES = {
     ],
 )
 def test_state_dict_names(switches: dict[str, Any], names: set[str]) -> None:
-    assert set(AttentiveNorm2d(8, **switches).state_dict()) == names
+    moments = {"feature_mean", "feature_var", "num_batches_tracked"}  # of the features, which tau by itself needs
+    assert set(AttentiveNorm2d(8, **switches).state_dict()) == names | moments
+    assert set(AttentiveNorm2d(8, temperature=0.1, **switches).state_dict()) == names
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_every_fall_back_is_logged_once_with_its_reason(
 
 
 def test_repr_names_the_switches_that_are_set() -> None:
-    assert AttentiveNorm2d(8).extra_repr() == "8, num_entities=16, temperature=0.1"
+    assert AttentiveNorm2d(8).extra_repr() == "8, num_entities=16, temperature=auto"
     layer = AttentiveNorm2d(
         8,
         4,

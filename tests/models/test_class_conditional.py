@@ -193,7 +193,7 @@ def test_options_of_the_layer_come_from_the_config() -> None:
         )
         assert layer.eps == 1e-3
         assert layer.key.out_channels == layer.num_features // 4
-    generator = build(Generator, small(an=AttentiveNormConfig(self_sampling=False)))
+    generator = build(Generator, small(an=AttentiveNormConfig(self_sampling=False, temperature=None)))
     assert not generator.blocks[2].an.self_sampling
     assert generator.blocks[2].an.temperature == pytest.approx(0.4)  # 0.1 * sqrt(64 / 4)
 

@@ -138,9 +138,10 @@ def test_critics_have_the_published_plan() -> None:
 
 def test_options_of_the_layer_come_from_the_config() -> None:
     layer = on_meta(InpaintingGenerator).context
-    assert (layer.num_features, layer.num_entities, layer.temperature) == (128, 16, 0.1)
+    assert (layer.num_features, layer.num_entities, layer.temperature) == (128, 16, "auto")
     assert layer.weight is None and layer.bias is None  # the authors' inpainting results are without them
-    layer = on_meta(InpaintingGenerator, width=8, an=AttentiveNormConfig(num_entities=4, statistics="masked")).context
+    options = AttentiveNormConfig(num_entities=4, statistics="masked", temperature=None)
+    layer = on_meta(InpaintingGenerator, width=8, an=options).context
     assert (layer.num_features, layer.num_entities, layer.statistics) == (32, 4, "masked")
     assert layer.temperature == pytest.approx(0.2) and layer.weight is not None
 

@@ -72,11 +72,11 @@ def random_images(num: int = 16, height: int = 32, width: int = 32) -> ImageSet:
 
 
 def copies(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
 
 
 def is_changed(network: nn.Module, before: dict[str, Tensor]) -> bool:
-    return any(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    return any(not torch.equal(tensor, before[name]) for name, tensor in network.named_parameters())
 
 
 def masks_and_corners(count: int, *, seed: int = 0, position: int = 0) -> list[tuple[Tensor, tuple[int, int]]]:

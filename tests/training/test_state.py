@@ -153,3 +153,21 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         or first[name].dtype != second[name].dtype
         or not torch.equal(first[name], second[name])
     )
+
+
+def test_gates_learn_at_their_own_rate_and_come_back_with_their_moments() -> None:
+    """One step of Adam from rest is the learning rate, whatever the gradient."""
+    task = tiny_task("optim.gate_lr_scale=50", "optim.g_lr=1e-3")
+    gate, other = task.generator.blocks[2].an.rho, task.generator.to_rgb.bias
+    before = other.detach().clone()
+    step(task, 1)
+    assert gate.abs().item() == pytest.approx(0.05, rel=1e-3)
+    torch.testing.assert_close((other.detach() - before).abs(), torch.full_like(before, 1e-3), rtol=1e-3, atol=0)
+    resumed = tiny_task("optim.gate_lr_scale=50", "optim.g_lr=1e-3", seed=1)
+    resumed.state.load_tensors({name: tensor.clone() for name, tensor in task.state.tensors().items()})
+    for number in (2, 3):
+        for each in (task, resumed):
+            torch.manual_seed(number)
+            step(each, number)
+    tensors = resumed.state.tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in task.state.tensors().items())

@@ -58,7 +58,7 @@ from attnorm.evaluation.generation import (
 from attnorm.evaluation.inpainting import device_name
 from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
 from attnorm.evaluation.metrics import Gaussian, frechet_distance, frechet_interval
-from attnorm.presets import INPAINTING_FAMILIES, PRESETS, ROWS
+from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask
 from attnorm.training.trainer import Stream, TrainingError, find_precision, resolve, run_phase, train
 
@@ -195,7 +195,7 @@ def make_plan(
     if is_inpainting and (extractor or num):
         raise ConfigError("--extractor and --num are for generated images; table3 measures every image of its test set")
     family = scale.inpainters if is_inpainting else scale.generators
-    known = INPAINTING_FAMILIES[family][1] if is_inpainting else tuple(ROWS)
+    known = INPAINTING_FAMILIES[family][1] if is_inpainting else tuple(rows_of(family))
     chosen = rows or TABLE_ROWS[table]
     for row in chosen:
         if row not in known:

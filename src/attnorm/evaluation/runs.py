@@ -231,7 +231,8 @@ LABELS = {printed.row: printed.label for printed in (*TABLE_1, *TABLE_4)}  # of 
 def row_of(config: Config) -> str:
     """The name in presets.ROWS of what these settings train, whatever their preset is called; "" for something else.
 
-    A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too.
+    A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too; so is one whose
+    tau is the layer's own or the paper's: `recipes_of` keeps these apart.
     """
     bases = [Config()]
     bases += [base() for family, base in FAMILIES.items() if config.preset.startswith(f"{family}-")]
@@ -239,6 +240,17 @@ def row_of(config: Config) -> str:
         if _of_the_row(change(base)) == _of_the_row(config):
             return row
     return ""
+
+
+def _tau(config: Config) -> str:
+    """Which tau AN has: auto, of the paper, or its own number; "" without AN."""
+    model = config.model
+    if model.context == "none" or not model.context.startswith("an"):
+        return ""
+    if model.temperature == "auto":
+        return "auto"
+    rule = replace(model, an=replace(model.an, temperature=None)).temperature
+    return "of the paper" if math.isclose(model.temperature, float(rule)) else f"{model.temperature:g}"
 
 
 def _of_the_row(config: Config) -> dict[str, Any]:
@@ -252,8 +264,7 @@ def _of_the_row(config: Config) -> dict[str, Any]:
     if model.context == "an":
         names += [key for key in settings if key.startswith("model.an.") and key != "model.an.impl"]
         names += ["model.site", "optim.orthogonality_weight"]
-        rule = replace(model, an=replace(model.an, temperature=None)).temperature
-        if math.isclose(model.temperature, rule):
+        if _tau(config) in ("auto", "of the paper"):
             settings["model.an.temperature"] = None
     return {name: settings[name] for name in names}
 
@@ -262,7 +273,7 @@ def _variant(config: Config) -> str:
     """A name for what the paper does not have: in what it departs from AN, or from no context block."""
     assert isinstance(config.model, ClassConditionalConfig)
     settings = _of_the_row(config)
-    usual = flatten(Config())
+    usual = flatten(Config()) | {"model.an.temperature": None}
     changed = [f"{key}={settings[key]}" for key in settings if key != "model.context" and settings[key] != usual[key]]
     return f"{config.model.context} with " + ", ".join(changed) + ": not in the paper"
 
@@ -276,7 +287,7 @@ def recipes_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
             groups.append((run.recipe, [run]))
         else:
             known.append(run)
-    named = {}
+    named: dict[str, list[Run]] = {}
     for recipe, members in groups:
         first = members[0]
         text = (
@@ -287,7 +298,12 @@ def recipes_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
         others = [other for other, _ in groups if other is not recipe]
         telling = [key for key in recipe if key not in said and any(other.get(key) != recipe[key] for other in others)]
         details = [f"{key} {str(recipe[key])[:12]}" for key in telling]
-        named[", ".join([text, *details])] = members
+        text = ", ".join([text, *details])
+        taus = sorted({_tau(run.config) for run in members} - {""})
+        if len(taus) > 1:  # a table each, with the rows that have no tau in all of them
+            named |= {f"{text}, tau {tau}": [r for r in members if _tau(r.config) in ("", tau)] for tau in taus}
+        else:
+            named[text] = members
     return named
 
 

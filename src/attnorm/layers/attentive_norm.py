@@ -9,16 +9,26 @@ its own mean and variance: distant pixels of one kind share their statistics, at
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+import logging
+import math
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.ops.attentive_norm import attentive_norm
-from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32
+from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32, is_transformed
 from attnorm.ops.regional_norm import Moments, Statistics
 from attnorm.ops.soft_layout import draw_positions, sample, soft_layout
+
+log = logging.getLogger("attnorm")
+
+# The standard deviation over the entities of the logits that the paper's tau of 0.1 gives features of unit variance in
+# its 256 channels; and how much of the features' running moments a batch replaces (row 7).
+SPREAD = 1.6
+MOMENTUM = 0.1
 
 
 class AttentiveNorm2d(nn.Module):
@@ -27,7 +37,12 @@ class AttentiveNorm2d(nn.Module):
     Args:
         num_features: C, channels of the feature map.
         num_entities: n, how many semantic entities compete for each pixel.
-        temperature: tau of Eq. 4; multiplies the logits.
+        temperature: tau of Eq. 4, which multiplies the logits: a number, or "auto". By itself the layer keeps the
+            spread of the logits that the paper has, whatever the scale, offset and number of the features: entities,
+            keys and queries meet (X - mean) / deviation, and tau is 1.6 / sqrt(C). The mean of each channel and the
+            deviation, one number, are running moments of the training batches (over all processes, where there are
+            several), from the first batch on. They are saved with the weights and fixed in evaluation; no gradient goes
+            through them.
         affine: alpha_i and beta_i of Eq. 5, one pair per entity and channel.
         value_projection: Normalize v(X), a 1x1 convolution of X, rather than X itself.
         reduction: k(X) and q(X) have C / reduction channels, at least 1.
@@ -52,7 +67,7 @@ class AttentiveNorm2d(nn.Module):
         num_features: int,
         num_entities: int = 16,
         *,
-        temperature: float = 0.1,
+        temperature: float | Literal["auto"] = "auto",
         affine: bool = True,
         value_projection: bool = True,
         reduction: int = 8,
@@ -74,6 +89,8 @@ class AttentiveNorm2d(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        if isinstance(temperature, str) and temperature != "auto":
+            raise ValueError(f"temperature is {temperature!r}; expected a number or 'auto'")
         if min(num_features, num_entities, reduction) < 1:
             raise ValueError(
                 f"num_features is {num_features}, num_entities {num_entities}, reduction {reduction}; "
@@ -95,6 +112,13 @@ class AttentiveNorm2d(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_entities, num_features)) if affine else None  # beta
         self.bias = nn.Parameter(torch.zeros(num_entities, num_features)) if affine else None  # alpha
         self.rho = nn.Parameter(torch.zeros(()))  # Eq. 6
+        self.feature_mean: Tensor | None
+        self.feature_var: Tensor | None
+        self.num_batches_tracked: Tensor | None
+        is_auto = temperature == "auto"
+        self.register_buffer("feature_mean", torch.zeros(num_features) if is_auto else None)
+        self.register_buffer("feature_var", torch.ones(()) if is_auto else None)
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64) if is_auto else None)
         has_running = moments == "batch"
         self.running_mean: Tensor | None
         self.running_var: Tensor | None
@@ -117,6 +141,8 @@ class AttentiveNorm2d(nn.Module):
         """
         self._check(x)
         with no_autocast(x):
+            if self.temperature == "auto" and self.training:
+                self._track(x)
             x, filters, offset = self._logits(x, generator)  # Eq. 2 and 3
             value, value_bias = (None, None) if self.value is None else self._weights("value", x)
             return attentive_norm(
@@ -154,25 +180,66 @@ class AttentiveNorm2d(nn.Module):
         Both F and f are linear in X, beyond the sampled k(X)_i. M is N, or 1 where the batch shares its filters. First
         comes x itself, which is the one to go on with: see `sample`.
         """
-        entities, _ = self._weights("entities", x)
-        dtype = at_least_float32(x, entities)
-        entities = entities.to(dtype)
-        filters, offset = entities[None], entities.new_zeros(1, self.num_entities)  # f(X) = W X, section 3.1
+        dtype = at_least_float32(x, self.rho)
+        entities, offset = self._meeting_features("entities", x, dtype)
+        filters, offset = entities[None], offset[None]  # f(X) = W X, section 3.1
         if self.self_sampling and self.training:
             # Section 3.2: n random points of k(X), max-pooled 2x2, are alternatives to the entities.
             positions = draw_positions(x, self.num_entities, shared=self.shared_sampling, generator=generator)
             x, at_pixels = sample(x, positions)  # [N, C, K, 4]
-            key, key_bias, query, query_bias = (
-                part.to(dtype) for name in ("key", "query") for part in self._weights(name, x)
-            )
+            key, key_bias = self._meeting_features("key", x, dtype)
+            query, query_bias = self._meeting_features("query", x, dtype)
             corners = (key @ at_pixels.to(dtype).flatten(2) + key_bias[:, None]).unflatten(2, (-1, 4))
             keys = corners.amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
             # Eq. 2: F_ij = k(X)_i . q(X)_j with q(X) = Q X + b, which is (Q^T k_i) . X_j + k_i . b.
             # Eq. 3: t F + f(X).
             t = self.t.clamp(0, 1) if self.clamp_t else self.t
-            filters = t[:, None] * (keys @ query) + entities
-            offset = t * (keys @ query_bias)
-        return x, self.temperature * filters, self.temperature * offset  # Eq. 4's tau
+            filters = t[:, None] * (keys @ query) + filters
+            offset = t * (keys @ query_bias) + offset
+        tau = SPREAD / math.sqrt(self.num_features) if self.temperature == "auto" else self.temperature
+        return x, tau * filters, tau * offset  # Eq. 4's tau
+
+    def _meeting_features(self, name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a 1x1 convolution of the features: with temperature="auto", of (X - mean) / deviation."""
+        weight, bias = (part.to(dtype) for part in self._weights(name, x))
+        if self.temperature == "auto":
+            assert self.feature_mean is not None and self.feature_var is not None
+            # Copies: the next batch changes the moments, perhaps before the gradients of this one are computed. And a
+            # deviation below the rounding of the means is none.
+            mean, var = self.feature_mean.to(dtype, copy=True), self.feature_var.to(dtype, copy=True)
+            weight = weight * (var + 1e-10 * mean.square().mean() + 1e-30).rsqrt()
+            bias = bias - weight @ mean
+        return weight, bias
+
+    @torch.no_grad()
+    def _track(self, x: Tensor) -> None:
+        """Takes a training batch into the features' running moments; the first one makes them."""
+        mean, var, batches = self.feature_mean, self.feature_var, self.num_batches_tracked
+        assert mean is not None and var is not None and batches is not None
+        if is_transformed() or not x.numel():  # inside vmap no buffer can change, as those of batch norm cannot
+            return
+        batch_var, batch_mean = torch.var_mean(x.to(at_least_float32(x)), (0, 2, 3), correction=0)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            count = batch_mean.new_full((1,), x.numel() / self.num_features)
+            sums = torch.cat([count, count * batch_mean, count * (batch_var + batch_mean.square())])
+            dist.all_reduce(sums)
+            batch_mean, batch_square = (sums[1:] / sums[0]).chunk(2)
+            batch_var = (batch_square - batch_mean.square()).clamp_min(0)
+        batches += 1
+        share = batches.reciprocal().clamp_min(MOMENTUM)
+        mean.lerp_(batch_mean.to(mean.dtype), share.to(mean.dtype))
+        var.lerp_(batch_var.mean().to(var.dtype), share.to(var.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Weights without moments of the features are of a layer with tau = 0.1, once the default: they keep it."""
+        knows = {f"{prefix}entities.weight", f"{prefix}feature_mean"} & state_dict.keys()
+        if self.temperature == "auto" and knows == {f"{prefix}entities.weight"}:
+            self.temperature = 0.1
+            self.feature_mean = self.feature_var = self.num_batches_tracked = None
+            log.warning(
+                "%sfeature_mean is not among the weights: temperature becomes 0.1, as they were trained", prefix
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _weights(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [out, in] and bias [out] of a 1x1 convolution of the layer, as a call of it on `x` would have them.
@@ -206,7 +273,8 @@ class AttentiveNorm2d(nn.Module):
             return (rows @ rows.T - identity).square().sum()
 
     def extra_repr(self) -> str:
-        text = f"{self.num_features}, num_entities={self.num_entities}, temperature={self.temperature:g}"
+        tau = self.temperature if self.temperature == "auto" else f"{self.temperature:g}"
+        text = f"{self.num_features}, num_entities={self.num_entities}, temperature={tau}"
         switches = {
             "affine=False": self.weight is None,
             "value_projection=False": self.value is None,

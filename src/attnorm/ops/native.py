@@ -62,17 +62,11 @@ class _Layer(ctypes.Structure):
 
 
 def obstacle(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_channels: int,
-    num_entities: int,
-    channels_last: bool,
-    *,
-    order: int = 1,
+    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
 ) -> str | None:
     """Why this implementation cannot run on such a feature map; None if it can. The first call builds the library.
 
-    Any number of channels and entities, either layout and derivatives of `order` 1 and 2 will do.
+    Any number of channels and entities, and either layout, will do.
     """
     if os.environ.get("ATTNORM_NATIVE") == "0":
         return "ATTNORM_NATIVE=0 switches it off"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -380,5 +380,12 @@ def _describe_layouts(name: str, network: nn.Module, seen: Mapping[str, Observat
 
 
 def _adam(network: nn.Module, learning_rate: float, config: Config) -> torch.optim.Adam:
-    betas = (config.optim.beta1, config.optim.beta2)
-    return torch.optim.Adam(network.parameters(), learning_rate, betas=betas, fused=True)
+    """Adam over all parameters; the scalar gates that open a context block have a learning rate of their own."""
+    gates: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        (gates if name.rpartition(".")[2] in ("rho", "gate") else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if gates:
+        groups.append({"params": gates, "lr": learning_rate * config.optim.gate_lr_scale})
+    return torch.optim.Adam(groups, learning_rate, betas=(config.optim.beta1, config.optim.beta2), fused=True)

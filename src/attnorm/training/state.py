@@ -86,7 +86,10 @@ class TrainingState:
         for name, optimiser in self.optimisers.items():
             states: dict[int, dict[str, Tensor]] = {}
             started = any(key.startswith(f"optimiser.{name}.") for key in tensors)  # before its first step it has none
-            for index, (parameter_name, parameter) in enumerate(self.networks[name].named_parameters()):
+            names = {parameter: name for name, parameter in self.networks[name].named_parameters()}
+            in_order = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+            for index, parameter in enumerate(in_order):  # as the optimiser numbers them
+                parameter_name = names[parameter]
                 fields = _below(tensors, f"optimiser.{name}.{parameter_name}.")
                 if started and fields.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                     raise RuntimeError(f"optimiser.{name}.{parameter_name} has {sorted(fields)}; expected Adam's state")

@@ -257,7 +257,7 @@ def _loop(
                 if uniform_for[key] == 3:
                     report.say(
                         f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is "
-                        "instance normalization; a larger model.an.temperature sharpens it"
+                        "instance normalization; try model.an.temperature=auto, or a larger number"
                     )
 
     def validate() -> None:

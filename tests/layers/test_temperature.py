@@ -1,0 +1,216 @@
+"""temperature="auto": the logits keep their spread, whatever the features are like (docs/paper.md, row 7)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnorm import AttentiveNorm2d, layout_entropy
+
+
+def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Channels of other means and deviations each."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    channel = torch.linspace(0.5, 2, shape[1], dtype=dtype)[:, None, None]
+    return channel * x + 3 * channel.flip(0)
+
+
+def trained(num_features: int, x: Tensor, *, batches: int = 1, seed: int = 0, **settings: object) -> AttentiveNorm2d:
+    torch.manual_seed(seed)
+    layer = AttentiveNorm2d(num_features, **settings).to(x.dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        layer.rho.fill_(0.7)
+        for _ in range(batches):
+            layer(x)
+    return layer
+
+
+def spread(layer: AttentiveNorm2d, x: Tensor) -> float:
+    logits = layer.layout(x).log()  # but for a number a pixel
+    return logits.std(1, correction=0).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("num_features", [8, 64, 256])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_one_training_batch_gives_the_papers_spread_whatever_the_features(num_features: int, scale: float) -> None:
+    x = scale * features(4, num_features, 12, 12)
+    layer = trained(num_features, x, num_entities=64, self_sampling=False).eval()
+    assert spread(layer, x) == pytest.approx(1.6, rel=0.2)  # the entities are drawn
+    assert layout_entropy(layer.layout(x)) < 0.85
+    small = x / scale * 0.01
+    fixed = trained(num_features, small, temperature=0.1).eval()
+    assert layout_entropy(fixed.layout(small)) > 0.98  # what the paper's tau makes of small features
+
+
+def test_spread_comes_back_when_features_drift() -> None:
+    x = features(4, 16, 8, 8)
+    layer = trained(16, x, num_entities=64, batches=20, self_sampling=False)
+    drifted = 20 * x - 50
+    before, entropy = spread(layer, x), layout_entropy(layer.layout(x))
+    assert layout_entropy(layer.layout(drifted)) < 0.3 * entropy
+    with torch.no_grad():
+        for _ in range(200):
+            layer(drifted)
+    assert spread(layer, drifted) == pytest.approx(before, rel=1e-3)
+
+
+def test_moments_are_those_of_the_first_batch_and_then_follow() -> None:
+    batches = [features(3, 5, 4, 6, seed=seed) * (seed + 1) for seed in range(14)]
+    layer = trained(5, batches[0], batches=0)
+    for number, x in enumerate(batches, start=1):
+        layer(x)
+        columns = x.double().transpose(0, 1).flatten(1)
+        mean, var = columns.mean(1), columns.var(1, correction=0).mean()
+        share = max(1 / number, 0.1)
+        if number == 1:
+            expected_mean, expected_var = mean, var
+        else:
+            expected_mean = (1 - share) * expected_mean + share * mean
+            expected_var = (1 - share) * expected_var + share * var
+        torch.testing.assert_close(layer.feature_mean, expected_mean.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.feature_var, expected_var.float(), rtol=1e-5, atol=1e-5)
+    assert layer.num_batches_tracked.item() == 14
+
+
+def literal(layer: AttentiveNorm2d, x: Tensor) -> Tensor:
+    """Eq. 2 to 4 on (x - mean) / deviation, without self-sampling."""
+    z = (x - layer.feature_mean[:, None, None]) / layer.feature_var.sqrt()
+    logits = torch.einsum("kc,nchw->nkhw", layer.entities.weight[:, :, 0, 0], z)
+    return torch.softmax(1.6 / math.sqrt(x.shape[1]) * logits, dim=1)
+
+
+def test_layout_is_that_of_standardized_features() -> None:
+    x = features(2, 6, 5, 7, dtype=torch.float64)
+    layer = trained(6, x, num_entities=3).eval()
+    torch.testing.assert_close(layer.layout(x), literal(layer, x), rtol=1e-6, atol=1e-9)
+
+
+def test_self_sampling_meets_standardized_features_too() -> None:
+    """The same layout as that of a layer of fixed tau on features that were standardized beforehand."""
+    x = 0.01 * features(2, 16, 6, 6, dtype=torch.float64)
+    layer = trained(16, x, num_entities=4)
+    with torch.no_grad():
+        layer.t.fill_(0.8)
+    fixed = AttentiveNorm2d(16, 4, temperature=1.6 / 4).double()
+    fixed.load_state_dict(layer.state_dict(), strict=False)
+    z = (x - layer.feature_mean[:, None, None]) / layer.feature_var.sqrt()
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    got, expected = layer.layout(x, generator=draws[0]), fixed.layout(z, generator=draws[1])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(got, layer.eval().layout(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_every_implementation_computes_the_same(impl: str) -> None:
+    x = features(2, 8, 9, 5)
+    layers = {name: trained(8, x, num_entities=5, impl=name) for name in ("fused", impl)}
+    results = {}
+    for name, layer in layers.items():
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs, generator=torch.Generator().manual_seed(1))
+        out.square().sum().backward()
+        results[name] = [out, inputs.grad, layer.entities.weight.grad, layer.key.weight.grad, layer.feature_mean]
+    for got, expected in zip(results[impl], results["fused"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_evaluation_changes_nothing_and_draws_nothing() -> None:
+    x = features(2, 8, 6, 6)
+    layer = trained(8, x).eval()
+    before = copy.deepcopy(layer.state_dict())
+    state = torch.get_rng_state()
+    first, second = layer(50 * x), layer(50 * x)
+    layer.train().layout(50 * x)  # looking at a layout is no training either
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+    layer.eval()(x)
+    assert torch.equal(state, torch.get_rng_state()) or layer.self_sampling
+
+
+def test_gradient_of_a_training_step_takes_the_moments_for_constants() -> None:
+    x = features(2, 4, 5, 5, dtype=torch.float64).requires_grad_()
+    layer = trained(4, x.detach(), num_entities=3, self_sampling=False)
+    (got,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
+    frozen = copy.deepcopy(layer).eval()  # with the moments that the step has left
+    (expected,) = torch.autograd.grad(frozen(x).pow(3).sum(), x)
+    torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(frozen, (x,))
+
+
+def test_two_passes_before_a_backward_one_keep_each_its_moments() -> None:
+    """As a discriminator has it that sees real and generated images one after the other."""
+    x, y = features(2, 4, 5, 5), 30 * features(2, 4, 5, 5, seed=1)
+    layer = trained(4, x, batches=0, num_entities=3, self_sampling=False)
+    alone = copy.deepcopy(layer)
+    (layer(x).square().sum() + 0 * layer(y).sum()).backward()
+    alone(x).square().sum().backward()
+    torch.testing.assert_close(layer.entities.weight.grad, alone.entities.weight.grad)
+    assert not torch.equal(layer.feature_mean, alone.feature_mean)
+
+
+def test_constant_features_get_a_uniform_layout_and_finite_gradients() -> None:
+    x = torch.full((2, 4, 5, 5), 7.0, requires_grad=True)
+    layer = trained(4, x.detach(), num_entities=3, self_sampling=False)
+    layer(x).sum().backward()
+    assert layout_entropy(layer.layout(x)) > 0.9999  # rounding moves the shares of entities by a hundredth
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_moments_are_saved_and_weights_without_them_keep_their_tau(caplog: pytest.LogCaptureFixture) -> None:
+    x = features(2, 8, 6, 6)
+    layer = trained(8, x).eval()
+    copied = AttentiveNorm2d(8).eval()
+    copied.load_state_dict(layer.state_dict())
+    assert torch.equal(copied(x), layer(x))
+
+    before = trained(8, x, temperature=0.1).eval()
+    assert not {"feature_mean", "feature_var", "num_batches_tracked"} & before.state_dict().keys()
+    restored = AttentiveNorm2d(8).eval()
+    with caplog.at_level(logging.WARNING, logger="attnorm"):
+        restored.load_state_dict(before.state_dict())
+    assert restored.temperature == 0.1 and "temperature becomes 0.1" in caplog.text
+    assert torch.equal(restored(x), before(x))
+
+
+def test_a_word_that_is_no_temperature_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature is 'warm'; expected a number or 'auto'"):
+        AttentiveNorm2d(8, temperature="warm")  # type: ignore[arg-type]
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from attnorm import AttentiveNorm2d
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+layer = AttentiveNorm2d(4, num_entities=3).double()
+for step in range(3):
+    x = torch.load(f"{folder}/x.pt", weights_only=True) * (step + 1)
+    layer(x[:1] if rank == 0 else x[1:])  # one image here, three there
+torch.save(layer.state_dict(), f"{folder}/{rank}.pt")
+"""
+
+
+def test_two_processes_have_the_moments_of_one_with_all_images(tmp_path: Path) -> None:
+    x = features(4, 4, 5, 5, dtype=torch.float64)
+    torch.save(x, tmp_path / "x.pt")
+    command = [sys.executable, "-c", PROCESS]
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    torch.manual_seed(0)
+    alone = AttentiveNorm2d(4, num_entities=3).double()
+    for step in range(3):
+        alone(x * (step + 1))
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name in ("feature_mean", "feature_var", "num_batches_tracked"):
+            torch.testing.assert_close(state[name], alone.state_dict()[name], rtol=1e-12, atol=1e-12)
