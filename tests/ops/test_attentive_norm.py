@@ -100,17 +100,70 @@ def test_it_compiles_in_one_graph_for_maps_of_several_sizes(impl: str) -> None:
             assert_close(results(compiled, x), results(layer, x), 1e-6)
 
 
-def test_second_derivatives_go_through_the_plain_form(impl: str) -> None:
-    x = torch.randn(2, 8, 6, 6)
+def second_derivatives(layer: AttentiveNorm2d, x: Tensor, *, of_parameters: bool) -> list[Tensor]:
+    """Gradients of the squared norm of dx, as a gradient penalty has it, plus a sum over dx or over all gradients."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    torch.manual_seed(5)
+    loss = layer(x).pow(3).sum()
+    slopes = torch.autograd.grad(loss, leaves if of_parameters else [x], create_graph=True)
+    total = sum((slope * torch.linspace(-1, 1, slope.numel()).view(slope.shape)).sum() for slope in slopes)
+    return [
+        part
+        for part in torch.autograd.grad(slopes[0].square().sum() + total, leaves, allow_unused=True)
+        if part is not None
+    ]
 
-    def penalty(layer: AttentiveNorm2d, x: Tensor) -> list[Tensor]:
-        x = x.detach().requires_grad_()
+
+@pytest.mark.parametrize(
+    ("shape", "entities", "layout", "switches", "of_parameters"),
+    [
+        ((2, 8, 5, 6), 4, torch.contiguous_format, {}, False),
+        ((1, 6, 7, 3), 5, torch.channels_last, {}, True),
+        ((2, 8, 5, 6), 4, torch.channels_last, {"self_sampling": False}, True),
+        ((1, 6, 7, 3), 5, torch.contiguous_format, {"affine": False}, False),
+    ],
+)
+def test_second_derivatives_have_kernels_of_their_own(
+    impl: str,
+    shape: tuple[int, ...],
+    entities: int,
+    layout: torch.memory_format,
+    switches: dict[str, bool],
+    of_parameters: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    plain_layer = make_layer(shape[1], entities, "reference", **switches).double()
+    expected = second_derivatives(plain_layer, x.double(), of_parameters=of_parameters)
+    monkeypatch.delattr("attnorm.ops.operator.plain")
+    layer = make_layer(shape[1], entities, impl, **switches)
+    assert_close(second_derivatives(layer, x, of_parameters=of_parameters), expected, 1e-4)
+
+
+def test_third_derivatives_go_through_the_plain_form(impl: str) -> None:
+    results = {}
+    for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
+        layer = make_layer(4, 3, name).to(dtype)
+        x = torch.randn(1, 4, 3, 4, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         torch.manual_seed(5)
-        (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        return list(torch.autograd.grad(slope.square().sum(), [x, layer.entities.weight, layer.weight, layer.rho]))  # type: ignore[list-item]
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        results[name] = list(torch.autograd.grad(second.pow(2).sum(), [x, layer.entities.weight, layer.rho]))
+    assert_close(results[impl], results["reference"], 1e-4)
 
-    expected = penalty(make_layer(8, 4, "reference").double(), x.double())
-    assert_close(penalty(make_layer(8, 4, impl), x), expected, 1e-4)
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_in_float64_agree_with_finite_differences(training: bool) -> None:
+    layer = make_layer(3, 2, "auto").double().train(training)
+    x = torch.randn(1, 3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        out: Tensor = layer(x)
+        return out
+
+    assert torch.autograd.gradgradcheck(run, (x,))
 
 
 def test_a_layer_used_twice_counts_each_use_once_in_a_graph_to_be_differentiated(impl: str) -> None:

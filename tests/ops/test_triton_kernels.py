@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from attnorm.ops import triton_kernels  # noqa: E402
 from attnorm.ops.regional_norm import regional_norm  # noqa: E402
-from attnorm.ops.triton_kernels import Plan, backward, disagreement, forward, obstacle  # noqa: E402
+from attnorm.ops.triton_kernels import Plan, backward, disagreement, double_backward, forward, obstacle  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE, EPS = 0.3, 1e-5
@@ -116,6 +116,59 @@ def test_everything_agrees_with_the_equations(case: tuple[int, ...], channels_la
     assert {name: value for name, value in found.items() if value > 2e-5 and name not in single} == {}
 
 
+def cotangents_of(x: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    """Of all gradients but that of the value's bias."""
+    random = torch.Generator().manual_seed(9)
+    parts = [torch.randn(part.shape, generator=random).to(DEVICE, part.dtype) for part in (x, *parameters)]
+    return [*parts[:4], *parts[5:]]
+
+
+def second_errors_of(
+    x: Tensor, parameters: list[Tensor], grad: Tensor, cotangents: list[Tensor | None]
+) -> dict[str, float]:
+    """Relative errors of the gradients of <cotangents, gradients>; None for a cotangent of zeros."""
+    leaves = [part.double().requires_grad_() for part in (x, *parameters)]
+    exact_grad = grad.double().requires_grad_()
+    gradients = torch.autograd.grad(literal(leaves[0], leaves[1:]).out, leaves, exact_grad, create_graph=True)
+    zeros = [torch.zeros_like(part) for part in (x, *parameters)]
+    given = [*cotangents[:4], None, *cotangents[4:]]
+    dots = [zero.double() if part is None else part.double() for part, zero in zip(given, zeros, strict=True)]
+    expected = torch.autograd.grad(gradients, [exact_grad, *leaves], dots, allow_unused=True, materialize_grads=True)
+    moments = forward(x, *parameters, TEMPERATURE, EPS)[1:]
+    got = double_backward(*cotangents, grad, x, *parameters, *moments, TEMPERATURE, EPS)
+    assert got[0].stride() == got[1].stride() == x.stride() and got[0].dtype == got[1].dtype == x.dtype
+    names = ("grad", *NAMES, "filters_dot", "offset_dot")
+    pairs = zip(names, got, (*expected, *gradients[1:3]), strict=True)
+    return {name: error(ours, theirs) for name, ours, theirs in pairs}
+
+
+@pytest.mark.parametrize(
+    ("case", "channels_last", "change"),
+    [
+        ((2, 5, 3, 7, 9, 1), False, {}),
+        ((1, 16, 16, 8, 8, 1), True, {}),
+        ((2, 17, 5, 5, 9, 2), True, {"chunk": 16, "split": 1, "square": False}),  # as with many channels
+    ],
+)
+def test_second_derivatives_agree_with_those_of_the_equations(
+    case: tuple[int, ...], channels_last: bool, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = {name: plan._replace(**change) for name, plan in triton_kernels._plans(16, 32).items()}
+    monkeypatch.setattr(triton_kernels, "_plans", lambda *_: plans)
+    x, parameters, grad = make(*case)
+    if channels_last:
+        x, grad = (part.contiguous(memory_format=torch.channels_last) for part in (x, grad))
+    cotangents = cotangents_of(x, parameters)
+    found = second_errors_of(x, parameters, grad, cotangents)
+    assert {name: value for name, value in found.items() if value > 2e-5} == {}
+
+
+def test_second_derivatives_of_a_gradient_penalty_in_low_precision() -> None:
+    x, parameters, grad = make(2, 5, 3, 7, 9, 2, torch.bfloat16)
+    found = second_errors_of(x, parameters, grad, [*cotangents_of(x, parameters)[:3], None, None, None, None])
+    assert max(found.values()) < 2e-2
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
 def test_low_precision(dtype: torch.dtype, limit: float) -> None:
     found = errors_of(*make(2, 33, 5, 9, 11, 2, dtype))
@@ -180,11 +233,14 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return function
 
-    x, parameters, grad = make(2, 33, 5, 9, 11, 2)
+    x, parameters, grad = make(2, 17, 5, 5, 9, 2)
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     out, *moments = forward(x, *parameters, TEMPERATURE, EPS)
-    for result in (out, *moments, *backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)):
+    gradients = backward(grad, x, *parameters, *moments, TEMPERATURE, EPS)
+    cotangents = cotangents_of(x, parameters)
+    second = double_backward(*cotangents, grad, x, *parameters, *moments, TEMPERATURE, EPS)
+    for result in (out, *moments, *gradients, *second):
         assert torch.isfinite(result).all()
 
 
@@ -235,6 +291,16 @@ def test_right_kernels_are_found_right_and_wrong_ones_wrong(
     monkeypatch.setattr(triton_kernels, "backward", wrong)
     disagreement.cache_clear()
     assert "the gradient of the filters is off by 1.0e-02" in str(disagreement(*arguments, side=12))
+    second_kernel = triton_kernels.double_backward
+
+    def wrong_second(*inputs: Any) -> tuple[Tensor, ...]:
+        dgrad, dx, *others = second_kernel(*inputs)
+        return (dgrad, dx * 1.01, *others)
+
+    assert disagreement(*arguments, side=6, second=True) is None
+    monkeypatch.setattr(triton_kernels, "double_backward", wrong_second)
+    disagreement.cache_clear()
+    assert "the gradient of x is off by 1.0e-02" in str(disagreement(*arguments, side=6, second=True))
     disagreement.cache_clear()
 
 

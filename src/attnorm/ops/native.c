@@ -564,7 +564,8 @@ static long plan(layer *l) {
     l->line = l->block + LANES;
 
     int small = l->segments == 1 && (c + k) * p <= 384 * 1024;
-    l->keep = l->order < 2 && (small || (!l->half && c >= 48 && 2 * k <= c));
+    l->keep = small || (!l->half && c >= 48 && 2 * k <= c);
+    if (l->order == 2 && l->half) l->keep = 0; /* v and v' are kept where dgrad and dx will be */
     l->tables = l->order == 2 ? 6 : 2;
     l->stacked_size = l->order == 2 ? 19 * c * k + 2 * k : 7 * c * k + k;
 
@@ -579,7 +580,7 @@ static long plan(layer *l) {
         l->weight_sums = take(&cursor, shares * c * l->wide);
     }
     long images_at_once = l->segments == 1 ? shares : n;
-    l->kept_layout = l->keep ? take(&cursor, images_at_once * k * p) : NULL;
+    l->kept_layout = l->keep ? take(&cursor, images_at_once * (l->order == 2 ? 2 : 1) * k * p) : NULL;
     l->kept_value = l->keep && l->half ? take(&cursor, images_at_once * c * p) : NULL;
     divide(l, cursor, &l->scratch_size);
     l->scratch = take(&cursor, shares * l->scratch_size);
@@ -994,27 +995,48 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
    where x and the parameters move along x', ...: so its gradient by g is out', and its gradient by x is the tangent of
    dx. Every name with a prime or `dot` is the tangent of what has the name without. */
 
-/* v and v' among the operands, S over S' in t->layout, of the block whose x - xs is in t->x and whose x' is in t->u. */
-static void value_layout_and_tangents(const layer *l, const tiles *t, long count) {
+/* Where S over S', v and v' of a whole block are kept between the passes. */
+typedef struct {
+    tile layout, v, v_dot;
+    int is_kept;
+} places_of_tangents;
+
+static places_of_tangents where_tangents_are(const layer *l, const tiles *t, long share, long image, long pixel,
+                                             long count) {
+    long c = l->channels, k = l->entities, p = l->pixels, slot = l->segments == 1 ? share : image;
+    if (!l->keep || count % STEP) return (places_of_tangents){.layout = {t->layout, l->line}};
+    long at = l->channels_last ? (image * p + pixel) * c : row_at(l, image, 0, pixel);
+    long line = l->channels_last ? count : p;
+    tile layout = {l->kept_layout + (slot * p + pixel) * 2 * k, count};
+    return (places_of_tangents){layout, {(float *)l->dgrad + at, line}, {(float *)l->out + at, line}, 1};
+}
+
+static void copy_rows(tile from, tile to, long rows, long count) {
+    for (long i = 0; i < rows; i++) memcpy(to.at + i * to.line, from.at + i * from.line, (size_t)count * 4);
+}
+
+/* v and v' among the operands, and S over S', of the block whose x - xs is in t->x and whose x' is in t->u. */
+static void value_layout_and_tangents(const layer *l, const tiles *t, long count, tile layout) {
     const float ln_2 = 0.69314718f;
-    long c = l->channels, k = l->entities, line = l->line, padded = up(count, STEP);
-    float *v_dot = t->operands + 4 * c * line, *dot = t->layout + k * line;
-    value_and_layout(l, t, count, (tile){t->value, line}, (tile){t->layout, line});
+    long c = l->channels, k = l->entities, line = l->line, s_line = layout.line, padded = up(count, STEP);
+    float *v_dot = t->operands + 4 * c * line, *dot = layout.at + k * s_line;
+    value_and_layout(l, t, count, (tile){t->value, line}, layout);
     product(c, padded, c, t->rows, c, t->u, line, NULL, NULL, 0, v_dot, line);
-    product(k, padded, c, t->rows + c * c, c, t->u, line, t->start_dot, NULL, 0, dot, line);
+    product(k, padded, c, t->rows + c * c, c, t->u, line, t->start_dot, NULL, 0, dot, s_line);
     if (l->value_weight_dot) product(c, padded, c, t->rows_dot, c, t->x, line, NULL, v_dot, line, v_dot, line);
-    if (l->filters_dot) product(k, padded, c, t->rows_dot + c * c, c, t->x, line, NULL, dot, line, dot, line);
+    if (l->filters_dot) product(k, padded, c, t->rows_dot + c * c, c, t->x, line, NULL, dot, s_line, dot, s_line);
     for (long j = 0; j < padded; j += LANES) {
-        const float *s = t->layout + j;
+        const float *s = layout.at + j;
         vec common = {0};
-        for (long i = 0; i < k; i++) common += load(s + i * line) * load(dot + i * line + j);
+        for (long i = 0; i < k; i++) common += load(s + i * s_line) * load(dot + i * s_line + j);
         for (long i = 0; i < k; i++)
-            store(dot + i * line + j, ln_2 * load(s + i * line) * (load(dot + i * line + j) - common));
+            store(dot + i * s_line + j, ln_2 * load(s + i * s_line) * (load(dot + i * s_line + j) - common));
     }
 }
 
 /* Pass 1 over pixels [from, to): the sums of `product_sums`, and those of S'. */
-static void first_pass_of_tangents(const layer *l, const tiles *t, long image, long unit, long from, long to) {
+static void first_pass_of_tangents(const layer *l, const tiles *t, long share, long image, long unit, long from,
+                                   long to) {
     long c = l->channels, k = l->entities, line = l->line, wide_line = l->wide_line;
     float *sums = l->sums + unit * 6 * k * l->wide, *area = l->area_sums + unit * k;
     memset(sums, 0, (size_t)(6 * k * l->wide) * 4);
@@ -1024,11 +1046,15 @@ static void first_pass_of_tangents(const layer *l, const tiles *t, long image, l
         read_block(l, l->grad, image, pixel, count, NULL, t->out, t->grad_pm, 0, 1);
         read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 0);
         read_block(l, l->tangent, image, pixel, count, NULL, t->u, t->u_pm, 1, 0);
-        value_layout_and_tangents(l, t, count);
-        transpose(t->value, line, c, padded, t->value_pm, wide_line);
-        transpose(t->operands + 4 * c * line, line, c, padded, t->value_dot_pm, wide_line);
-        add_rows(t->layout + k * line, line, k, padded, area);
-        product_sums(k, l->wide, count, (tile){t->layout, line}, t->grad_pm, t->value_pm, t->value_dot_pm, wide_line,
+        places_of_tangents at = where_tangents_are(l, t, share, image, pixel, count);
+        tile v = {t->value, line}, v_dot = {t->operands + 4 * c * line, line};
+        value_layout_and_tangents(l, t, count, at.layout);
+        transpose(v.at, line, c, padded, t->value_pm, wide_line);
+        transpose(v_dot.at, line, c, padded, t->value_dot_pm, wide_line);
+        if (at.is_kept) copy_rows(v, at.v, c, count);
+        if (at.is_kept) copy_rows(v_dot, at.v_dot, c, count);
+        add_rows(at.layout.at + k * at.layout.line, at.layout.line, k, padded, area);
+        product_sums(k, l->wide, count, at.layout, t->grad_pm, t->value_pm, t->value_dot_pm, wide_line,
                      sums);
     }
 }
@@ -1126,27 +1152,34 @@ static void second_pass_of_tangents(const layer *l, const tiles *t, long share, 
         read_block(l, l->grad, image, pixel, count, NULL, g, t->grad_pm, 1, 0);
         read_block(l, l->x, image, pixel, count, t->centre, t->x, t->x_pm, 1, 1);
         read_block(l, l->tangent, image, pixel, count, NULL, t->u, t->u_pm, 1, 1);
-        value_layout_and_tangents(l, t, count);
+        places_of_tangents kept = where_tangents_are(l, t, share, image, pixel, count);
+        if (kept.is_kept) {
+            copy_rows(kept.v, (tile){t->value, line}, c, count);
+            copy_rows(kept.v_dot, (tile){g + 4 * c * line, line}, c, count);
+        } else {
+            value_layout_and_tangents(l, t, count, kept.layout);
+        }
+        long s_line = kept.layout.line;
         int direct = count == padded && !l->channels_last && !l->half;
         long at = row_at(l, image, 0, pixel);
         tile out = direct ? (tile){(float *)l->dgrad + at, l->pixels} : (tile){t->out, line};
-        mix_curves(c, padded, k, mixing, (tile){t->layout, line}, (tile){g, line}, t->u, line, dv, dv_dot, out);
+        mix_curves(c, padded, k, mixing, kept.layout, (tile){g, line}, t->u, line, dv, dv_dot, out);
         if (!direct) write_block(l, image, pixel, count, t->out, t->grad_pm, NULL, l->dgrad);
         product(k, padded, 4 * c, stacked, 4 * c, g, line, start, NULL, 0, draw, line);
         product(k, padded, 7 * c, stacked_dot, 7 * c, g, line, start + k, NULL, 0, draw_dot, line);
         for (long j = 0; j < padded; j += LANES) {
-            const float *s = t->layout + j, *s_dot = s + k * line;
+            const float *s = kept.layout.at + j, *s_dot = s + k * s_line;
             vec common = {0}, common_dot = {0};
             for (long i = 0; i < k; i++) {
-                vec ds = load(draw + i * line + j), si = load(s + i * line);
+                vec ds = load(draw + i * line + j), si = load(s + i * s_line);
                 common += si * ds;
-                common_dot += load(s_dot + i * line) * ds + si * load(draw_dot + i * line + j);
+                common_dot += load(s_dot + i * s_line) * ds + si * load(draw_dot + i * line + j);
             }
             for (long i = 0; i < k; i++) {
                 float *to_draw = draw + i * line + j, *to_dot = draw_dot + i * line + j;
-                vec ds = load(to_draw) - common, si = temperature * load(s + i * line);
+                vec ds = load(to_draw) - common, si = temperature * load(s + i * s_line);
                 store(to_draw, si * ds);
-                store(to_dot, temperature * load(s_dot + i * line) * ds + si * (load(to_dot) - common_dot));
+                store(to_dot, temperature * load(s_dot + i * s_line) * ds + si * (load(to_dot) - common_dot));
             }
         }
         add_rows(draw_dot, line, 2 * k, padded, row_sums);
@@ -1197,7 +1230,7 @@ static void run_share(layer *l, int phase, long share) {
         last = image;
         if (phase != 2) {
             if (l->order == 2) {
-                first_pass_of_tangents(l, &t, image, unit, from, to);
+                first_pass_of_tangents(l, &t, share, image, unit, from, to);
             } else {
                 first_pass(l, &t, share, image, unit, from, to);
             }

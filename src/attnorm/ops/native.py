@@ -30,6 +30,7 @@ from attnorm.ops.regional_norm import SMALLEST_AREA
 
 _log = logging.getLogger("attnorm")
 _lock = threading.Lock()
+_libraries: dict[tuple[str | None, ...], ctypes.CDLL | str] = {}
 
 _SOURCE = Path(__file__).with_name("native.c")
 # Torch itself is built without the errno and the traps; what would change NaN, infinity or order stays out.
@@ -62,11 +63,17 @@ class _Layer(ctypes.Structure):
 
 
 def obstacle(
-    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_entities: int,
+    channels_last: bool,
+    *,
+    order: int = 1,
 ) -> str | None:
     """Why this implementation cannot run on such a feature map; None if it can. The first call builds the library.
 
-    Any number of channels and entities, and either layout, will do.
+    Any number of channels and entities, either layout and derivatives of `order` 1 and 2 will do.
     """
     if os.environ.get("ATTNORM_NATIVE") == "0":
         return "ATTNORM_NATIVE=0 switches it off"
@@ -293,9 +300,13 @@ def _team() -> int | None:
 
 
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none; found out once for each value of CC and the cache folder."""
-    with _lock:
-        return _build_and_load(os.environ.get("CC", ""), str(_cache_dir()))
+    """The library, or why there is none; found out once for each value of CC and what names the cache folder."""
+    settings = tuple(map(os.environ.get, ("CC", "ATTNORM_CACHE", "XDG_CACHE_HOME", "HOME")))
+    found = _libraries.get(settings)
+    if found is None:  # three times in a step of a layer: on a small map a path takes as long as the kernel
+        with _lock:
+            found = _libraries[settings] = _build_and_load(os.environ.get("CC", ""), str(_cache_dir()))
+    return found
 
 
 @functools.cache

@@ -5,6 +5,11 @@
     sums         x, grad  -> sums of S grad, S grad v of each block           differentiate -> coefficients
     gradients    x, grad  -> dx, and each block's share of the parameters' gradients
 
+and for the backward of the backward, where x and the parameters move along tangents (u that of x; `_dot` marks others):
+
+    tangents     x, u, grad  -> sums of S grad, S grad v and of the tangents of four more    curve -> coefficients
+    curvatures   x, u, grad  -> dgrad, dx, and each block's share of the parameters' gradients
+
 The bias of the value projection shifts the mean of every region and drops out of Eq. 5: it has no part in this.
 The layout S and the value v are computed anew in each of the four passes: that is cheaper than to store them, since one
 pass over x in memory takes as long as some hundred operations a value. docs/performance.md draws it.
@@ -121,16 +126,18 @@ def _weights(
 def _raw_and_value(
     x, filters, value_weight, f, rest, w, k, co, p, P,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, VALUE: tl.constexpr = True,
 ):  # fmt: skip
-    """filters x [K, TILE] and value_weight x [C, TILE]; in chunks of input channels where the weights f and w of all
-    of them do not fit beside the tile."""
+    """filters x [K, TILE] and, if VALUE, value_weight x [C, TILE] (else zeros); in chunks of input channels where the
+    weights f and w of all of them do not fit beside the tile."""
     if CHUNK == CP:
         part = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST)
         raw = _dot(f, part, None, PRECISION)
         if part.dtype != tl.float32:
             raw = _dot(rest, part, raw, PRECISION)
-        v = _dot(w, part, None, PRECISION)
+        v = tl.zeros([CP, TILE], tl.float32)
+        if VALUE:
+            v = _dot(w, part, v, PRECISION)
     else:
         raw = tl.zeros([KP, TILE], tl.float32)
         v = tl.zeros([CP, TILE], tl.float32)
@@ -141,7 +148,8 @@ def _raw_and_value(
             raw = _dot(f, part, raw, PRECISION)
             if part.dtype != tl.float32:
                 raw = _dot(rest, part, raw, PRECISION)
-            v = _dot(w, part, v, PRECISION)
+            if VALUE:
+                v = _dot(w, part, v, PRECISION)
     return raw, v
 
 
@@ -500,6 +508,350 @@ def _gradients(
 
 
 @triton.jit
+def _value_layout_and_tangents(
+    x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, middle, middle_dot,
+    f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, VALUE_DOT: tl.constexpr,
+):  # fmt: skip
+    """v - middle, the layout S, and the tangents of both."""
+    raw, v = _raw_and_value(
+        x, filters, value_weight, f, rest, w, k, co, p, P,
+        C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
+    )  # fmt: skip
+    raw_dot, v_dot = _raw_and_value(
+        u, filters, value_weight, f, rest, w, k, co, p, P,
+        C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
+    )  # fmt: skip
+    more, v_more = _raw_and_value(
+        x, filters_dot, value_weight_dot, f_dot, rest_dot, w_dot, k, co, p, P,
+        C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
+    )  # fmt: skip
+    s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+    raw_dot += more + o_dot[:, None]
+    s_dot = temperature * s * (raw_dot - tl.sum(s * raw_dot, 0)[None, :])
+    if VALUE_DOT:
+        v_dot += v_more - middle_dot[:, None]
+    return v - middle[:, None], v_dot, s, s_dot
+
+
+@triton.jit
+def _tangents(
+    x, u, grad, filters, filter_offset, value_weight, filters_dot, filter_offset_dot, value_weight_dot, middle_dot,
+    area, mean, sums_out, area_dot_out, centre_out,
+    temperature, P, J, tiles, filters_stride, table,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    VALUE_DOT: tl.constexpr,
+):  # fmt: skip
+    """Of one block, in six tables: sums of S grad and S grad v, and of the tangents of S with grad held, S grad v, S v
+    and S v^2 / 2, with v less its centre; and the sum of the tangent of S."""
+    program = tl.program_id(0)
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    image = n.to(tl.int64) * C * P
+    x += image
+    u += image
+    grad += image
+    filters += n * filters_stride * C
+    filters_dot += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    o_dot = _vector(filter_offset_dot + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    f_dot, rest_dot, w_dot = _weights(
+        filters_dot, value_weight_dot, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION
+    )  # fmt: skip
+    areas = _vector(area + n * K, k, K)
+    centre = tl.sum(areas[:, None] * _matrix(mean + n * K * C, k, co, K, C, EXACT), 0) / tl.sum(areas)
+    tl.store(centre_out + n * CP + co, centre)  # the same from every block of the image
+    centre_dot = _vector(middle_dot + n * C, co, C)
+    g_sum = tl.zeros([SPLIT, CP, KP], tl.float32)
+    gv_sum = tl.zeros([SPLIT, CP, KP], tl.float32)
+    g_dot = tl.zeros([SPLIT, CP, KP], tl.float32)
+    gv_dot = tl.zeros([SPLIT, CP, KP], tl.float32)
+    total_dot = tl.zeros([SPLIT, CP, KP], tl.float32)
+    square_dot = tl.zeros([SPLIT, CP, KP], tl.float32)
+    area_dot = tl.zeros([KP, TILE], tl.float32)
+    for tile in range(tiles):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        v, v_dot, s, s_dot = _value_layout_and_tangents(
+            x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, centre, centre_dot,
+            f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
+        )  # fmt: skip
+        g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+        area_dot += s_dot
+        s = _operand(s, INNER, PRECISION)
+        s_dot = _operand(s_dot, INNER, PRECISION)
+        gv = _operand(g * v, INNER, PRECISION)
+        g_in = _operand(g, INNER, PRECISION)
+        g_sum = _over_pixels(g_in, s, g_sum, SPLIT, PRECISION)
+        gv_sum = _over_pixels(gv, s, gv_sum, SPLIT, PRECISION)
+        g_dot = _over_pixels(g_in, s_dot, g_dot, SPLIT, PRECISION)
+        gv_dot = _over_pixels(gv, s_dot, gv_dot, SPLIT, PRECISION)
+        gv_dot = _over_pixels(_operand(g * v_dot, INNER, PRECISION), s, gv_dot, SPLIT, PRECISION)
+        total_dot = _over_pixels(_operand(v, INNER, PRECISION), s_dot, total_dot, SPLIT, PRECISION)
+        total_dot = _over_pixels(_operand(v_dot, INNER, PRECISION), s, total_dot, SPLIT, PRECISION)
+        square_dot = _over_pixels(_operand(0.5 * v * v, INNER, PRECISION), s_dot, square_dot, SPLIT, PRECISION)
+        square_dot = _over_pixels(_operand(v * v_dot, INNER, PRECISION), s, square_dot, SPLIT, PRECISION)
+    at = sums_out + program * CP * KP + co[:, None] * KP + k[None, :]
+    tl.store(at, tl.sum(g_sum, 0))
+    tl.store(at + table, tl.sum(gv_sum, 0))
+    tl.store(at + 2 * table, tl.sum(g_dot, 0))
+    tl.store(at + 3 * table, tl.sum(gv_dot, 0))
+    tl.store(at + 4 * table, tl.sum(total_dot, 0))
+    tl.store(at + 5 * table, tl.sum(square_dot, 0))
+    tl.store(area_dot_out + program * KP + k, tl.sum(area_dot, 1))
+
+
+@triton.jit
+def _merged(
+    sums, n, J, c, k,
+    CP: tl.constexpr, KP: tl.constexpr, JP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The sum of a table [BC, KP] over the blocks of image n."""
+    merged = tl.zeros([BC, KP], tl.float32)
+    for start in range(0, J, JP):
+        j = start + tl.arange(0, JP)
+        at = (n * J + j)[:, None, None] * (CP * KP) + c[None, :, None] * KP + k[None, None, :]
+        merged += tl.sum(tl.load(sums + at, mask=(j < J)[:, None, None], other=0.0), 0)
+    return merged
+
+
+@triton.jit
+def _curve(
+    sums, area_dot_in, area, mean, rstd, centre, weight, bias, rho, weight_dot, bias_dot, rho_dot,
+    affine_out, tables_out, constants_out,
+    eps, J, table, of_tables, of_constants,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
+    JP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """As `_differentiate`, with the tangents of all that it finds: tables of scale, offset, slope and level, then of
+    their tangents; two of constants."""
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = tl.arange(0, KP)
+    g = _merged(sums, n, J, c, k, CP, KP, JP, BC)
+    gv = _merged(sums + table, n, J, c, k, CP, KP, JP, BC)
+    g_dot = _merged(sums + 2 * table, n, J, c, k, CP, KP, JP, BC)
+    gv_dot = _merged(sums + 3 * table, n, J, c, k, CP, KP, JP, BC)
+    total_dot = _merged(sums + 4 * table, n, J, c, k, CP, KP, JP, BC)
+    square_dot = _merged(sums + 5 * table, n, J, c, k, CP, KP, JP, BC)
+    area_dot = tl.zeros([KP], tl.float32)
+    for j in range(0, J):
+        area_dot += tl.load(area_dot_in + (n * J + j) * KP + k)
+
+    ok = (k < K)[None, :] & (c < C)[:, None]
+    at_kc = k[None, :] * C + c[:, None]
+    r = tl.load(rho)
+    r_dot = tl.load(rho_dot)
+    beta = tl.load(weight + at_kc, mask=ok, other=0.0)
+    alpha = tl.load(bias + at_kc, mask=ok, other=0.0)
+    beta_dot = tl.load(weight_dot + at_kc, mask=ok, other=0.0)
+    alpha_dot = tl.load(bias_dot + at_kc, mask=ok, other=0.0)
+    inverse = tl.load(rstd + n * K * C + at_kc, mask=ok, other=1.0)
+    m = tl.load(mean + n * K * C + at_kc, mask=ok, other=0.0) - tl.load(centre + n * CP + c)[:, None]
+    areas = tl.load(area + n * K + k, mask=k < K, other=1.0)
+    share = (1.0 / areas)[None, :]
+    growth = (area_dot / areas)[None, :]
+    var = tl.maximum(1.0 / (inverse * inverse) - eps, 0.0)
+    cube = inverse * inverse * inverse
+
+    m_dot = total_dot * share - m * growth
+    var_dot = 2 * (square_dot - m * total_dot) * share + (m * m - var) * growth
+    inverse_dot = -0.5 * cube * var_dot
+    a = beta * inverse
+    a_dot = beta_dot * inverse + beta * inverse_dot
+    b = alpha - a * m
+    b_dot = alpha_dot - a_dot * m - a * m_dot
+    centred = gv - m * g
+    centred_dot = gv_dot - m_dot * g - m * g_dot
+    d_rstd = r * beta * centred
+    d_rstd_dot = r_dot * beta * centred + r * (beta_dot * centred + beta * centred_dot)
+    d_var = -0.5 * cube * d_rstd * share
+    d_var_dot = (-1.5 * inverse * inverse * inverse_dot * d_rstd - 0.5 * cube * d_rstd_dot) * share - d_var * growth
+    d_mean = -r * a * g * share
+    d_mean_dot = -(r_dot * a * g + r * (a_dot * g + a * g_dot)) * share - d_mean * growth
+
+    affine_out += n * 3 * K * C + at_kc
+    tl.store(affine_out, r_dot * inverse * centred + r * (inverse_dot * centred + inverse * centred_dot), mask=ok)
+    tl.store(affine_out + K * C, r_dot * g + r * g_dot, mask=ok)
+    d_rho = a_dot * centred + a * centred_dot + alpha_dot * g + alpha * g_dot
+    tl.store(affine_out + 2 * K * C, d_rho, mask=ok)
+    out = tables_out + n * CP * KP + c[:, None] * KP + k[None, :]
+    narrow = tables_out.dtype.element_ty
+    tl.store(out, (r * a).to(narrow))
+    tl.store(out + of_tables, (r * b).to(narrow))
+    tl.store(out + 2 * of_tables, (2 * d_var).to(narrow))
+    tl.store(out + 3 * of_tables, (d_mean - 2 * d_var * m).to(narrow))
+    tl.store(out + 4 * of_tables, (r_dot * a + r * a_dot).to(narrow))
+    tl.store(out + 5 * of_tables, (r_dot * b + r * b_dot).to(narrow))
+    tl.store(out + 6 * of_tables, (2 * d_var_dot).to(narrow))
+    tl.store(out + 7 * of_tables, (d_mean_dot - 2 * (d_var_dot * m + d_var * m_dot)).to(narrow))
+    out = constants_out + n * CP * KP + c[:, None] * KP + k[None, :]
+    tl.store(out, tl.where(ok, d_var * (m * m - var) - d_mean * m, 0.0))
+    constant_dot = d_var_dot * (m * m - var) + d_var * (2 * m * m_dot - var_dot) - d_mean_dot * m - d_mean * m_dot
+    tl.store(out + of_constants, tl.where(ok, constant_dot, 0.0))
+
+
+@triton.jit
+def _curvatures(
+    x, u, grad, filters, filter_offset, value_weight, filters_dot, filter_offset_dot, value_weight_dot, middle_dot,
+    x_centre, centre, tables, constants, dgrad, dx, dv_out, dv_dot_out, shares_out,
+    temperature, P, J, tiles, filters_stride, of_tables, of_constants,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    VALUE_DOT: tl.constexpr, KEEP_DV: tl.constexpr,
+):  # fmt: skip
+    """dgrad and dx of one block; its share of the gradients of filters and their offset, of the tangents of both and of
+    the value projection."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `_apply`
+    n = program // J
+    first = (program % J) * tiles * TILE
+    tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
+    image = n.to(tl.int64) * C * P
+    x += image
+    u += image
+    grad += image
+    dgrad += image
+    dx += image
+    dv_out += image
+    dv_dot_out += image
+    filters += n * filters_stride * C
+    filters_dot += n * filters_stride * C
+    k = tl.arange(0, KP)
+    co = tl.arange(0, CP)
+    o = _vector(filter_offset + n * filters_stride, k, K)
+    o_dot = _vector(filter_offset_dot + n * filters_stride, k, K)
+    f, rest, w = _weights(filters, value_weight, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION)
+    f_dot, rest_dot, w_dot = _weights(
+        filters_dot, value_weight_dot, k, co, tl.arange(0, CHUNK), C, K, EXACT, PRECISION
+    )  # fmt: skip
+    x_middle = _vector(x_centre + n * C, co, C)
+    middle = tl.load(centre + n * CP + co)
+    centre_dot = _vector(middle_dot + n * C, co, C)
+    tables += n * CP * KP + co[:, None] * KP + k[None, :]
+    at = constants + n * CP * KP + co[:, None] * KP + k[None, :]
+    fixed = tl.sum(tl.load(at), 0)
+    fixed_dot = tl.sum(tl.load(at + of_constants), 0)
+
+    d_filters = tl.zeros([SPLIT, KP, CP], tl.float32)
+    d_filters_dot = tl.zeros([SPLIT, KP, CP], tl.float32)
+    d_offset = tl.zeros([KP, TILE], tl.float32)
+    d_offset_dot = tl.zeros([KP, TILE], tl.float32)
+    if not KEEP_DV:
+        d_value = tl.zeros([SPLIT, CP, CP], tl.float32)
+    for tile in range(tiles):
+        p = first + tile * TILE + tl.arange(0, TILE)
+        v, v_dot, s, s_dot = _value_layout_and_tangents(
+            x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, middle, centre_dot,
+            f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+            C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
+        )  # fmt: skip
+        si = _operand(s, INNER, PRECISION)
+        si_dot = _operand(s_dot, INNER, PRECISION)
+        g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+        u_tile = _tile(u, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
+
+        # The products of each table in its turn: with S for dv and its tangent, with g and v for that of S.
+        table = _operand(tl.load(tables), INNER, PRECISION)  # scale
+        moved = _operand(tl.load(tables + 4 * of_tables), INNER, PRECISION)
+        mixed = _dot(table, si, None, PRECISION)
+        mixed_dot = _dot(moved, si, _dot(table, si_dot, None, PRECISION), PRECISION)
+        dv = g * mixed
+        dv_dot = g * mixed_dot
+        y = u_tile + v * mixed_dot + v_dot * mixed
+        gv = _operand(g * v, INNER, PRECISION)
+        ds = _dot(tl.trans(table), gv, None, PRECISION)
+        ds_dot = _dot(tl.trans(moved), gv, None, PRECISION)
+        ds_dot = _dot(tl.trans(table), _operand(g * v_dot, INNER, PRECISION), ds_dot, PRECISION)
+
+        table = _operand(tl.load(tables + of_tables), INNER, PRECISION)  # offset
+        moved = _operand(tl.load(tables + 5 * of_tables), INNER, PRECISION)
+        y = _dot(moved, si, _dot(table, si_dot, y, PRECISION), PRECISION)
+        g_in = _operand(g, INNER, PRECISION)
+        ds = _dot(tl.trans(table), g_in, ds, PRECISION)
+        ds_dot = _dot(tl.trans(moved), g_in, ds_dot, PRECISION)
+        _store_tile(dgrad, y, co, p, P, C, EXACT, CHANNELS_LAST)
+
+        table = _operand(tl.load(tables + 2 * of_tables), INNER, PRECISION)  # slope
+        moved = _operand(tl.load(tables + 6 * of_tables), INNER, PRECISION)
+        mixed = _dot(table, si, None, PRECISION)
+        dv += v * mixed
+        dv_dot += v_dot * mixed
+        dv_dot += v * _dot(moved, si, _dot(table, si_dot, None, PRECISION), PRECISION)
+        half = _operand(0.5 * v * v, INNER, PRECISION)
+        ds = _dot(tl.trans(table), half, ds, PRECISION)
+        ds_dot = _dot(tl.trans(moved), half, ds_dot, PRECISION)
+        ds_dot = _dot(tl.trans(table), _operand(v * v_dot, INNER, PRECISION), ds_dot, PRECISION)
+
+        table = _operand(tl.load(tables + 3 * of_tables), INNER, PRECISION)  # level
+        moved = _operand(tl.load(tables + 7 * of_tables), INNER, PRECISION)
+        dv = _dot(table, si, dv, PRECISION)
+        dv_dot = _dot(moved, si, _dot(table, si_dot, dv_dot, PRECISION), PRECISION)
+        vi = _operand(v, INNER, PRECISION)
+        ds = _dot(tl.trans(table), vi, ds, PRECISION) + fixed[:, None]
+        ds_dot = _dot(tl.trans(moved), vi, ds_dot, PRECISION) + fixed_dot[:, None]
+        ds_dot = _dot(tl.trans(table), _operand(v_dot, INNER, PRECISION), ds_dot, PRECISION)
+
+        ds -= tl.sum(s * ds, 0)[None, :]  # what is left out, sum S' sum S dS, is 0: S' sums to 0
+        ds_dot -= tl.sum(s_dot * ds + s * ds_dot, 0)[None, :]
+        draw = temperature * s * ds
+        draw_dot = temperature * (s_dot * ds + s * ds_dot)
+        d_offset += draw_dot
+        d_offset_dot += draw
+        if not EXACT:
+            dv = tl.where((p < P)[None, :], dv, 0.0)
+            dv_dot = tl.where((p < P)[None, :], dv_dot, 0.0)
+
+        dvi = _operand(dv, INNER, PRECISION)
+        dvi_dot = _operand(dv_dot, INNER, PRECISION)
+        drawi = _operand(draw, INNER, PRECISION)
+        drawi_dot = _operand(draw_dot, INNER, PRECISION)
+        if KEEP_DV:
+            _store_tile(dv_out, dv, co, p, P, C, EXACT, CHANNELS_LAST)
+            _store_tile(dv_dot_out, dv_dot, co, p, P, C, EXACT, CHANNELS_LAST)
+        for start in tl.static_range(0, CP, CHUNK):
+            c = start + tl.arange(0, CHUNK)
+            if CHUNK != CP:
+                f, rest, w = _weights(filters, value_weight, k, co, c, C, K, EXACT, PRECISION)
+                f_dot, rest_dot, w_dot = _weights(
+                    filters_dot, value_weight_dot, k, co, c, C, K, EXACT, PRECISION
+                )  # fmt: skip
+            y = _dot(tl.trans(w.to(INNER)), dvi_dot, None, PRECISION)
+            y = _dot(tl.trans(f.to(INNER)), drawi_dot, y, PRECISION)
+            y = _dot(tl.trans(f_dot.to(INNER)), drawi, y, PRECISION)
+            if VALUE_DOT:
+                y = _dot(tl.trans(w_dot.to(INNER)), dvi, y, PRECISION)
+            _store_tile(dx, y, c, p, P, C, EXACT, CHANNELS_LAST)
+        again = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32) - x_middle[:, None]
+        again = _operand(again, INNER, PRECISION)
+        ui = _operand(u_tile, INNER, PRECISION)
+        d_filters = _over_pixels(drawi_dot, again, d_filters, SPLIT, PRECISION)
+        d_filters = _over_pixels(drawi, ui, d_filters, SPLIT, PRECISION)
+        d_filters_dot = _over_pixels(drawi, again, d_filters_dot, SPLIT, PRECISION)
+        if not KEEP_DV:
+            d_value = _over_pixels(dvi_dot, again, d_value, SPLIT, PRECISION)
+            d_value = _over_pixels(dvi, ui, d_value, SPLIT, PRECISION)
+
+    shares_out += program * (2 * (KP * CP + KP) + (0 if KEEP_DV else CP * CP))  # see `double_backward`
+    at = shares_out + k[:, None] * CP + co[None, :]
+    rows = tl.sum(d_offset, 1)
+    rows_dot = tl.sum(d_offset_dot, 1)
+    tl.store(at, tl.sum(d_filters, 0) + rows[:, None] * x_middle[None, :])
+    tl.store(at + KP * CP, tl.sum(d_filters_dot, 0) + rows_dot[:, None] * x_middle[None, :])
+    shares_out += 2 * KP * CP
+    tl.store(shares_out + k, rows)
+    tl.store(shares_out + KP + k, rows_dot)
+    if not KEEP_DV:
+        shares_out += 2 * KP
+        tl.store(shares_out + co[:, None] * CP + co[None, :], tl.sum(d_value, 0))
+
+
+@triton.jit
 def _add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of J rows of LENGTH numbers for every image."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -547,7 +899,17 @@ class Plan(NamedTuple):
 
 
 def _plans(channels: int, bits: int) -> dict[str, Plan]:
-    """What was fastest on an H100 at 32, 128 and 256 channels (a power of two), by the bits of a value of x."""
+    """How each pass is cut up, for a power of two of channels and the bits of a value of x."""
+    plans = _measured_plans(channels, bits)
+    # Not measured. Twice the tiles of the backward's passes are held at once.
+    for name, like in (("tangents", "sums"), ("curvatures", "gradients")):
+        plan = plans[like]
+        plans[name] = plan._replace(tile=max(plan.tile // 2, 32, 16 * plan.split), stages=1)
+    return plans
+
+
+def _measured_plans(channels: int, bits: int) -> dict[str, Plan]:
+    """What was fastest on an H100 at 32, 128 and 256 channels."""
     outer = Plan(64, min(channels, 128), 4, 3, 264) if bits == 16 else Plan(32, min(channels, 128), 8, 3, 264)
     if channels <= 32 and bits == 16:
         return {
@@ -614,9 +976,15 @@ def _smaller(plan: Plan) -> Plan | None:
 
 
 def obstacle(
-    device: torch.device, dtype: torch.dtype, num_channels: int, num_entities: int, channels_last: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_entities: int,
+    channels_last: bool,
+    *,
+    order: int = 1,
 ) -> str | None:
-    """Why the kernels cannot run on such a feature map; None if they can.
+    """Why the kernels cannot run on such a feature map; None if they can. Of `order` 2 are those of second derivatives.
 
     The first call for a kind of feature map compiles the kernels and compares them with the plain form.
     """
@@ -634,7 +1002,7 @@ def obstacle(
         )
     if INTERPRETED.value:  # slow
         return None
-    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype))
+    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype), second=order == 2)
 
 
 # ||got - expected|| / ||expected|| that is still rounding.
@@ -650,18 +1018,20 @@ def disagreement(
     channels_last: bool,
     precision: str,
     side: int | None = None,
+    *,
+    second: bool = False,
 ) -> str | None:
-    """What the kernels get wrong on such feature maps, or None.
+    """What the kernels, or those of the `second` order, get wrong on such feature maps, or None.
 
     A compiler was seen to turn a right kernel into a wrong one for some tile sizes (docs/performance.md): no plan that
     was right on one machine with one version of triton is trusted on another unseen. Both kinds of maps are tried,
     whose pixels fill whole tiles and whose do not, large enough for every program to walk over several tiles.
     """
-    side = side or (256 if num_channels <= 64 else 128)
+    side = side or (256 if num_channels <= 64 and not second else 128)
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         for odd in (0, 1):
             shape = (2, num_channels, side - odd, side - odd)
-            found = _compare(shape, device, dtype, num_entities, channels_last, precision)
+            found = _compare(shape, device, dtype, num_entities, channels_last, precision, second=second)
             if found:
                 return (
                     f"{found} on {device} with triton {triton.__version__} for {num_channels} channels and "
@@ -677,6 +1047,8 @@ def _compare(
     num_entities: int,
     channels_last: bool,
     precision: str,
+    *,
+    second: bool = False,
 ) -> str | None:
     from attnorm.ops.regional_norm import regional_norm
 
@@ -684,7 +1056,7 @@ def _compare(
     images, channels = shape[:2]
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(device)
+        return torch.randn(size, generator=generator).to(device)
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, noise = (draw(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
@@ -698,7 +1070,15 @@ def _compare(
     # Of a gradient that has nothing to do with the output, rho's may be all but zero (a sum of millions of products of
     # either sign), and then be rounding alone; this one follows the output.
     grad = noise + (out / 8).to(dtype)
-    got = backward(grad, *arguments, area, mean, rstd, temperature, eps)
+    names = ["x", "the filters", "their offset", "the value projection", "", "beta", "alpha", "rho"]
+    got: tuple[Tensor, ...]
+    if second:
+        names = ["the gradient", *names]
+        of_maps = (draw(*filters.shape), draw(*offset.shape), draw(*value_weight.shape))
+        dots = (*of_maps, draw(*weight.shape), draw(*bias.shape), draw())
+        got = double_backward(noise, *dots, grad, *arguments, area, mean, rstd, temperature, eps)
+    else:
+        got = backward(grad, *arguments, area, mean, rstd, temperature, eps)
     with torch.enable_grad():
         leaves = [part.detach().float().requires_grad_() for part in arguments]
         flat = leaves[0].flatten(2)
@@ -706,10 +1086,13 @@ def _compare(
         v = (leaves[3] @ flat + leaves[4][:, None]).unflatten(2, shape[2:])
         normalized = regional_norm(v, soft.unflatten(2, shape[2:]), leaves[5], leaves[6], eps=eps)
         expected = leaves[7] * normalized + leaves[0]
-        gradients = torch.autograd.grad(expected, leaves, grad.float())
-    names = ("x", "the filters", "their offset", "the value projection", "", "beta", "alpha", "rho")
+        exact_grad = grad.float().requires_grad_(second)
+        gradients = torch.autograd.grad(expected, leaves, exact_grad, create_graph=second)
+        if second:
+            cotangents = [noise.float(), *dots[:3], torch.zeros_like(value_bias), *dots[3:]]
+            gradients = torch.autograd.grad(gradients, [exact_grad, *leaves], cotangents)
     pairs = [("the output", out, expected)]
-    for name, ours, theirs in zip(names, got, gradients, strict=True):
+    for name, ours, theirs in zip(names, got[: len(names)], gradients, strict=True):
         pairs += [(f"the gradient of {name}", ours, theirs)] if name else []  # the value's bias has none
     allowed = ROUNDING[precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")]
     for name, ours, theirs in pairs:
@@ -896,21 +1279,13 @@ def backward(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    def add(rows: Tensor, images: int) -> Tensor:
-        """The sum of the rows of every image."""
-        count, length = rows.shape[0] // images, rows[0].numel()
-        sums = empty(images, length)
-        block = 32 if count > 64 else 128
-        blocks = min(triton.next_power_of_2(count), 8192 // block)
-        _add[(images, triton.cdiv(length, block))](rows, sums, count, LENGTH=length, JP=blocks, BLOCK=block)
-        return sums
-
-    x_centre = x.flatten(2)[:, :, :: max(pixels // 64, 1)].mean(2, dtype=torch.float32)
+    x_centre = _centre(x)
     centre = empty(num_images, padded)
     affine = empty(num_images, 3, entities, channels)
     scale, shifted, slope, level = empty(4, num_images, padded, padded_entities, dtype=_narrow(x))
     constant = empty(num_images, padded, padded_entities)
     dx = torch.empty_like(x)
+    dv = dx
     found: list[Tensor] = []  # d_filters, d_offset, d_value
 
     def sums(cut: _Pass) -> None:
@@ -926,6 +1301,7 @@ def backward(
         )  # fmt: skip
 
     def gradients(cut: _Pass) -> None:
+        nonlocal dv
         square = cut.plan.square
         dv = dx if square else torch.empty_like(x, dtype=_narrow(x))
         # One row a block: gradients of the filters, of their offset and, where it fits, of the value projection.
@@ -935,29 +1311,20 @@ def backward(
             x, grad, filters, offset, value_weight, x_centre, centre, scale, shifted, slope, level, constant,
             dx, dv, shares, temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options, KEEP_DV=not square,
         )  # fmt: skip
-        of_images = add(shares, num_images)
-        of_batch = add(of_images, 1) if num_images > 1 else of_images
+        of_images = _added(shares, num_images)
+        of_batch = _added(of_images, 1) if num_images > 1 else of_images
         d_filters, d_offset, _ = (of_images if per_image else of_batch).split(lengths, 1)
         found[:] = [d_filters, d_offset, of_batch[0, lengths[0] + lengths[1] :]]
         if not square:
-            _launch("outer", x, entities, functools.partial(outer, dv))
+            _launch("outer", x, entities, outer)
 
-    def outer(dv: Tensor, cut: _Pass) -> None:
-        side, tiles_of_image = cut.plan.chunk, triton.cdiv(pixels, cut.plan.tile)
-        tiles = tiles_of_image * num_images
-        blocks = min(max(cut.plan.programs // (padded // side) ** 2, 1), tiles)
-        shares = empty(blocks, padded, padded)
-        names = ("C", "CP", "TILE", "EXACT", "CHANNELS_LAST", "PRECISION", "num_warps", "num_stages")
-        _outer[(blocks, padded // side, padded // side)](
-            dv, x, x_centre, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
-            **{name: cut.options[name] for name in names},
-        )  # fmt: skip
-        found[2] = add(shares, 1)[0]
+    def outer(cut: _Pass) -> None:
+        found[2] = _value_gradient(cut, dv, x, x_centre)
 
     with _on(x):
         _launch("sums", x, entities, sums)
         _launch("gradients", x, entities, gradients)
-        d_weight, d_bias, d_rho = (add(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
+        d_weight, d_bias, d_rho = (_added(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
     d_filters, d_offset, d_value = found
     return (
         dx,
@@ -969,3 +1336,146 @@ def backward(
         d_bias,
         d_rho.sum(),
     )
+
+
+def double_backward(
+    tangent: Tensor,
+    filters_dot: Tensor | None,
+    offset_dot: Tensor | None,
+    value_weight_dot: Tensor | None,
+    weight_dot: Tensor | None,
+    bias_dot: Tensor | None,
+    rho_dot: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    offset: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rho: Tensor,
+    area: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """As `attnorm.ops.native.double_backward`."""
+    num_images, channels, height, width = x.shape
+    pixels, entities = height * width, filters.shape[1]
+    per_image = entities if filters.shape[0] > 1 else 0
+    padded, padded_entities = _padded(channels), _padded(entities)
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    tangent, grad = (part.to(x.dtype).contiguous(memory_format=layout) for part in (tangent, grad))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    def given(dot: Tensor | None, part: Tensor) -> Tensor:
+        return torch.zeros_like(part, dtype=torch.float32) if dot is None else dot.float().contiguous()
+
+    x_centre = _centre(x)
+    moves = value_weight_dot is not None
+    filters_dot, offset_dot = given(filters_dot, filters), given(offset_dot, offset)
+    weight_dot, bias_dot, rho_dot = given(weight_dot, weight), given(bias_dot, bias), given(rho_dot, rho)
+    value_weight = _rounded(value_weight, x)
+    value_weight_dot = value_weight if value_weight_dot is None else _rounded(value_weight_dot.contiguous(), x)
+    # The tangent of the shift of v drops out: only that of x - x_centre counts.
+    middle_dot = x_centre @ value_weight_dot.float().T
+
+    centre = empty(num_images, padded)
+    affine = empty(num_images, 3, entities, channels)
+    tables = empty(8, num_images, padded, padded_entities, dtype=_narrow(x))
+    constants = empty(2, num_images, padded, padded_entities)
+    dgrad, dx = torch.empty_like(x), torch.empty_like(x)
+    dv = dv_dot = dx
+    found: list[Tensor] = []  # d_filters, d_filters_dot, d_offset, d_offset_dot, d_value
+    parameters = (filters, offset, value_weight, filters_dot, offset_dot, value_weight_dot, middle_dot)
+
+    def tangents(cut: _Pass) -> None:
+        sums, area_dot = empty(6, *cut.grid, padded, padded_entities), empty(*cut.grid, padded_entities)
+        _tangents[cut.grid](
+            x, tangent, grad, *parameters, area, mean, sums, area_dot, centre,
+            temperature, pixels, cut.blocks, cut.tiles, per_image, sums[0].numel(), **cut.options, VALUE_DOT=moves,
+        )  # fmt: skip
+        grid, sizes = _merge(cut)
+        _curve[grid](
+            sums, area_dot, area, mean, rstd, centre, weight, bias, rho, weight_dot, bias_dot, rho_dot,
+            affine, tables, constants, eps, cut.blocks, sums[0].numel(), tables[0].numel(), constants[0].numel(),
+            **sizes,
+        )  # fmt: skip
+
+    def curvatures(cut: _Pass) -> None:
+        nonlocal dv, dv_dot
+        square = cut.plan.square
+        if not square:
+            dv, dv_dot = (torch.empty_like(x, dtype=_narrow(x)) for _ in range(2))
+        lengths = [padded_entities * padded] * 2 + [padded_entities] * 2 + [padded * padded if square else 0]
+        shares = empty(*cut.grid, sum(lengths))
+        _curvatures[cut.grid](
+            x, tangent, grad, *parameters, x_centre, centre, tables, constants, dgrad, dx, dv, dv_dot, shares,
+            temperature, pixels, cut.blocks, cut.tiles, per_image, tables[0].numel(), constants[0].numel(),
+            **cut.options, VALUE_DOT=moves, KEEP_DV=not square,
+        )  # fmt: skip
+        of_images = _added(shares, num_images)
+        of_batch = _added(of_images, 1) if num_images > 1 else of_images
+        found[:] = (of_images if per_image else of_batch).split(lengths, 1)
+        found[4] = of_batch[0, sum(lengths[:4]) :]
+        if not square:
+            _launch("outer", x, entities, outer)
+
+    def outer(cut: _Pass) -> None:
+        found[4] = _value_gradient(cut, dv_dot, x, x_centre)
+        found[4] += _value_gradient(cut, dv, tangent, torch.zeros_like(x_centre))
+
+    with _on(x):
+        _launch("tangents", x, entities, tangents)
+        _launch("curvatures", x, entities, curvatures)
+        d_weight, d_bias, d_rho = (_added(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
+    d_filters, d_filters_dot = (part.view(-1, padded_entities, padded)[:, :entities, :channels] for part in found[:2])
+    return (
+        dgrad,
+        dx,
+        d_filters,
+        found[2][:, :entities],
+        found[4].view(padded, padded)[:channels, :channels],
+        torch.zeros_like(value_bias),
+        d_weight,
+        d_bias,
+        d_rho.sum(),
+        d_filters_dot,
+        found[3][:, :entities],
+    )
+
+
+def _centre(x: Tensor) -> Tensor:
+    """The mean of a sample of the pixels of every image, [N, C]."""
+    flat = x.flatten(2)
+    return flat[:, :, :: max(flat.shape[2] // 64, 1)].mean(2, dtype=torch.float32)
+
+
+def _added(rows: Tensor, images: int) -> Tensor:
+    """The sum of the rows of every image."""
+    count, length = rows.shape[0] // images, rows[0].numel()
+    sums = torch.empty(images, length, device=rows.device, dtype=torch.float32)
+    block = 32 if count > 64 else 128
+    blocks = min(triton.next_power_of_2(count), 8192 // block)
+    _add[(images, triton.cdiv(length, block))](rows, sums, count, LENGTH=length, JP=blocks, BLOCK=block)
+    return sums
+
+
+def _value_gradient(cut: _Pass, dv: Tensor, x: Tensor, x_centre: Tensor) -> Tensor:
+    """dv (x - x_centre)^T over all pixels of the batch, where one program cannot hold it."""
+    num_images, pixels, padded = x.shape[0], x.shape[2] * x.shape[3], cut.options["CP"]
+    assert isinstance(padded, int)
+    side, tiles_of_image = cut.plan.chunk, triton.cdiv(pixels, cut.plan.tile)
+    tiles = tiles_of_image * num_images
+    blocks = min(max(cut.plan.programs // (padded // side) ** 2, 1), tiles)
+    shares = torch.empty(blocks, padded, padded, device=x.device, dtype=torch.float32)
+    names = ("C", "CP", "TILE", "EXACT", "CHANNELS_LAST", "PRECISION", "num_warps", "num_stages")
+    _outer[(blocks, padded // side, padded // side)](
+        dv, x, x_centre, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
+        **{name: cut.options[name] for name in names},
+    )  # fmt: skip
+    return _added(shares, 1)[0]
