@@ -217,6 +217,7 @@ class _Bench:
                 median_ms=median,
                 p20_ms=p20,
                 p80_ms=p80,
+                fastest_ms=1e3 * min(runner.times),
                 repeats=len(runner.times),
                 peak_bytes=peak,
                 beyond_bytes=max(peak - kept, 0),
