@@ -24,8 +24,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 INPAINTING: dict[str, tuple[str, ...]] = {
     "paper-streetview256": ("an", "an-auto", "contextual", "none"),
-    "inpaint128": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none"),
-    "inpaint64": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none"),
+    "inpaint128": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none"),
+    "inpaint64": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none"),
     "inpaint-smoke": ("an", "contextual", "none"),
 }
 

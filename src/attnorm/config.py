@@ -132,7 +132,9 @@ class InpaintingConfig:
 
     image_size: int = 256  # side of a training square in pixels: a multiple of 8, at least 32; inference takes any
     width: int = 32  # channels of the first convolution; every other width is a multiple of it
-    context: Literal["an", "an-wide", "contextual", "self_attention", "none"] = "an"  # in the refinement stage
+    context: Literal["an", "an-wide", "contextual", "self_attention", "region", "none"] = (
+        "an"  # in the refinement stage
+    )
     an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False))
 
     def __post_init__(self) -> None:

@@ -256,6 +256,7 @@ INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "an-wide": ("AN in the authors' released layout, whose encoders are wider", _model(context="an-wide")),
     "contextual": ("DeepFill v1's contextual attention (Table 3)", _model(context="contextual")),
     "self_attention": ("SAGAN's self-attention", _model(context="self_attention")),
+    "region": ("Region Normalization of the hole and the rest (Yu et al., 2020)", _model(context="region")),
     "none": ("no block for context", _model(context="none")),
     "an-auto": AUTO["an-auto"],
     "an-fixed": FIXED["an-fixed"],
@@ -263,8 +264,8 @@ INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
 # Families of the inpainting task, and which rows they have.
 INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
     "paper-streetview256": (streetview256, ("an", "an-auto", "contextual", "none")),
-    "inpaint128": (inpaint128, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none")),
-    "inpaint64": (inpaint64, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "none")),
+    "inpaint128": (inpaint128, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none")),
+    "inpaint64": (inpaint64, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none")),
     "inpaint-smoke": (inpaint_smoke, ("an", "contextual", "none")),
 }
 FAMILIES: dict[str, Callable[[], Config]] = {

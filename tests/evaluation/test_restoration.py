@@ -13,7 +13,18 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from attnorm.data.masks import free_form_mask
-from attnorm.evaluation.restoration import SCORES, Difference, differences, mae, measure, psnr, resampled_means, ssim
+from attnorm.evaluation.restoration import (
+    DISTANCE_SCORES,
+    SCORES,
+    Difference,
+    differences,
+    hole_distances,
+    mae,
+    measure,
+    psnr,
+    resampled_means,
+    ssim,
+)
 
 SIZE = 40
 
@@ -81,6 +92,44 @@ def test_scores_of_the_hole_equal_loops_over_its_pixels() -> None:
         assert scores["mae_hole"][i].item() == pytest.approx(sum(absolutes) / len(absolutes) / 255)
 
 
+def test_distances_are_steps_to_the_nearest_known_pixel() -> None:
+    mask = (
+        torch.rand(4, 1, 9, 8, generator=torch.Generator().manual_seed(0))
+        < torch.tensor([0.3, 0.9, 0.97, 2.0])[:, None, None, None]
+    )
+    mask[2, 0, 0, 0] = False
+    distances = hole_distances(mask)
+    for n, row, column in ((n, row, column) for n in range(4) for row in range(9) for column in range(8)):
+        known = (~mask[n, 0]).nonzero().tolist()
+        steps = [max(abs(row - r), abs(column - c)) for r, c in known]
+        assert distances[n, 0, row, column] == min(steps, default=-1)
+    assert distances.max() >= 7
+
+
+def test_psnr_by_distance_is_that_of_the_pixels_so_far_from_the_edge() -> None:
+    """A square hole of 11 pixels with an error of 1 at its edge, 2 inside of it, and so on to 6 in its centre."""
+    truth = torch.full((2, 3, SIZE, SIZE), 90, dtype=torch.uint8)
+    masks = torch.zeros(2, 1, SIZE, SIZE, dtype=torch.bool)
+    masks[0, :, 3:14, 20:31] = True
+    masks[1, :, 5, 5:9] = True  # none is farther than a step
+    raw = truth.clone()
+    for ring in range(6):
+        raw[0, :, 3 + ring : 14 - ring, 20 + ring : 31 - ring] = 90 + ring + 1
+    raw[1, :, 5, 5:9] = 97
+    raw[:, :, 30:] = 0  # outside of the holes nothing counts
+    scores = measure(truth, raw, masks)
+    rings = [40, 32, 24, 16, 8, 1]  # pixels
+
+    def decibels(*errors: int) -> float:
+        return 10 * math.log10(255**2 / (sum(rings[e - 1] * e**2 for e in errors) / sum(rings[e - 1] for e in errors)))
+
+    expected = {"psnr_1-2": decibels(1, 2), "psnr_3-4": decibels(3, 4), "psnr_5-8": decibels(5, 6)}
+    for name in DISTANCE_SCORES:
+        first, second = scores[name].tolist()
+        assert first == pytest.approx(expected[name]) if name in expected else math.isnan(first)
+        assert second == pytest.approx(20 * math.log10(255 / 7)) if name == "psnr_1-2" else math.isnan(second)
+
+
 def test_pasted_scores_see_the_hole_only_and_raw_ones_everything() -> None:
     truth, raw, masks = pictures()
     scores = measure(truth, raw, masks)
@@ -90,7 +139,7 @@ def test_pasted_scores_see_the_hole_only_and_raw_ones_everything() -> None:
     everything = measure(truth, raw, everywhere(truth))
     for metric in ("psnr", "ssim", "mae"):
         torch.testing.assert_close(scores[f"{metric}_raw"], everything[f"{metric}_pasted"])
-    assert set(scores) == set(SCORES) and (scores["ssim_raw"] < scores["ssim_pasted"]).all()
+    assert set(scores) == {*SCORES, *DISTANCE_SCORES} and (scores["ssim_raw"] < scores["ssim_pasted"]).all()
     outside = measure(truth, torch.where(masks, raw, 255 - raw), masks)
     torch.testing.assert_close(outside["psnr_pasted"], scores["psnr_pasted"], rtol=0, atol=0)
     assert (outside["psnr_raw"] < scores["psnr_raw"]).all()
@@ -162,6 +211,21 @@ def test_only_an_interval_on_one_side_of_zero_supports_a_difference() -> None:
     (always,) = differences(scores_of(a=flat - 2, b=flat), [("a", "b")], seed=0)
     assert (always.low, always.high, always.is_supported) == (-2, -2, True)
     assert not Difference("a", "b", "mae_raw", 0.1, -0.1, 0.3).is_supported
+
+
+def test_images_without_a_score_count_for_nothing() -> None:
+    """As if they were not there, up to how often the others are drawn; and a score of one image has no interval."""
+    random = np.random.default_rng(2)
+    gain = random.normal(0.5, 1, 300)
+    values = np.where(np.arange(300) % 3 == 0, np.nan, gain)
+    there = gain[np.arange(300) % 3 != 0]
+    (difference,) = differences(scores_of(a=values, b=values * 0), [("a", "b")], seed=0)
+    half = 1.96 * there.std() / math.sqrt(len(there))
+    assert difference.mean == pytest.approx(there.mean())
+    assert difference.low == pytest.approx(there.mean() - half, abs=0.1 * half)
+    assert difference.high == pytest.approx(there.mean() + half, abs=0.1 * half)
+    one = np.array([1.0, np.nan, np.nan])
+    assert differences(scores_of(a=one, b=one), [("a", "b")], seed=0) == []
 
 
 def test_scores_that_one_side_lacks_are_left_out() -> None:

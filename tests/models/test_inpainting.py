@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from attnorm import AttentiveNorm2d, SelfAttention2d
 from attnorm.config import AttentiveNormConfig, InpaintingConfig
 from attnorm.layers.contextual_attention import ContextualAttention
+from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.models.inpainting import Critic, InpaintingGenerator, SameConv2d, crop_around, paste
 
-CONTEXTS = ("an", "an-wide", "contextual", "self_attention", "none")
+CONTEXTS = ("an", "an-wide", "contextual", "self_attention", "region", "none")
 
 
 def small(context: str = "an", **changes: Any) -> InpaintingConfig:
@@ -72,6 +73,7 @@ def on_meta(kind: type[nn.Module], **settings: Any) -> Any:
         ("an", 3_601_542 + 22_705),
         ("an-wide", 3_790_263),  # the authors' released network
         ("self_attention", 3_601_542 + 20_481),
+        ("region", 3_601_542 + 2 * 2 * 128),
     ],
 )
 def test_parameter_counts_are_the_published_ones(context: str, expected: int) -> None:
@@ -127,6 +129,7 @@ def test_every_arm_has_the_published_plan(context: str) -> None:
     for first in (generator.coarse[0], generator.dilated_branch[0], generator.before_context[0]):
         assert first.in_channels == 5
     kinds = {"contextual": ContextualAttention, "self_attention": SelfAttention2d, "none": nn.Identity}
+    kinds["region"] = RegionNorm2d
     assert type(generator.context) is kinds.get(context, AttentiveNorm2d)
 
 
@@ -167,7 +170,7 @@ def test_initial_values_are_glorot_but_for_the_entities(kind: type[nn.Module]) -
 
 def test_arms_of_one_seed_start_with_the_same_weights_around_the_block() -> None:
     states = {}
-    for context in ("an", "contextual", "self_attention", "none"):
+    for context in ("an", "contextual", "self_attention", "region", "none"):
         torch.manual_seed(3)
         states[context] = InpaintingGenerator(small(context)).state_dict()
     for context, state in states.items():
@@ -187,6 +190,7 @@ def test_an_and_self_attention_start_as_no_block_at_all() -> None:
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
+@torch.no_grad()
 def test_forward_is_the_two_stages_written_out(context: str) -> None:
     """From the description: what each part gets, and the activation beside the block."""
     generator, image, mask = build(context), pictures(), holes()
@@ -195,9 +199,14 @@ def test_forward_is_the_two_stages_written_out(context: str) -> None:
     coarse = generator.coarse(torch.cat([image * (1 - m), ones, m], 1)).clamp(-1, 1)
     x = torch.cat([coarse * m + image * (1 - m), ones, m], 1)
     h = generator.before_context(x)
+    small_mask = m.unflatten(3, (8, 4)).amax(4).unflatten(2, (8, 4)).amax(3)
     if context == "contextual":
-        small_mask = m.unflatten(3, (8, 4)).amax(4).unflatten(2, (8, 4)).amax(3)
         h = ContextualAttention()(h.relu(), small_mask)
+    elif context == "region":  # of each image and channel, the hole's features by themselves and the others too
+        for n, c, region in ((n, c, region) for n in range(2) for c in range(16) for region in (0, 1)):
+            at = small_mask[n, 0] == region
+            h[n, c, at] = (h[n, c, at] - h[n, c, at].mean()) / (h[n, c, at].var(correction=0) + 1e-5).sqrt()
+        h = F.elu(h)
     else:
         h = F.elu(generator.context(h))
     both = torch.cat([generator.dilated_branch(x), generator.after_context(h)], 1)
@@ -326,13 +335,15 @@ def test_strided_convolutions_pad_as_tensorflow_does(kernel: int, size: tuple[in
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_gradients_reach_every_parameter(context: str) -> None:
-    """Zero by mathematics is one: the bias of AN's value(X) is taken out with each region's mean."""
+    """Zero by mathematics is one: the bias of AN's value(X), and what enters Region Normalization, are taken out with
+    each region's mean."""
     generator = build(context).train()
     out = generator(pictures(), holes())
     weights = torch.randn(out.refined.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     ((out.refined + out.coarse) * weights).sum().backward()
     zero = {name for name, p in generator.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9}
-    assert zero == ({"context.value.bias"} if context.startswith("an") else set())
+    taken_out = {"an": "context.value.bias", "an-wide": "context.value.bias", "region": "before_context.10.bias"}
+    assert zero == ({taken_out[context]} if context in taken_out else set())
     penalties = [m.orthogonality_penalty() for m in generator.modules() if isinstance(m, AttentiveNorm2d)]
     assert len(penalties) == context.startswith("an")
 

@@ -203,7 +203,7 @@ def test_orthogonality_enters_with_its_weight(images_seen: int) -> None:
     assert losses[1] == pytest.approx(losses[0] + 0.5 * logged["generator/orthogonality"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("context", ["an", "an-wide", "contextual", "self_attention", "none"])
+@pytest.mark.parametrize("context", ["an", "an-wide", "contextual", "self_attention", "region", "none"])
 def test_every_parameter_gets_a_gradient(context: str) -> None:
     task = tiny_task(f"model.context={context}", "model.width=4")
     with torch.no_grad():  # away from the start, where the inner gradients of the blocks are 0

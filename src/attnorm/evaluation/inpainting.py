@@ -27,6 +27,7 @@ from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.manifest import Examples, Manifest
 from attnorm.evaluation.restoration import (
     CONFIDENCE,
+    DISTANCE_SCORES,
     METRICS,
     REGIONS,
     RESAMPLES,
@@ -52,6 +53,8 @@ PROTOCOL = {
     "raw": "the whole of what the network made, outside the hole too; the floors have none",
     "psnr": "dB, 20 log10(255 / RMSE) over all channels; mean of the images' dB. An image without an error counts as "
     "if one value was off by one level, so that means stay finite",
+    "distance": "PSNR of the missing pixels that are so many steps, each to any of the eight neighbours, from the "
+    "nearest known one; over the images that have such pixels",
     "ssim": "Gaussian 11x11, sigma 1.5, K 0.01 and 0.03, range 255, population moments, mean of the colours, 5 pixels "
     "cut off at each side",
     "mae": "values in [0, 1]; doubled, in [-1, 1], beside the paper's",
@@ -71,11 +74,13 @@ class Contestant:
 
     name: str
     about: dict[str, Any]  # of a model: checkpoint, hash, seed, ...
-    scores: dict[str, np.ndarray]  # float64 [M], by the names in SCORES; a floor has none for "raw"
+    scores: dict[str, np.ndarray]  # float64 [M], by name, SCORES and DISTANCE_SCORES; a floor has none for "raw"
 
     @property
     def means(self) -> dict[str, float]:
-        return {name: values.mean().item() for name, values in self.scores.items()}
+        """Over the images that have the score; without those that no image has."""
+        found = {name: values[np.isfinite(values)] for name, values in self.scores.items()}
+        return {name: values.mean().item() for name, values in found.items() if len(values)}
 
 
 class Sheet(NamedTuple):
@@ -158,8 +163,8 @@ def evaluate(
         inpainter = Inpainter(path, ema=ema, device=device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # equal terms, however trained
         about = {**_about(inpainter), "weights": "ema" if ema else "raw", "device": device_name(inpainter.device)}
-        models.append(run(name, partial(_fill, inpainter), about, SCORES))
-    pasted = [score for score in SCORES if not score.endswith("_raw")]
+        models.append(run(name, partial(_fill, inpainter), about, (*SCORES, *DISTANCE_SCORES)))
+    pasted = [score for score in (*SCORES, *DISTANCE_SCORES) if not score.endswith("_raw")]
     found = [run(name, fill, {"device": "cpu"}, pasted) for name, fill in floors.items()]
 
     scores = {contestant.name: contestant.scores for contestant in (*models, *found)}
@@ -271,10 +276,12 @@ def _summary(contestant: Contestant) -> dict[str, Any]:
 def _csv(evaluation: Evaluation) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["contestant", "image", "mask", "hole_share", *SCORES])
+    names = (*SCORES, *DISTANCE_SCORES)
+    writer.writerow(["contestant", "image", "mask", "hole_share", *names])
     for contestant in (*evaluation.models, *evaluation.floors):
         for i, entry in enumerate(evaluation.manifest.entries):
-            scores = [contestant.scores[name][i].item() if name in contestant.scores else "" for name in SCORES]
+            scores = [contestant.scores[name][i].item() if name in contestant.scores else "" for name in names]
+            scores = ["" if score != score else score for score in scores]  # NaN: no pixel is so far from the edge
             share = evaluation.hole_shares[i].item()
             writer.writerow([contestant.name, entry.file, entry.mask, share, *scores])
     return file.getvalue()
@@ -308,6 +315,13 @@ def markdown(evaluation: Evaluation) -> str:
         *_differences_table(evaluation),
         "",
         *_readings(evaluation),
+        "",
+        "## PSNR by distance from the hole's edge",
+        "",
+        "In dB, of the missing pixels that are so many pixels from the nearest known one; mean over the images that "
+        "have such pixels. Below, differences as above.",
+        "",
+        *_distance_tables(evaluation),
         "",
         "The intervals are over test images, for these very weights: they do not say what training again with another "
         f"seed would change. There are {len(evaluation.differences)} of them, and of such intervals one in "
@@ -376,12 +390,34 @@ def _differences_table(evaluation: Evaluation) -> list[str]:
         for metric in METRICS:
             difference = found.get((first, second, f"{metric}_{region}"))
             if difference is not None:
-                digits = DIGITS[metric]
-                text = f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
-                cells.append(f"**{text}**" if difference.is_supported else text)
+                cells.append(_interval(difference, DIGITS[metric]))
         if cells:
             rows.append([f"{first} - {second}", region, *cells])
     return _table(["", "region", *(TITLES[metric] for metric in METRICS)], rows)
+
+
+def _distance_tables(evaluation: Evaluation) -> list[str]:
+    """Means of the contestants by distance, then differences with their intervals."""
+    contestants = (*evaluation.models, *evaluation.floors)
+    header = ["", *(name.removeprefix("psnr_") for name in DISTANCE_SCORES)]
+    counts = [int(np.isfinite(contestants[0].scores[name]).sum()) for name in DISTANCE_SCORES]
+    rows = [["images", *map(str, counts)]]
+    for contestant in contestants:
+        means = contestant.means
+        rows.append([contestant.name, *(f"{means[name]:.2f}" if name in means else "-" for name in DISTANCE_SCORES)])
+    found = {(d.first, d.second, d.score): d for d in evaluation.differences}
+    differences = []
+    for first, second in _pairs(evaluation):
+        cells = [_interval(found.get((first, second, name)), 2) for name in DISTANCE_SCORES]
+        differences.append([f"{first} - {second}", *cells])
+    return [*_table(header, rows), *(["", *_table(header, differences)] if differences else [])]
+
+
+def _interval(difference: Difference | None, digits: int) -> str:
+    if difference is None:
+        return "-"
+    text = f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+    return f"**{text}**" if difference.is_supported else text
 
 
 def _readings(evaluation: Evaluation) -> list[str]:
@@ -390,7 +426,7 @@ def _readings(evaluation: Evaluation) -> list[str]:
     for first, second in _pairs(evaluation):
         favoured: dict[str, list[str]] = {first: [], second: [], "undecided": []}
         for difference in evaluation.differences:
-            if (difference.first, difference.second) == (first, second):
+            if (difference.first, difference.second, difference.score in SCORES) == (first, second, True):
                 is_first = (difference.mean < 0) == difference.score.startswith("mae")  # less error is better
                 winner = (first if is_first else second) if difference.is_supported else "undecided"
                 metric, _, region = difference.score.partition("_")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import distance_transform_cdt
 from torch import Tensor
 
 from attnorm.evaluation.manifest import SSIM_BORDER
@@ -21,16 +22,20 @@ from attnorm.models.inpainting import paste
 METRICS = ("psnr", "ssim", "mae")
 REGIONS = ("pasted", "hole", "raw")
 SCORES = tuple(f"{metric}_{region}" for region in REGIONS for metric in METRICS)
+# PSNR of the missing pixels by how far they are from the nearest known one, in pixels, from one number to the other.
+DISTANCES = ((1, 2), (3, 4), (5, 8), (9, 16), (17, None))
+DISTANCE_SCORES = tuple(f"psnr_{first}-{last}" if last else f"psnr_{first}+" for first, last in DISTANCES)
 SSIM_SIGMA = 1.5
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
 def measure(truth: Tensor, raw: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Every score of each image, float64 [N], by the names in SCORES.
+    """Every score of each image, float64 [N], by the names in SCORES and DISTANCE_SCORES.
 
     pasted: the whole image, with the truth outside the hole; hole: the missing pixels alone (of SSIM, its map there);
-    raw: the whole of what the model made, without pasting.
+    raw: the whole of what the model made, without pasting. By distance: the missing pixels that are so far from the
+    nearest known one (`hole_distances`); NaN for an image that has none.
 
     Args:
         truth, raw: uint8 [N, 3, H, W].
@@ -48,7 +53,21 @@ def measure(truth: Tensor, raw: Tensor, mask: Tensor) -> dict[str, Tensor]:
         scores[f"psnr_{region}"] = psnr(truth, image, where)
         scores[f"ssim_{region}"] = ssim(truth, image, where)
         scores[f"mae_{region}"] = mae(truth, image, where)
+    distances = hole_distances(mask)
+    for name, (first, last) in zip(DISTANCE_SCORES, DISTANCES, strict=True):
+        where = (distances >= first) & (distances <= (last or distances.max()))
+        scores[name] = torch.where(where.any(3).any(2)[:, 0], psnr(truth, pasted, where), torch.nan)
     return scores
+
+
+def hole_distances(mask: Tensor) -> Tensor:
+    """Steps from each missing pixel to the nearest known one, to any of the eight neighbours at each step: 1 at the
+    hole's edge. 0 where a pixel is known, -1 where none of the image is. The image's border is no edge of a hole.
+
+    bool [N, 1, H, W] -> int64 [N, 1, H, W].
+    """
+    images = [distance_transform_cdt(image.numpy(), metric="chessboard") for image in mask[:, 0].cpu()]
+    return torch.from_numpy(np.stack(images)).long()[:, None]
 
 
 def psnr(truth: Tensor, image: Tensor, where: Tensor) -> Tensor:
@@ -121,7 +140,8 @@ def differences(
     scores: Mapping[str, Mapping[str, np.ndarray]], pairs: Sequence[tuple[str, str]], *, seed: int
 ) -> list[Difference]:
     """Paired bootstrap: the test images are drawn again R times, for every pair and score the same, and the interval
-    lies between the percentiles of the mean difference. Scores that one of a pair does not have are left out.
+    lies between the percentiles of the mean difference. Scores that one of a pair does not have are left out; so are
+    images without a score (NaN), and a score that fewer than two images have.
 
     Args:
         scores: By contestant and name, float [M] each.
@@ -131,28 +151,35 @@ def differences(
         (first, second, name, scores[first][name] - scores[second][name])
         for first, second in pairs
         for name in scores[first]
-        if name in scores[second]
+        if name in scores[second] and np.isfinite(scores[first][name]).sum() >= min(2, len(scores[first][name]))
     ]
     if not columns:
         return []
     matrix = np.stack([values for *_, values in columns], 1)
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled_means(matrix, seed=seed), (tail, 100 - tail), axis=0)
+    low, high = np.nanpercentile(resampled_means(matrix, seed=seed), (tail, 100 - tail), axis=0)
     return [
-        Difference(first, second, name, values.mean().item(), low[i].item(), high[i].item())
+        Difference(first, second, name, np.nanmean(values).item(), low[i].item(), high[i].item())
         for i, (first, second, name, values) in enumerate(columns)
     ]
 
 
 def resampled_means(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means of the rows drawn with replacement, as many as there are: [M, columns] -> [R, columns]."""
+    """Means of the rows drawn with replacement, as many as there are: [M, columns] -> [R, columns].
+
+    A value that is NaN counts for nothing; a mean is NaN where no other was drawn.
+    """
     num_rows = len(values)
     if num_rows < 2:
         raise ValueError(f"got {num_rows} images; expected at least 2 to resample")
     # The raw stream is the same in every version of NumPy; and the remainder's bias is of the order of 2^-50.
     stream = np.random.PCG64([seed, 4])
     means = np.empty((resamples, values.shape[1]))
+    is_there = np.isfinite(values)
+    values, is_there = np.where(is_there, values, 0.0), is_there.astype(np.float64)
     for number in range(resamples):
         rows = (stream.random_raw(num_rows) % np.uint64(num_rows)).astype(np.int64)
-        means[number] = np.bincount(rows, minlength=num_rows) @ values / num_rows
+        counts = np.bincount(rows, minlength=num_rows)
+        with np.errstate(invalid="ignore"):
+            means[number] = (counts @ values) / (counts @ is_there)
     return means

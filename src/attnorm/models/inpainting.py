@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attnorm.config import InpaintingConfig
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.contextual_attention import ContextualAttention
+from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
 
 # Channels in multiples of the width: of the six convolutions of each encoder, the first stage's and the two of the
@@ -45,10 +46,10 @@ class InpaintingGenerator(nn.Module):
         "contextual"             ... sixth convolution -> ReLU -> contextual attention -> 3x3, ELU -> 3x3, ELU
         the others               ... sixth convolution ->        block        -> ELU   -> 3x3, ELU -> 3x3, ELU
 
-    with AN, self-attention or nothing for the block. So the swap is of the block and of the activation beside it, which
-    each block has where it was published: the convolutions are the same. Networks of one seed start with the same
-    weights around any of these four blocks; and as AN and self-attention start as the identity, "an", "self_attention"
-    and "none" compute the same at first.
+    with AN, self-attention, Region Normalization ("region": of the hole and of the rest) or nothing for the block. So
+    the swap is of the block and of the activation beside it, which each block has where it was published: the
+    convolutions are the same. Networks of one seed start with the same weights around any of these five blocks; and as
+    AN and self-attention start as the identity, "an", "self_attention" and "none" compute the same at first.
 
     "an-wide" is the authors' released network: AN, with both encoders of the second stage as wide as the first stage's.
     What it gains over the others need not be AN's doing.
@@ -91,6 +92,8 @@ class InpaintingGenerator(nn.Module):
         if isinstance(self.context, ContextualAttention):
             # Of the mask's pixels a feature stands for 4x4; it is missing if one of them is, lest thin strokes vanish.
             h = self.context(F.relu(h), F.max_pool2d(hole, 4))
+        elif isinstance(self.context, RegionNorm2d):
+            h = F.elu(self.context(h, F.max_pool2d(hole, 4)))
         else:
             h = F.elu(self.context(h))
         h = torch.cat([self.dilated_branch(x), self.after_context(h)], 1)
@@ -233,6 +236,8 @@ def _context(config: InpaintingConfig) -> nn.Module:
             return ContextualAttention()
         case "self_attention":
             return SelfAttention2d(channels)
+        case "region":
+            return RegionNorm2d(channels, regions="mask")
         case "none":
             return nn.Identity()
 
