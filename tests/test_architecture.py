@@ -21,7 +21,7 @@ _MODELS = {"config", "ops", "layers", "models"}
 _TRAINED = _MODELS | {"checkpoint", "data", "presets"}
 _USED = _TRAINED | {"training", "inference"}
 _SHOWN = _USED | {"evaluation", "figures", "benchmark"}
-_TOP = _SHOWN | {"page", "report"}
+_TOP = _SHOWN | {"experiments", "page", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "system": set(),
     "config": set(),
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": _USED | {"benchmark"},  # what a network costs is one of its scores
     "figures": _USED,
     "benchmark": _USED,
+    "experiments": _SHOWN,
     "page": _SHOWN,
     "report": _SHOWN | {"page"},  # draws figures beside evaluation's tables, in the page's style
     "studio": _TOP,

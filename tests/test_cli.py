@@ -39,6 +39,7 @@ VERBS = (
     "bench",
     "manifest",
     "evaluate",
+    "experiment",
     "report",
     "reproduce",
     "presets",

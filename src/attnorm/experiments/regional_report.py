@@ -1,0 +1,358 @@
+"""The report of `attnorm experiment regional-statistics`: tables with intervals over seeds, pictures, a reading."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from attnorm.checkpoint import write_atomically, write_json
+from attnorm.experiments.regional_statistics import (
+    ARMS,
+    BASE,
+    CELL,
+    GATE_LR_SCALE,
+    REACH,
+    SWEEPS,
+    TRAINED_AT,
+    Setting,
+    as_picture,
+    example_images,
+    read_results,
+)
+from attnorm.figures import save_figure
+
+REFERENCE = "an"  # the arm that the others are compared with
+AXES = {
+    "num_textures": "K, textures",
+    "distance": "d, cells",
+    "num_entities": "n, entities of AN",
+}
+
+
+class Mean(NamedTuple):
+    """Over seeds, with Student's 95% interval, of mean +- half; NaN where one seed says nothing of it."""
+
+    mean: float
+    half: float
+    num: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if math.isnan(self.half) else f" ± {self.half:.3f}")
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """mean +- t(n - 1) s / sqrt(n), of at least one value."""
+    num = len(values)
+    if num == 1:
+        return Mean(values[0], math.nan, 1)
+    half = stats.t.ppf(0.975, num - 1) * np.std(values, ddof=1) / math.sqrt(num)
+    return Mean(float(np.mean(values)), float(half), num)
+
+
+class Results:
+    """What was trained: values of each arm at each setting, by seed."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = {(row["arm"], Setting(**row["setting"]), row["seed"]): row for row in rows}
+        self.arms = [name for name in ARMS if any(key[0] == name for key in self.rows)]
+        self.seeds = sorted({key[2] for key in self.rows})
+
+    def by_seed(self, arm: str, setting: Setting, value: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+        found = {seed: self.rows.get((arm, setting, seed)) for seed in self.seeds}
+        return {seed: value(row) for seed, row in found.items() if row is not None}
+
+    def mean(self, arm: str, setting: Setting, value: Callable[[dict[str, Any]], float]) -> Mean | None:
+        values = list(self.by_seed(arm, setting, value).values())
+        return mean_of(values) if values else None
+
+    def difference(self, arm: str, setting: Setting) -> Mean | None:
+        """The arm's error minus AN's, over the seeds that both have."""
+        first, second = (self.by_seed(name, setting, error_at(TRAINED_AT)) for name in (arm, REFERENCE))
+        values = [first[seed] - second[seed] for seed in first if seed in second]
+        return mean_of(values) if values else None
+
+
+def error_at(size: int) -> Callable[[dict[str, Any]], float]:
+    return lambda row: float(row["errors"][str(size)])
+
+
+def write_report(out: Path) -> list[Path]:
+    """report.md, report.json and its pictures in `out`, from what it holds; nothing where it holds nothing."""
+    results = Results(read_results(out))
+    if not results.rows:
+        return []
+    costs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "cost").glob("*.json"))}
+    about = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
+    save_figure(sweep_figure(results), out / "error-against-textures.png")
+    written = [out / "error-against-textures.png"]
+    strips = {arm: out / "predictions" / f"{arm}.png" for arm in ARMS}
+    strips = {arm: path for arm, path in strips.items() if path.exists()}
+    if strips:
+        save_figure(predictions_figure(strips), out / "predictions.png")
+        written.append(out / "predictions.png")
+    text = markdown(results, costs, about, read_results(out, "tuning"))
+    write_atomically(out / "report.md", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_json(out / "report.json", to_dict(results, costs, about))
+    return [out / "report.md", out / "report.json", *written]
+
+
+def to_dict(results: Results, costs: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON types: every error with its interval and its difference to AN's, and the blocks' costs."""
+    settings = dict.fromkeys(key[1] for key in results.rows)
+    errors = [
+        {
+            "arm": arm,
+            "setting": setting.name,
+            "error": found._asdict(),
+            "minus_an": None if (difference := results.difference(arm, setting)) is None else difference._asdict(),
+        }
+        for setting in settings
+        for arm in results.arms
+        if (found := results.mean(arm, setting, error_at(TRAINED_AT))) is not None
+    ]
+    plain = json.loads(json.dumps(errors), parse_constant=lambda name: None)  # JSON has no NaN
+    return {**about, "errors": plain, "cost": costs, "trainings": list(results.rows.values())}
+
+
+def markdown(
+    results: Results, costs: dict[str, Any], about: dict[str, Any], tuning: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The tables, what they support, and how they came about."""
+    protocol = about["protocol"]
+    sizes = [int(size) for size in protocol["test_images"]]
+    lines = [
+        "# Regional statistics",
+        "",
+        f"Cells of {CELL} pixels with one of K textures; in some of them colour and contrast are hidden and to be "
+        "predicted. What tells them are cells of the same texture, at least d cells away; the convolutions reach "
+        f"{REACH} pixels. Error: mean absolute difference over the hidden pixels, of colours in [-1, 1]; mean ± 95% "
+        f"interval (Student's) over {len(results.seeds)} seeds.",
+        "",
+        f"## Base: K = {BASE.num_textures}, d = {BASE.distance}, n = {BASE.num_entities}, trained at {TRAINED_AT} "
+        "pixels",
+        "",
+        *_table(
+            ("block", *(f"error at {size}" for size in sizes), "minus AN's, paired", "parameters", "learning rate"),
+            [
+                (
+                    ARMS[arm].title,
+                    *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
+                    "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
+                    f"{next(row['parameters'] for key, row in results.rows.items() if key[0] == arm):,}",
+                    f"{next(row['lr'] for key, row in results.rows.items() if key[0] == arm):g}",
+                )
+                for arm in results.arms
+            ],
+        ),
+        "",
+        "![Hidden cells as the arms of the first seed predict them](predictions.png)",
+        "",
+        *_sweep("num_textures", results),
+        "![Error against the number of textures](error-against-textures.png)",
+        "",
+        *_sweep("distance", results),
+        *_sweep("num_entities", results),
+        *_layouts(results),
+        *_costs(costs),
+        *_tuning(tuning),
+        "## Reading",
+        "",
+        *readings(results),
+        "",
+        "## How",
+        "",
+        f"`attnorm experiment regional-statistics --out DIR --scale {protocol['scale']}`: {len(results.rows)} "
+        f"trainings of {protocol['steps']} steps of {protocol['batch_size']} images, Adam; "
+        f"{sum(row['seconds'] for row in results.rows.values()) / 3600:.1f} hours on {about['threads']} thread(s) of "
+        f"{about['processor']}, torch {about['torch']}, commit {about['commit'] or 'unknown'}. Arms of "
+        "a seed start with the same weights around the block and see the same images; the test images are the same "
+        "for all. Larger images are measured at the base setting alone.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sweep(field: str, results: Results) -> list[str]:
+    settings = [
+        setting for setting in SWEEPS[field] if any(results.by_seed(arm, setting, _one) for arm in results.arms)
+    ]
+    arms = [REFERENCE] if field == "num_entities" else results.arms
+    arms = [arm for arm in arms if arm in results.arms]
+    if len(settings) < 2 or not arms:
+        return []
+    header = ("block", *(f"{getattr(setting, field)}" for setting in settings))
+    rows = [
+        (ARMS[arm].title, *(_show(results.mean(arm, setting, error_at(TRAINED_AT))) for setting in settings))
+        for arm in arms
+    ]
+    lines = [f"## Error against {AXES[field]}", "", *_table(header, rows), ""]
+    if len(arms) > 1 and REFERENCE in arms:
+        differences = [
+            (ARMS[arm].title, *(_signed(results.difference(arm, setting)) for setting in settings))
+            for arm in arms
+            if arm != REFERENCE
+        ]
+        lines += ["Minus AN's, paired by seed; bold where the interval leaves out 0:", "", *_table(header, differences)]
+        lines += [""]
+    return lines
+
+
+def _layouts(results: Results) -> list[str]:
+    rows = []
+    for arm in ("an_fixed", "an"):
+        for setting in dict.fromkeys(setting for sweep in SWEEPS.values() for setting in sweep):
+            if results.by_seed(arm, setting, _one):
+                values = (
+                    results.mean(arm, setting, lambda row, key=key: float(row[key]))  # type: ignore[misc]
+                    for key in ("entropy", "entities_in_use", "rho")
+                )
+                rows.append((ARMS[arm].title, setting.name, *(_show(value) for value in values)))
+    if not rows:
+        return []
+    header = ("block", "setting", "entropy (0 hard, 1 uniform)", "entities in use", "rho")
+    return ["## What AN's layouts look like", "", *_table(header, rows), ""]
+
+
+def _costs(costs: dict[str, Any]) -> list[str]:
+    if not costs:
+        return []
+    sizes = list(next(iter(costs.values())))
+    rows = [
+        (
+            ARMS[arm].title,
+            *(f"{cells[size]['milliseconds']:.1f} ms, {cells[size]['peak_bytes'] / 2**20:.1f} MiB" for size in sizes),
+        )
+        for arm, cells in ((arm, costs[arm]) for arm in ARMS if arm in costs)
+    ]
+    return [
+        "## What the block costs",
+        "",
+        "Forward, one image of 32 channels, evaluation: median time, and the most that is held beyond weights and "
+        "input. Other work on the machine disturbs the times, not the bytes.",
+        "",
+        *_table(("block", *(f"{size} pixels" for size in sizes)), rows),
+        "",
+    ]
+
+
+def _tuning(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    errors = {(row["arm"], row["lr"]): row["errors"][str(TRAINED_AT)] for row in rows}
+    rates = sorted({lr for _, lr in errors})
+    cells = [
+        (ARMS[arm].title, *(f"{errors[arm, lr]:.3f}" if (arm, lr) in errors else "-" for lr in rates))
+        for arm in ARMS
+        if any(arm == name for name, _ in errors)
+    ]
+    return [
+        "## Learning rates",
+        "",
+        "Error at the base setting, on a seed and images that are used for nothing else. The scalar that opens a block "
+        f"(rho, gate) learns {GATE_LR_SCALE} times as fast.",
+        "",
+        *_table(("block", *(f"{lr:g}" for lr in rates)), cells),
+        "",
+    ]
+
+
+def readings(results: Results) -> list[str]:
+    """A line for each block beside AN: at which K it is better, worse or undecided."""
+    lines = []
+    for arm in results.arms:
+        kinds: dict[str, list[str]] = {"AN is better": [], "AN is worse": [], "undecided": []}
+        for setting in SWEEPS["num_textures"]:
+            difference = results.difference(arm, setting) if arm != REFERENCE else None
+            if difference is None or difference.num < 2:
+                continue
+            kind = "undecided" if abs(difference.mean) <= difference.half else "AN is better"
+            kind = "AN is worse" if kind != "undecided" and difference.mean < 0 else kind
+            kinds[kind].append(str(setting.num_textures))
+        said = [f"{kind} at K = {', '.join(counts)}" for kind, counts in kinds.items() if counts]
+        if said:
+            lines.append(f"- {ARMS[arm].title}: {'; '.join(said)}.")
+    return lines or ["One seed says nothing of seeds."]
+
+
+def sweep_figure(results: Results) -> Figure:
+    """Error against K, with the intervals over seeds."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    for arm in results.arms:
+        points = [
+            (setting.num_textures, found)
+            for setting in SWEEPS["num_textures"]
+            if (found := results.mean(arm, setting, error_at(TRAINED_AT))) is not None
+        ]
+        x = [count for count, _ in points]
+        axes.errorbar(
+            x,
+            [found.mean for _, found in points],
+            yerr=[0 if math.isnan(found.half) else found.half for _, found in points],
+            label=ARMS[arm].title,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            linewidth=2.5 if arm == REFERENCE else 1.2,
+            linestyle="-" if "attention" in arm or arm == REFERENCE else "--",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.axvline(BASE.num_entities, color="0.8", linewidth=1, zorder=0)
+    axes.set_xlabel("K, textures (grey: n of AN)")
+    axes.set_ylabel("error in hidden cells")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def predictions_figure(strips: dict[str, Path]) -> Figure:
+    """What is shown, the truth, and each arm's prediction, in columns; an image a row."""
+    examples = example_images()
+    shown = examples.shown[:, :3] + examples.shown[:, 3:4] * examples.hidden
+    columns = {
+        "shown": [as_picture(image) for image in shown],
+        "truth": [as_picture(image) for image in examples.images],
+    }
+    for arm, path in strips.items():
+        with Image.open(path) as file:
+            columns[ARMS[arm].title] = np.split(np.asarray(file), len(examples.images), axis=1)
+    figure = Figure(figsize=(1.7 * len(columns), 1.8 * len(examples.images)))
+    grid = figure.subplots(len(examples.images), len(columns), squeeze=False)
+    for j, (title, images) in enumerate(columns.items()):
+        for i, image in enumerate(images):
+            grid[i, j].imshow(image, interpolation="nearest")
+            grid[i, j].set_axis_off()
+        grid[0, j].set_title(title.replace(" (", "\n(").replace(", ", ",\n"), fontsize=8)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    return figure
+
+
+def _one(row: dict[str, Any]) -> float:
+    return 1.0
+
+
+def _show(found: Mean | None) -> str:
+    return "-" if found is None else str(found)
+
+
+def _signed(found: Mean | None) -> str:
+    if found is None:
+        return "-"
+    text = f"{found.mean:+.3f}" + ("" if math.isnan(found.half) else f" ± {found.half:.3f}")
+    return f"**{text}**" if abs(found.mean) > found.half else text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{' --- |' * len(header)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]

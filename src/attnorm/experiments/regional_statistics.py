@@ -1,0 +1,543 @@
+"""What is a context block worth where the answer lies elsewhere in the image, among pixels of the same kind?
+
+The task. An image is a grid of cells. Each cell has one of K textures, which are the same in all images; in an image
+each texture has one random colour and contrast. In some of the cells colour and contrast are hidden, while the texture
+is seen everywhere: what is missing there is a statistic of the region of the same texture, elsewhere. Cells of that
+texture whose colour is seen are at least `distance` cells away, beyond the reach of the convolutions.
+
+The network. Two 3x3 convolutions, one context block, two 3x3 convolutions; the arms differ in the block alone, and
+networks of one seed start with the same weights around it and see the same images.
+
+Each arm has the learning rate that was best for it at the base setting, on a seed and images of their own (DIR/tuning).
+Every training is one file in DIR/results, written when it is done; what is there is not done again.
+"""
+
+# N images, K textures, G cells a side, S pixels a side, C channels of the block.
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
+
+from attnorm import __version__
+from attnorm.benchmark.timing import peak_bytes
+from attnorm.checkpoint import alone_in, write_atomically, write_json
+from attnorm.config import ConfigError
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.layers.linear_attention import LinearAttention2d
+from attnorm.layers.region_norm import RegionNorm2d
+from attnorm.layers.self_attention import SelfAttention2d
+from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.system.provenance import commit, processor
+
+CELL = 4  # pixels of a cell's side
+CHANNELS = 32  # C
+REACH = 4  # pixels: of the four 3x3 convolutions together
+TRAINED_AT = 64  # S
+GATE_LR_SCALE = 100  # how many times as fast the scalar that opens a block learns: see docs/paper.md, row 9
+ORTHOGONALITY_WEIGHT = 1e-3  # of Eq. 1, where there is AN
+NUM_PICTURES = 4
+LEARNING_RATES = (2e-3, 5e-3, 1e-2)  # of Adam; each arm has the best of them
+TUNING_SEED, TEST_SEED = 2**30, 2**31  # beyond those of the trainings
+
+# The task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the sweep."""
+
+    num_textures: int = 8  # K
+    distance: int = 3  # least Chebyshev distance, in cells, of a hidden cell from the seen ones of its texture
+    num_entities: int = 16  # n of AN
+
+    @property
+    def name(self) -> str:
+        return f"K{self.num_textures}-d{self.distance}-n{self.num_entities}"
+
+
+class Examples(NamedTuple):
+    """Images and what is shown of them."""
+
+    shown: Tensor  # [N, 3 + 1 + 16 + 1, S, S]: colours where seen, texture, its whole cell, 1 where hidden
+    images: Tensor  # [N, 3, S, S], what is to be predicted
+    hidden: Tensor  # bool [N, 1, S, S]
+    textures: Tensor  # int64 [N, G, G]; -1 where a cell is blank, for want of a texture that may be there
+
+
+@cache
+def texture_bank(num: int = 64) -> Tensor:
+    """[num, CELL, CELL]: halves of 1 and -1, so mean 0 and variance 1; any two differ in at least 4 of 16 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    bank: list[Tensor] = []
+    while len(bank) < num:
+        texture = torch.ones(CELL**2)
+        texture[torch.randperm(CELL**2, generator=generator)[: CELL**2 // 2]] = -1
+        if all((texture != other).sum() >= 4 for other in bank):
+            bank.append(texture)
+    return torch.stack(bank).view(num, CELL, CELL)
+
+
+def draw_cells(num_images: int, side: int, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Textures, int64 [N, G, G], -1 where blank, and whether a cell is hidden, bool [N, G, G].
+
+    Each texture divides the grid by a line of random direction: on the smaller side its cells are
+    hidden, on the other they are seen, and in a band between it has none: the band is so wide that no hidden cell has
+    a seen one of its texture nearer than `setting.distance`. A cell takes one of the textures that may be there. A
+    texture that is seen nowhere in an image is not hidden there.
+    """
+    num_textures = setting.num_textures
+    angle = 2 * math.pi * torch.rand(num_images, num_textures, 1, 1, generator=generator)
+    line = side * (0.25 * torch.rand(num_images, num_textures, 1, 1, generator=generator) - 0.35)
+    cosine, sine = angle.cos(), angle.sin()
+    at = torch.arange(side) - (side - 1) / 2
+    # One step to any of the eight neighbours changes this by at most 1.
+    along = (cosine * at + sine * at[:, None]) / (cosine.abs() + sine.abs())  # [N, K, G, G]
+    margin = (setting.distance - 1) / 2 + 1e-4
+    may_hide, may_show = along < line - margin, along > line + margin
+    is_free = may_hide | may_show
+    textures = (torch.rand(is_free.shape, generator=generator) + is_free.float()).argmax(1)
+    chosen = F.one_hot(textures, num_textures).movedim(3, 1).bool()
+    is_seen_somewhere = (chosen & may_show).flatten(2).any(2)[..., None, None]
+    hidden = (chosen & may_hide & is_seen_somewhere).any(1)
+    return torch.where(is_free.any(1), textures, -1), hidden
+
+
+def draw_examples(num_images: int, size: int, setting: Setting, generator: torch.Generator) -> Examples:
+    """Images of `size` pixels a side, colours uniform in [-1, 1] and contrasts in [0.2, 1]. float32."""
+    textures, hidden_cells = draw_cells(num_images, size // CELL, setting, generator)
+    colours = 2 * torch.rand(num_images, setting.num_textures, 3, generator=generator) - 1
+    contrasts = 0.2 + 0.8 * torch.rand(num_images, setting.num_textures, 1, generator=generator)
+    # The last texture of each list is the blank one.
+    colours, contrasts = F.pad(colours, (0, 0, 0, 1)), F.pad(contrasts, (0, 0, 0, 1))
+    bank = F.pad(texture_bank()[: setting.num_textures].flatten(1), (0, 0, 0, 1))
+
+    def pixels(cells: Tensor) -> Tensor:  # [N, G, G, ...] -> [N, ..., S, S]
+        return cells.movedim(3, 1).repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
+
+    images_of_cells = torch.arange(num_images)[:, None, None]
+    tiles = bank[textures]  # [N, G, G, 16]
+    luminance = tiles.unflatten(3, (CELL, CELL)).transpose(2, 3).reshape(num_images, 1, size, size)
+    hidden = pixels(hidden_cells[..., None])
+    images = luminance * pixels(contrasts[images_of_cells, textures]) + pixels(colours[images_of_cells, textures])
+    shown = torch.cat([images.masked_fill(hidden, 0), luminance, pixels(tiles), hidden.float()], 1)
+    return Examples(shown, images, hidden, textures)
+
+
+# The arms
+
+
+class PreNormAttention(nn.Module):
+    """x + project(softmax(q . k / sqrt(C)) v) of LayerNorm(x) over channels, keys and values max-pooled 2x2.
+
+    Attention as transformers have it: awake from the first step, where SAGAN's block has a gate of 0.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_features)
+        self.query, self.key, self.value, self.project = (nn.Conv2d(num_features, num_features, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.norm(x.movedim(1, 3)).movedim(3, 1)
+        maps = (
+            self.query(normal),
+            F.max_pool2d(self.key(normal), 2, ceil_mode=True),
+            F.max_pool2d(self.value(normal), 2, ceil_mode=True),
+        )
+        query, key, value = (map.flatten(2).mT.contiguous()[:, None] for map in maps)
+        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].mT.unflatten(2, x.shape[2:])
+        out: Tensor = x + self.project(attended)
+        return out
+
+
+class Residual(nn.Module):
+    """x + gate * block(x), the gate 0 at first: how AN stands in a network, for a norm that is published bare."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.gate = block, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
+        out: Tensor = x + self.gate * self.block(x, *mask)
+        return out
+
+
+class Arm(NamedTuple):
+    """A block, and how its network is trained."""
+
+    title: str
+    build: Callable[[Setting], nn.Module]
+    sees_mask: bool = False
+
+
+def _an(temperature: float | Literal["auto"]) -> Callable[[Setting], nn.Module]:
+    return lambda setting: AttentiveNorm2d(CHANNELS, setting.num_entities, temperature=temperature)
+
+
+ARMS = {
+    "none": Arm("none", lambda setting: nn.Identity()),
+    "instance_norm": Arm("instance norm", lambda setting: Residual(nn.InstanceNorm2d(CHANNELS, affine=True))),
+    "squeeze_excitation": Arm("squeeze-excitation", lambda setting: SqueezeExcitation(CHANNELS, CHANNELS // 4)),
+    "region_learned": Arm("region norm, learned", lambda setting: Residual(RegionNorm2d(CHANNELS, regions="learned"))),
+    "region_mask": Arm("region norm, known mask", lambda setting: Residual(RegionNorm2d(CHANNELS)), sees_mask=True),
+    "linear_attention": Arm("linear attention", lambda setting: LinearAttention2d(CHANNELS)),
+    "self_attention": Arm("self-attention (SAGAN)", lambda setting: SelfAttention2d(CHANNELS)),
+    "pre_norm_attention": Arm("self-attention (pre-norm)", lambda setting: PreNormAttention(CHANNELS)),
+    "an_fixed": Arm("AN, tau 0.1", _an(0.1)),
+    "an": Arm("AN", _an("auto")),
+}
+
+
+class Network(nn.Module):
+    """Two 3x3 convolutions, the block, two 3x3 convolutions."""
+
+    def __init__(self, arm: Arm, setting: Setting) -> None:
+        super().__init__()
+
+        def convolutions(*channels: int) -> Iterator[nn.Module]:
+            for width, following in itertools.pairwise(channels):
+                yield nn.Conv2d(width, following, 3, padding=1)
+                yield nn.ReLU()
+
+        self.before = nn.Sequential(*list(convolutions(3 + 1 + CELL**2 + 1, CHANNELS, CHANNELS))[:-1])
+        self.after = nn.Sequential(nn.ReLU(), *list(convolutions(CHANNELS, CHANNELS, 3))[:-1])
+        self.block = arm.build(setting)  # last, so that its random numbers come after those of what surrounds it
+        self.sees_mask = arm.sees_mask
+
+    def forward(self, shown: Tensor) -> Tensor:
+        """[N, 21, S, S] -> [N, 3, S, S]."""
+        h = self.before(shown)
+        out: Tensor = self.after(self.block(h, shown[:, -1:]) if self.sees_mask else self.block(h))
+        return out
+
+
+# One training
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long everything takes."""
+
+    steps: int
+    batch_size: int
+    seeds: int
+    test_images: dict[int, int]  # by their size; beyond TRAINED_AT at the base setting alone
+    settings: tuple[Setting, ...]  # the base first
+    cost_sizes: tuple[int, ...]
+    cost_seconds: float  # of timing, a block and size
+
+
+BASE = Setting()
+SWEEPS: dict[str, tuple[Setting, ...]] = {
+    "num_textures": tuple(replace(BASE, num_textures=count) for count in (2, 4, 8, 16, 32, 64)),
+    "distance": tuple(replace(BASE, distance=distance) for distance in (1, 3, 6)),
+    "num_entities": tuple(replace(BASE, num_entities=count) for count in (4, 8, 16, 32, 64)),
+}
+SCALES = {
+    "full": Scale(
+        steps=600,
+        batch_size=4,
+        seeds=5,
+        test_images={64: 64, 128: 16, 256: 4, 512: 1},
+        settings=tuple(dict.fromkeys([BASE, *(setting for sweep in SWEEPS.values() for setting in sweep)])),
+        cost_sizes=(64, 128, 256, 512),
+        cost_seconds=2.0,
+    ),
+    "smoke": Scale(
+        steps=3,
+        batch_size=1,
+        seeds=2,
+        test_images={64: 2, 128: 1},
+        settings=(BASE, replace(BASE, num_textures=4), replace(BASE, num_entities=4)),
+        cost_sizes=(16, 32),
+        cost_seconds=0.001,
+    ),
+}
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    arm: str
+    setting: Setting
+    seed: int
+    lr: float = 0.0  # 0: the arm's best; a tuning is of another
+
+    @property
+    def file(self) -> str:
+        """In the experiment's folder."""
+        if self.lr:
+            return f"tuning/{self.arm}-lr{self.lr:g}.json"
+        return f"results/{self.arm}-{self.setting.name}-seed{self.seed}.json"
+
+
+def jobs(scale: Scale, arms: Sequence[str]) -> list[Job]:
+    """Learning rates first, then a seed after the other, the base setting first; where n alone is another, only AN."""
+    tuning = [Job(arm, BASE, TUNING_SEED, lr) for arm in arms for lr in LEARNING_RATES]
+    return tuning + [
+        Job(arm, setting, seed)
+        for seed in range(scale.seeds)
+        for setting in scale.settings
+        for arm in arms
+        if setting.num_entities == BASE.num_entities or arm == "an"
+    ]
+
+
+def hidden_error(predicted: Tensor, examples: Examples) -> Tensor:
+    """Mean |predicted - image| over the hidden pixels of all images and their three channels, a scalar."""
+    difference = (predicted - examples.images).abs() * examples.hidden
+    return difference.sum() / (3 * examples.hidden.sum()).clamp_min(1)
+
+
+def train(job: Job, scale: Scale, lr: float) -> tuple[Network, dict[str, Any]]:
+    """A trained network, in evaluation mode, and what is to be said of its training."""
+    arm = ARMS[job.arm]
+    torch.manual_seed(job.seed)
+    network = Network(arm, job.setting).to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(job.seed)
+    optimiser = torch.optim.Adam(_groups(network, lr), betas=(0.9, 0.99))
+    warm_up, decay_from = max(scale.steps // 30, 1), 0.7 * scale.steps
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm_up, 1, max((scale.steps - step) / (scale.steps - decay_from), 0))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    losses = []
+    started = time.process_time()
+    for _ in range(scale.steps):
+        examples = draw_examples(scale.batch_size, TRAINED_AT, job.setting, generator)
+        predicted = network(examples.shown.contiguous(memory_format=torch.channels_last))
+        error = hidden_error(predicted, examples)
+        # What is seen is to be predicted too: so the path of the colours through the network is learnt at once.
+        loss = error + (predicted - examples.images).abs().mean()
+        if isinstance(network.block, AttentiveNorm2d):
+            loss = loss + ORTHOGONALITY_WEIGHT * network.block.orthogonality_penalty()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(error.detach())
+    parts = torch.stack(losses).chunk(10)
+    curve = [part.mean().item() for part in parts]
+    return network.eval(), {
+        "error_while_training": curve,
+        "cpu_seconds": time.process_time() - started,
+        "lr": lr,
+    }
+
+
+def _groups(network: Network, lr: float) -> list[dict[str, Any]]:
+    """Of the optimizer: the gate of the block, a scalar where it has one, has a learning rate of its own."""
+    gates = [parameter for parameter in network.block.parameters() if parameter.ndim == 0]
+    others = [parameter for parameter in network.parameters() if all(parameter is not gate for gate in gates)]
+    return [{"params": others, "lr": lr}, {"params": gates, "lr": GATE_LR_SCALE * lr}][: 2 if gates else 1]
+
+
+def images_for_testing(setting: Setting, size: int, num: int, seed: int = TEST_SEED) -> Iterator[Examples]:
+    """The same for all arms and seeds of training, one at a time."""
+    generator = torch.Generator().manual_seed(seed + size)
+    for _ in range(num):
+        yield draw_examples(1, size, setting, generator)
+
+
+@torch.no_grad()
+def evaluate(network: Network, setting: Setting, num_images: dict[int, int], seed: int = TEST_SEED) -> dict[str, Any]:
+    """Errors by image size, and what AN saw at the size of the training."""
+    errors: dict[str, float] = {}
+    layouts = []
+    for size, num in num_images.items():
+        if size != TRAINED_AT and setting != BASE:
+            continue
+        of_images = []
+        for examples in images_for_testing(setting, size, num, seed):
+            shown = examples.shown.contiguous(memory_format=torch.channels_last)
+            of_images.append(hidden_error(network(shown), examples).item())
+            if isinstance(network.block, AttentiveNorm2d) and size == TRAINED_AT:
+                layouts.append(network.block.layout(network.before(shown)))
+        errors[str(size)] = sum(of_images) / len(of_images)
+    if not layouts:
+        return {"errors": errors}
+    assert isinstance(network.block, AttentiveNorm2d)
+    layout = torch.cat(layouts)
+    usage = entity_usage(layout)
+    return {
+        "errors": errors,
+        "entropy": layout_entropy(layout).item(),
+        "entities_in_use": torch.special.entr(usage).sum().exp().item(),  # exp of the entropy of their shares
+        "rho": network.block.rho.item(),
+    }
+
+
+def cost(arm: str, size: int, seconds: float) -> dict[str, Any]:
+    """The block alone, forward, in evaluation mode, on one feature map of `size` pixels a side: milliseconds (median),
+    runs, and the most bytes held beyond weights and input."""
+    torch.manual_seed(0)
+    block = ARMS[arm].build(BASE).eval()
+    x = torch.randn(1, CHANNELS, size, size).contiguous(memory_format=torch.channels_last)
+    arguments = (x, torch.zeros(1, 1, size, size)) if ARMS[arm].sees_mask else (x,)
+    times: list[float] = []
+    with torch.inference_mode():
+        peak = peak_bytes(lambda: block(*arguments))
+        while len(times) < 3 or sum(times) < seconds:
+            started = time.perf_counter()
+            block(*arguments)
+            times.append(time.perf_counter() - started)
+    return {"milliseconds": 1000 * statistics.median(times), "runs": len(times), "peak_bytes": peak}
+
+
+# All of them
+
+
+Progress = Callable[[int, int, str, float], None]  # done, in all, what is next, seconds left (0: not known yet)
+
+
+def run(
+    out: Path,
+    *,
+    scale: str = "full",
+    arms: Sequence[str] = (),
+    progress: Progress = lambda done, total, name, left: None,
+) -> list[Path]:
+    """Trains and times what `out` does not hold yet, and writes the report after each seed; returns what it wrote.
+
+    Args:
+        out: results/*.json, one a training, cost/*.json, one a block, predictions/*.png, and the report.
+        scale: A name in SCALES.
+        arms: Names in ARMS; none for all.
+
+    Raises:
+        ConfigError: an unknown name, a folder of another scale, or another process at work in `out`.
+    """
+    from attnorm.experiments.regional_report import write_report
+
+    unknown = [name for name in arms if name not in ARMS]
+    if scale not in SCALES or unknown:
+        raise ConfigError(
+            f"got scale {scale!r}, arms {', '.join(unknown) or 'all'}; "
+            f"expected one of {', '.join(SCALES)}, and arms of {', '.join(ARMS)}"
+        )
+    found = SCALES[scale]
+    wanted = [name for name in ARMS if name in arms or not arms]
+    with alone_in(out):
+        for folder in ("tuning", "results", "cost", "predictions"):
+            (out / folder).mkdir(exist_ok=True)
+        about = _about(scale)
+        if (out / "experiment.json").exists():
+            there = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
+            if there["protocol"] != about["protocol"]:
+                raise ConfigError(f"{out} holds results of another protocol or scale; choose another --out")
+        else:
+            write_json(out / "experiment.json", about)
+        todo = [job for job in jobs(found, wanted) if not (out / job.file).exists()]
+        total, taken = len(jobs(found, wanted)), _seconds_taken(out)
+        for i, job in enumerate(todo):
+            left = sum(taken.get(later.arm, taken.get("", 0.0)) for later in todo[i:])
+            progress(total - len(todo) + i, total, job.file, left)
+            started = time.monotonic()
+            network, training = train(job, found, job.lr or best_learning_rate(out, job.arm))
+            if job.lr:
+                tested = evaluate(network, BASE, {TRAINED_AT: found.test_images[TRAINED_AT]}, TUNING_SEED)
+            else:
+                tested = evaluate(network, job.setting, found.test_images)
+            if job.setting == BASE and job.seed == 0:
+                _save_predictions(network, out / "predictions" / f"{job.arm}.png")
+            seconds = time.monotonic() - started
+            taken[job.arm] = taken[""] = seconds
+            result = {
+                "arm": job.arm,
+                "setting": asdict(job.setting),
+                "seed": job.seed,
+                **training,
+                **tested,
+                "parameters": sum(parameter.numel() for parameter in network.block.parameters()),
+                "seconds": seconds,
+                "commit": commit(),
+            }
+            write_json(out / job.file, result)
+            if i + 1 < len(todo) and todo[i + 1].seed != job.seed:
+                write_report(out)
+        for arm in wanted:
+            if not (out / "cost" / f"{arm}.json").exists():
+                progress(total, total, f"cost of {arm}", 0.0)
+                cells = {str(size): cost(arm, size, found.cost_seconds) for size in found.cost_sizes}
+                write_json(out / "cost" / f"{arm}.json", cells)
+        return write_report(out)
+
+
+def _about(scale: str) -> dict[str, Any]:
+    found = SCALES[scale]
+    return {
+        "protocol": {
+            "scale": scale,
+            "steps": found.steps,
+            "batch_size": found.batch_size,
+            "seeds": found.seeds,
+            "test_images": {str(size): num for size, num in found.test_images.items()},
+            "learning_rates": list(LEARNING_RATES),
+            "channels": CHANNELS,
+            "cell": CELL,
+            "reach": REACH,
+            "gate_lr_scale": GATE_LR_SCALE,
+            "orthogonality_weight": ORTHOGONALITY_WEIGHT,
+        },
+        "commit": commit(),
+        "attnorm": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }
+
+
+def _seconds_taken(out: Path) -> dict[str, float]:
+    """Of a training, by arm, from what is there; "" for any."""
+    taken: dict[str, float] = {}
+    for result in [*read_results(out, "tuning"), *read_results(out)]:
+        taken[result["arm"]] = taken[""] = result["seconds"]
+    return taken
+
+
+def read_results(out: Path, folder: str = "results") -> list[dict[str, Any]]:
+    """What trainings said of themselves, of a folder in `out`."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / folder).glob("*.json"))]
+
+
+def best_learning_rate(out: Path, arm: str) -> float:
+    """Of the tuning's."""
+    rows = [row for row in read_results(out, "tuning") if row["arm"] == arm]
+    return float(min(rows, key=lambda row: row["errors"][str(TRAINED_AT)])["lr"])
+
+
+def example_images() -> Examples:
+    """The test images whose predictions are kept: of the base setting, at the size of the training."""
+    parts = list(images_for_testing(BASE, TRAINED_AT, NUM_PICTURES))
+    return Examples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def _save_predictions(network: Network, path: Path) -> None:
+    """Side by side, the predictions in the hidden cells and the truth around them."""
+    examples = example_images()
+    predicted = torch.where(examples.hidden, network(examples.shown), examples.images)
+    strip = as_picture(torch.cat(list(predicted), 2))
+    write_atomically(path, lambda temporary: Image.fromarray(strip).save(temporary, format="PNG"))
+
+
+def as_picture(image: Tensor) -> np.ndarray:
+    """[3, H, W], of which [-2, 2] is shown, to uint8 [H, W, 3]: colours reach to 1 beside 0, contrasts to 1 more."""
+    return ((image / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
