@@ -22,6 +22,7 @@ from attnorm.config import Config, override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.inference import Sampler
 from attnorm.layers.observe import Observation
+from attnorm.ops.soft_layout import effective_entities
 from attnorm.page import write_page
 from attnorm.training.phases import ClassConditionalTask
 
@@ -130,7 +131,7 @@ def test_an_entity_that_wins_no_pixel_has_no_statistics() -> None:
     [([1.0, 0.0, 0.0], 1.0), ([0.25] * 4, 4.0), ([0.5, 0.5, 0.0], 2.0), ([0.9, 0.1], 1.3841)],
 )
 def test_effective_entities_is_the_exponential_of_the_entropy(usage: list[float], expected: float) -> None:
-    assert figures.effective_entities(usage) == pytest.approx(expected, rel=1e-4)
+    assert effective_entities(usage) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_most_telling_entity_varies_most_over_the_pixels() -> None:

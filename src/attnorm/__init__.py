@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentiveNorm2d": "attnorm.layers.attentive_norm",
     "SelfAttention2d": "attnorm.layers.self_attention",
+    "diagnose": "attnorm.layers.diagnose",
     "entity_usage": "attnorm.ops.soft_layout",
     "layout_entropy": "attnorm.ops.soft_layout",
     "load": "attnorm.checkpoint",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from attnorm.checkpoint import load as load
     from attnorm.layers.attentive_norm import AttentiveNorm2d as AttentiveNorm2d
+    from attnorm.layers.diagnose import diagnose as diagnose
     from attnorm.layers.observe import observe_layouts as observe_layouts
     from attnorm.layers.self_attention import SelfAttention2d as SelfAttention2d
     from attnorm.ops.regional_norm import regional_norm as regional_norm

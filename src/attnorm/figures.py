@@ -23,7 +23,7 @@ from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_
 from attnorm.config import printable
 from attnorm.inference import Sampler, View
 from attnorm.layers.observe import Observation
-from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 
 ENTITY_COLOURS = colormaps["tab20"]
 
@@ -283,11 +283,6 @@ def _score_curves(scores: list[dict[str, Any]]) -> Iterator[Curve]:
         ordered = sorted(points.items())
         yield Curve(panel, IMAGES_SEEN, name, label, [(seen, value) for seen, (_, value) in ordered])
         yield Curve(panel, "hours of training", name, label, [point for _, point in ordered])
-
-
-def effective_entities(usage: Iterable[float]) -> float:
-    """exp of the entropy of the shares of pixels that the entities win: 1 where one wins all, K where all win alike."""
-    return math.exp(-sum(share * math.log(share) for share in usage if share > 0))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

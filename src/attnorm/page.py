@@ -14,7 +14,6 @@ from attnorm.config import printable
 from attnorm.data.images import ImageSet, load_images
 from attnorm.figures import (
     curves_figure,
-    effective_entities,
     images_figure,
     interpolation_figure,
     most_telling_entity,
@@ -23,6 +22,7 @@ from attnorm.figures import (
     write_layouts,
 )
 from attnorm.inference import Sampler
+from attnorm.ops.soft_layout import effective_entities
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

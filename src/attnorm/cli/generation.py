@@ -155,6 +155,8 @@ def layout(
 ) -> None:
     """Draw what the AN layer sees: image, winning entity, every entity's map (Figure 5); region statistics (Figure 4).
 
+    Prints a line for each site: entropy of the layout, entities in use, rho, spread of the logits, asleep or awake.
+
     Args:
         run: A run directory (its latest checkpoint), or a checkpoint file.
         out: Where layouts.png, statistics.png and layouts.json go.
@@ -163,13 +165,20 @@ def layout(
         device: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.
     """
+    import torch
+
     from attnorm.figures import write_layouts
+    from attnorm.layers.diagnose import diagnose
 
     require_seed("--seed", seed)
     sampler = _sampler(run, device=device)
     chosen = _classes(sampler, classes)[:10] if not classes else _classes(sampler, classes)
     require_free(out, overwrite)
-    for path in write_layouts(sampler, chosen, seed, out):
+    written = write_layouts(sampler, chosen, seed, out)
+    latents = sampler.latents(range(seed, seed + len(chosen))).to(sampler.device)
+    for site in diagnose(sampler.model, latents, torch.tensor(chosen, device=sampler.device)):
+        print(site)
+    for path in written:
         print(path)
 
 

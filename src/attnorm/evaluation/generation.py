@@ -56,7 +56,7 @@ from attnorm.evaluation.paper_tables import TABLE_2
 from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
-from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 from attnorm.system.provenance import commit
 
 _log = logging.getLogger(__name__)
@@ -740,7 +740,7 @@ class _Evaluation:
             {
                 "value": entropies[line["site"]],
                 "usage": usages[line["site"]].tolist(),
-                "entities_in_use": torch.special.entr(usages[line["site"]]).sum().exp().item(),
+                "entities_in_use": effective_entities(usages[line["site"]].tolist()),
             }
             for line in self.plan("layout")
         ]

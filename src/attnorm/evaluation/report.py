@@ -46,6 +46,7 @@ from attnorm.evaluation.runs import (
 )
 from attnorm.evaluation.seed_comparison import HEADER as SEED_HEADER
 from attnorm.evaluation.seed_comparison import SeedComparison, compare, compare_runs, explanation
+from attnorm.ops.soft_layout import effective_entities
 
 ALL_TABLES = (1, 2, 3, 4, 5)
 NOT_RUN = "not run"
@@ -377,7 +378,7 @@ def _layout_table(recipe: str, runs: Sequence[Run]) -> Table:
             _seed(run),
             layout.site,
             f"{layout.entropy:.3f}",
-            f"{_entities_in_use(layout.usage):.1f} of {len(layout.usage)}",
+            f"{effective_entities(layout.usage):.1f} of {len(layout.usage)}",
             f"{max(layout.usage):.2f}",
             f"{layout.images_seen:,} images",
             layout.source,
@@ -388,11 +389,6 @@ def _layout_table(recipe: str, runs: Sequence[Run]) -> Table:
         for layout in run.layouts
     ]
     return Table(f"Layouts: {recipe}", header, tuple(rows))
-
-
-def _entities_in_use(usage: Iterable[float]) -> float:
-    """exp of the entropy of the shares of pixels that the entities win: 1 where one wins all, K where all win alike."""
-    return math.exp(-sum(share * math.log(share) for share in usage if share > 0))
 
 
 def _further_table(recipe: str, runs: Sequence[Run]) -> Table:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -133,3 +134,8 @@ def entity_usage(layout: Tensor) -> Tensor:
     """Share of the pixels that each entity wins (argmax), [K], summing to 1. `layout` is [N, K, H, W]."""
     winners = layout.argmax(1).flatten()
     return torch.bincount(winners, minlength=layout.shape[1]).to(layout.dtype) / max(winners.numel(), 1)
+
+
+def effective_entities(usage: Iterable[float]) -> float:
+    """exp of the entropy of the shares of pixels that the entities win: 1 where one wins all, K where all win alike."""
+    return math.exp(-sum(share * math.log(share) for share in usage if share > 0))
