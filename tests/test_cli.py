@@ -194,9 +194,10 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 def test_a_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     values = dry_run(capsys)
-    assert values["model"]["an"]["temperature"] == pytest.approx(0.1 * math.sqrt(64 / 4))
+    assert values["model"]["an"]["temperature"] == "auto"
+    rule = dry_run(capsys, "--set", "model.an.temperature=none")
+    assert rule["model"]["an"]["temperature"] == pytest.approx(0.1 * math.sqrt(64 / 4))
     assert values["data"]["source"] == "builtin" and values["run"]["batch_size"] == 8
-    values["model"]["an"]["temperature"] = None
     assert from_dict(Config, values) == PRESETS["smoke"][1]
     assert dry_run(capsys, "--set", "model.an.temperature=7")["model"]["an"]["temperature"] == 7
 
