@@ -238,6 +238,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_named(
         {"classes": [None]},
         {"images_seen": None},
         {"seconds": "long"},
+        {"seconds": float("nan")},
         {"note": 3},
         {"checksums": 3},
         {"format_version": "1"},
@@ -340,6 +341,28 @@ def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Pat
     assert set(os.listdir(folder)) == foreign | {path.name for path in run.checkpoints()}
 
 
+def test_of_a_training_log_that_was_edited_the_rest_is_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    good = {"images_seen": 8, "generator/loss": 1.5, "layout/g.an/usage": [0.25, 0.75], "layout/g.an/t": [0.1]}
+    bad = {"generator/x": "a", "generator/y": [1], "generator/z": None, "a/usage": 3, "b/usage": ["a"], "c": {}}
+    rows = [good | bad, {"generator/loss": 1.0}, {"images_seen": None}, {"images_seen": "8"}, {"images_seen": 1e400}]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run.read_metrics() == [good]
+
+
+@pytest.mark.parametrize("data", [None, 3, {"classes": None}, {"classes": ["a", 3]}, {"fingerprint": 3}, {"note": []}])
+def test_data_of_other_kinds_in_a_config_file_are_refused(tmp_path: Path, data: object) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    values = json.loads(run.config_file.read_text(encoding="utf-8"))
+    write_json(run.config_file, values | {"data": data})
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        run.read()
+    write_json(run.config_file, values | {"format_version": FORMAT_VERSION + 1})
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT_VERSION + 1}; .*update attnorm"):
+        run.read()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -350,6 +373,13 @@ def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Pat
         {"name": 3},
         {"data": []},
         {"metric": 1},
+        {"data.fingerprint": 3, "data": {"fingerprint": 3}},
+        {"extractor.weights_sha256": 3, "extractor": {"weights_sha256": 3}},
+        {"num_fakes": "10"},
+        {"values": {"cat": "x"}},
+        {"interval": 3},
+        {"usage": [0.5, None], "metric": "layout", "site": "a"},
+        {"site": None, "metric": "layout", "usage": [0.5]},
     ],
     ids=str,
 )
@@ -466,6 +496,9 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -
     wider = replace(CONFIG, model=replace(CONFIG.model, width=4))
     save_checkpoint(path, task.state.tensors(), replace(HEADER, config=wider))
     with pytest.raises(CheckpointError, match=r"x\.safetensors does not fit the model that its header describes"):
+        load(path)
+    save_checkpoint(path, task.state.tensors(), replace(HEADER, classes=("cat",)))
+    with pytest.raises(CheckpointError, match="names 1 classes for a model of 3"):
         load(path)
     partial = {name: tensor for name, tensor in task.state.tensors().items() if name != "ema.to_rgb.bias"}
     save_checkpoint(path, partial, HEADER)

@@ -74,6 +74,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or isinstance(error, UserError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the user knows
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -244,6 +248,8 @@ def _read_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
         )
         if not all(isinstance(text, str) for text in (*header.classes, header.note)):
             raise TypeError("classes and note are not text")
+        if not math.isfinite(header.seconds):
+            raise ValueError("seconds are no number")
         return header, dict(values.get("checksums", {}))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -272,6 +278,8 @@ def _find_damage(path: Path, changed: int, size: int) -> str:
     return ""
 
 
+_DATA = {"source": str, "fingerprint": str, "note": str, "classes": list}  # of config.json's data
+
 # Of a score's line, what is used of it, and of which types: with None, of newer lines alone.
 _SCORE: dict[str, tuple[type, ...]] = {
     "metric": (str,),
@@ -285,14 +293,48 @@ _SCORE: dict[str, tuple[type, ...]] = {
     "checkpoint_sha256": (str, type(None)),
     "weights": (str, type(None)),
     "data": (dict, type(None)),
+    "data.fingerprint": (str, type(None)),
     "extractor": (dict, type(None)),
+    "extractor.name": (str, type(None)),
+    "extractor.title": (str, type(None)),
+    "extractor.weights_sha256": (str, type(None)),
+    "extractor.preprocessing": (str, type(None)),
+    "num_fakes": (int, type(None)),
+    "num_reals": (int, type(None)),
+    "values": (dict, type(None)),
+    "interval": (str, type(None)),
     "low": (int, float, type(None)),
     "high": (int, float, type(None)),
 }
+# Of a layout's line, which older versions gave no name.
+_LAYOUT: dict[str, tuple[type, ...]] = {
+    "name": (str, type(None)),
+    "protocol": (str, type(None)),
+    "site": (str,),
+    "usage": (list,),
+}
+_NUMBER = (int, float)
+
+
+def _found(row: Mapping[str, Any], name: str) -> Any:
+    """A value by its name, or by its group's name and its own; None where there is none."""
+    group, dot, below = name.partition(".")
+    value = row.get(group)
+    return (value.get(below) if isinstance(value, dict) else None) if dot else value
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    return type(value) in kinds and (not isinstance(value, float) or math.isfinite(value))
+    """Of one of the types, a number finite, and what a list or a group holds numbers."""
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    parts = value if isinstance(value, list) else ()
+    return all(_is_of(part, _NUMBER) for part in parts)
+
+
+def _is_logged(name: str, value: Any) -> bool:
+    if name.endswith(("/usage", "/t")):
+        return _is_of(value, (list,))
+    return type(value) in _NUMBER
 
 
 @cache
@@ -326,9 +368,11 @@ class RunDirectory:
         """
         scores = read_lines(self.scores_file)
         for score in scores:
-            wrong = [name for name, kinds in _SCORE.items() if not _is_of(score.get(name), kinds)]
-            if score.get("metric") == "layout":  # its sites have no name of their own
-                wrong = [name for name in wrong if name not in ("name", "protocol")]
+            fields = _SCORE | (_LAYOUT if score.get("metric") == "layout" else {})
+            wrong = [name for name, kinds in fields.items() if not _is_of(_found(score, name), kinds)]
+            values = score.get("values")
+            if isinstance(values, dict) and not all(_is_of(value, _NUMBER) for value in values.values()):
+                wrong.append("values")
             if wrong:
                 raise CheckpointError(
                     f"{self.scores_file} has a line whose {', '.join(wrong)} is missing or of another kind; expected "
@@ -336,6 +380,16 @@ class RunDirectory:
                 )
         current = [score for score in scores if not self._is_outdated(score)]
         return current, len(scores) - len(current)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """What training logged: at each time a number of images, and numbers by name, or lists of them (usage of the
+        entities, t); what is neither is left out.
+        """
+        return [
+            {name: value for name, value in row.items() if _is_logged(name, value)}
+            for row in read_lines(self.metrics_file)
+            if type(row.get("images_seen")) is int
+        ]
 
     def _is_outdated(self, score: Mapping[str, Any]) -> bool:
         """Whether the checkpoint that was measured has since been replaced by another one of its name."""
@@ -378,6 +432,9 @@ class RunDirectory:
                     f"{FORMAT_VERSION}: update attnorm"
                 )
             data = dict(values["data"])
+            wrong = [name for name, kinds in _DATA.items() if name in data and type(data[name]) is not kinds]
+            if wrong or not all(isinstance(name, str) for name in data.get("classes", [])):
+                raise TypeError(f"its data have other kinds of {', '.join(wrong) or 'classes'}")
             return configuration.from_dict(Config, values["config"]), data
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, UserError):
@@ -398,7 +455,10 @@ class RunDirectory:
         """
         damages: list[str] = []
         for file in reversed(self.checkpoints()):
-            damage = find_damage(file)
+            try:
+                damage = find_damage(file)
+            except FileNotFoundError:  # training goes on meanwhile, and keeps the newest alone
+                continue
             if not damage:
                 if damages:
                     _warn_once(f"{file} is taken, as newer ones cannot be: {'; '.join(damages)}")
@@ -502,6 +562,10 @@ def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
     settings = header.config.model
+    if isinstance(settings, ClassConditionalConfig) and len(header.classes) != settings.num_classes:
+        raise CheckpointError(
+            f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {_REMEDY}"
+        )
     model: Generator | InpaintingGenerator = (
         Generator(settings) if isinstance(settings, ClassConditionalConfig) else InpaintingGenerator(settings)
     )

@@ -19,7 +19,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, read_lines, write_atomically, write_json
+from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically, write_json
 from attnorm.config import printable
 from attnorm.inference import Sampler, View
 from attnorm.layers.observe import Observation
@@ -290,7 +290,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     file = RunDirectory(run).metrics_file
     if not file.is_file():
         raise CheckpointError(f"{run} has no metrics.jsonl; expected a run directory")
-    return read_lines(file)
+    return RunDirectory(run).read_metrics()
 
 
 def _table(

@@ -1,6 +1,7 @@
 """A report as files: Markdown, one HTML page that holds its pictures, JSON; and the figures of the paper from the runs.
 
-The same runs give the same bytes. The tables are made in `evaluation.report`; what draws figures is above both.
+The same runs give the same bytes, on the same machine with the same number of threads. The tables are made in
+`evaluation.report`; what draws figures is above both.
 """
 
 from __future__ import annotations

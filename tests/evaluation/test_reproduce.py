@@ -20,7 +20,7 @@ from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
 from attnorm.benchmark.report import BenchReport
-from attnorm.checkpoint import RunDirectory, alone_in, read_lines
+from attnorm.checkpoint import Header, RunDirectory, alone_in, read_lines, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
 from attnorm.evaluation import features, reproduce
@@ -193,6 +193,9 @@ def test_runs_of_other_settings_data_or_presets_are_refused(photographs: Path, t
         override(job.config, ["model.num_classes=3"]), {"source": "s", "fingerprint": images.fingerprint}
     )
     require_own(plan, images)
+    # Without a checkpoint there is nothing to lose.
+    require_own(plan_of(tmp_path / "out", photographs, settings=(*TINY, "optim.g_lr=0.5")), images)
+    RunDirectory(job.path).checkpoint_file(8).touch()
     require_own(plan_of(tmp_path / "out", photographs, settings=(*TINY, "run.duration_images=80")), images)
     with pytest.raises(ConfigError, match=r"optim.g_lr was 0\.0001, now 0\.5"):
         require_own(plan_of(tmp_path / "out", photographs, settings=(*TINY, "optim.g_lr=0.5")), images)
@@ -232,7 +235,7 @@ def test_the_estimate_is_what_is_left_times_what_an_image_takes(
     plan = plan_of(tmp_path, photographs, seeds=2, settings=(*TINY, "run.duration_images=80"))
     run = RunDirectory(plan.jobs[0].path)
     run.create(plan.jobs[0].config, {})
-    run.checkpoint_file(20).touch()
+    save_checkpoint(run.checkpoint_file(20), {}, Header(plan.jobs[0].config, (), 20, 1.0))
     left = estimate(plan, images, Projection(CPU))
     assert left.training == {"an-s0": 30.0, "sngan-star-s0": 40.0, "an-s1": 40.0, "sngan-star-s1": 40.0}
     # 12 images, sampled and seen; one distance; no intervals at this scale; 12 images for the layouts.
@@ -267,7 +270,7 @@ def test_both_phases_of_inpainting_are_counted(
     run = RunDirectory(plan.jobs[0].path)
     run.create(plan.jobs[0].config, {})
     for seen, expected in ((40, 40 + 800), (120, 400), (160, 0)):
-        run.checkpoint_file(seen).touch()
+        save_checkpoint(run.checkpoint_file(seen), {}, Header(plan.jobs[0].config, (), seen, 1.0))
         assert estimate(plan, images, None).total == expected
     plan = make_plan("table3", "paper", tmp_path, data=str(photographs), seeds=1, rows=("none",))
     left = estimate(plan, images, None)

@@ -21,6 +21,7 @@ from attnorm.cli.terminal import (
     require_free,
     require_not_of_a_run,
     require_outside,
+    require_writable,
     screen,
 )
 from attnorm.config import Config, ConfigError, printable, require_seed
@@ -223,12 +224,14 @@ def _evaluate_generators(
     **settings: Any,
 ) -> None:
     """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
-    from attnorm.checkpoint import RunDirectory, read_lines
+    from attnorm.checkpoint import RunDirectory, find_damage, read_lines
     from attnorm.evaluation.collection import find_own_device, processes
     from attnorm.evaluation.features import EXTRACTORS, load_extractor
     from attnorm.evaluation.generation import evaluate_generator, find_metrics, require_measurable, scores_file
 
     files = {run: scores_file(run, out) for run in headers}
+    for file in files.values():
+        require_writable(file)
     if extractor_name in EXTRACTORS:  # before anything is downloaded or decoded
         wanted = find_metrics(metrics, EXTRACTORS[extractor_name])
         counts = ("num", "fakes_per_class", "classes", "subset", "batch_size")
@@ -246,7 +249,9 @@ def _evaluate_generators(
                 console.quiet = False
             if not data:
                 _require_same_data(run, read[key])
-            kept = RunDirectory(run).checkpoints() if all_checkpoints and run.is_dir() else [run]
+            kept = [run]
+            if all_checkpoints and run.is_dir():
+                kept = [file for file in RunDirectory(run).checkpoints() if not find_damage(file)]
             for checkpoint in map(Path, team.text_of_first("\n".join(map(str, kept))).split("\n")):
                 before = read_lines(files[run])
                 with progress_bar() as progress:

@@ -34,7 +34,9 @@ def sample(
     device: str = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write images of a trained generator as PNG files, one folder a class. The same seed gives the same files.
+    """Write images of a trained generator as PNG files, one folder a class.
+
+    The same seed gives the same files, on the same machine with the same number of threads.
 
     Args:
         run: A run directory (its latest checkpoint), or a checkpoint file.

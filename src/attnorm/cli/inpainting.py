@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from attnorm.cli.terminal import Overwrite, Run, console, one_bar_each, progress_bar, require_free
-from attnorm.config import ConfigError, UserError
+from attnorm.config import ConfigError, UserError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,9 +108,10 @@ def inpaint(
                 (height, width), share = photograph.size, hole.float().mean().item()
                 if dry_run:
                     loss = ", as JPEG, which loses" if format == "JPEG" else ""
-                    print(f"{source} + {its_mask} -> {target}: {share:.1%} of {width}x{height} pixels to fill{loss}")
+                    of = f"{share:.1%} of {width}x{height} pixels"
+                    print(printable(f"{source} + {its_mask} -> {target}: {of} to fill{loss}"))
                 else:
-                    print(_inpaint(inpainter, photograph, hole, target, format, layout, tell))
+                    print(printable(_inpaint(inpainter, photograph, hole, target, format, layout, tell)))
             except UserError as error:
                 if images is None:
                     raise

@@ -19,6 +19,7 @@ from attnorm.cli.terminal import (
     read_images,
     require_one_process,
     require_outside,
+    require_writable,
     screen,
 )
 from attnorm.config import ConfigError
@@ -97,9 +98,12 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    from attnorm.checkpoint import alone_in
+    from attnorm.checkpoint import alone_in, find_device
     from attnorm.evaluation import reproduce as reproduction
 
+    find_device(plan.device)
+    reproduction.require_own(plan, None)  # as far as can be told before minutes of decoding
+    require_writable(plan.out)
     extractor = None if plan.table == "table3" else _load_extractor(plan, inception_weights, dry_run)
     images = read_images(plan.jobs[0].config)
     reproduction.require_own(plan, images)

@@ -194,8 +194,10 @@ _NO_MEMORY = re.compile(
 
 def describe_os_error(error: OSError) -> str:
     """In words, with a remedy where there is one for certain."""
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return str(error)
+    if error.filename is None:
+        return error.strerror.lower()
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
     remedies = {
         errno.ENOSPC: "make room there",

@@ -232,7 +232,8 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _identity(row: Mapping[str, Any]) -> str:
     """Equal for two lines of one measurement, whenever, wherever and how fast it was made."""
-    extractor, data = row.get("extractor") or {}, row.get("data") or {}
+    groups = (row.get("extractor"), row.get("data"))
+    extractor, data = (group if isinstance(group, dict) else {} for group in groups)
     parts = [row.get(key) for key in ("metric", "protocol", "site", "checkpoint_sha256", "weights", "seed")]
     counts = [row.get("num_fakes"), row.get("num_reals")]
     which = [data.get("fingerprint"), data.get("image_size"), extractor.get("weights_sha256")]

@@ -247,7 +247,7 @@ def require_own(plan: Plan, images: ImageSet | None) -> None:
         _require_own_bench(plan)
     for job in plan.jobs:
         run = RunDirectory(job.path)
-        if images is None or not run.exists():
+        if images is None or not run.checkpoints():  # a run without any may begin anew
             continue
         before, data = run.read()
         if before.preset != job.config.preset:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, read_lines
+from attnorm.checkpoint import Header, RunDirectory, read_checkpoint
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
 from attnorm.models.class_conditional import describe
@@ -213,7 +213,7 @@ def _layouts(directory: RunDirectory, lines: Sequence[Score]) -> tuple[Layout, .
             for site, line in sorted(latest.items())
         )
     found: dict[str, Layout] = {}
-    for row in read_lines(directory.metrics_file):
+    for row in directory.read_metrics():
         for key in row:
             site = key.removeprefix("layout/").removesuffix("/entropy")
             if key == f"layout/{site}/entropy" and f"layout/{site}/usage" in row:
