@@ -163,3 +163,14 @@ def test_intervals_are_students_and_differences_are_paired_by_seed() -> None:
     assert report.readings(worse) == ["- none: AN is worse at K = 8."]
     alone = report.Results([row("an", 0, 0.4), row("none", 0, 0.3)])
     assert report.readings(alone) == ["One seed says nothing of seeds."]
+
+
+def test_costs_are_read_as_ratios_to_an() -> None:
+    cells = {
+        name: {"256": {"milliseconds": t, "peak_bytes": b}}
+        for name, t, b in (("an", 4, 50), ("self_attention", 60, 75))
+    }
+    assert report.cost_readings(cells) == [
+        "- self-attention (SAGAN): times AN's time and memory, 15.0 and 1.5 at 256 pixels."
+    ]
+    assert report.still_falling({"error_while_training": [0.5, 0.4, 0.3, 0.25]}) == pytest.approx(0.05)

@@ -141,18 +141,29 @@ def markdown(
         "pixels",
         "",
         *_table(
-            ("block", *(f"error at {size}" for size in sizes), "minus AN's, paired", "parameters", "learning rate"),
+            (
+                "block",
+                *(f"error at {size}" for size in sizes),
+                "minus AN's, paired",
+                "still falling by",
+                "parameters",
+                "learning rate",
+            ),
             [
                 (
                     ARMS[arm].title,
                     *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
                     "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
+                    _show(results.mean(arm, BASE, still_falling)),
                     f"{next(row['parameters'] for key, row in results.rows.items() if key[0] == arm):,}",
                     f"{next(row['lr'] for key, row in results.rows.items() if key[0] == arm):g}",
                 )
                 for arm in results.arms
             ],
         ),
+        "",
+        "Still falling by: the error on training images in the ninth tenth of the steps minus that in the last. A "
+        "block that does no better than none after so many steps may need more of them.",
         "",
         "![Hidden cells as the arms of the first seed predict them](predictions.png)",
         "",
@@ -167,6 +178,7 @@ def markdown(
         "## Reading",
         "",
         *readings(results),
+        *cost_readings(costs),
         "",
         "## How",
         "",
@@ -280,6 +292,25 @@ def readings(results: Results) -> list[str]:
         if said:
             lines.append(f"- {ARMS[arm].title}: {'; '.join(said)}.")
     return lines or ["One seed says nothing of seeds."]
+
+
+def cost_readings(costs: dict[str, Any]) -> list[str]:
+    """How many times the time and memory of AN each attention takes, at each size."""
+    lines = []
+    for arm in ("linear_attention", "self_attention", "pre_norm_attention"):
+        if arm in costs and REFERENCE in costs:
+            said = []
+            for size, cell in costs[arm].items():
+                an = costs[REFERENCE][size]
+                time, held = (cell[key] / an[key] for key in ("milliseconds", "peak_bytes"))
+                said.append(f"{time:.1f} and {held:.1f} at {size} pixels")
+            lines.append(f"- {ARMS[arm].title}: times AN's time and memory, {'; '.join(said)}.")
+    return lines
+
+
+def still_falling(row: dict[str, Any]) -> float:
+    curve = row["error_while_training"]
+    return float(curve[-2] - curve[-1]) if len(curve) > 1 else math.nan
 
 
 def sweep_figure(results: Results) -> Figure:
