@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnorm import AttentiveNorm2d, layout_entropy
+from attnorm.layers.attentive_norm import _moments
 
 
 def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -214,3 +215,15 @@ def test_two_processes_have_the_moments_of_one_with_all_images(tmp_path: Path) -
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name in ("feature_mean", "feature_var", "num_batches_tracked"):
             torch.testing.assert_close(state[name], alone.state_dict()[name], rtol=1e-12, atol=1e-12)
+
+
+def test_moments_of_a_map_of_millions_keep_their_digits() -> None:
+    x = torch.randn(4, 8, 256, 256, generator=torch.Generator().manual_seed(0)) + 30
+    mean, var = _moments(x)
+    expected_var, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), expected_var.mean(), rtol=1e-5, atol=0)
+    low = _moments(x.bfloat16())
+    torch.testing.assert_close(
+        low[1].double(), x.bfloat16().double().var((0, 2, 3), correction=0).mean(), rtol=1e-5, atol=0
+    )
