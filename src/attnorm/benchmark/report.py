@@ -266,7 +266,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 
 def series(report: BenchReport, mode: Mode) -> dict[str, list[tuple[int, float]]]:
-    """(pixels of an image, median ms) by subject, over the cases of one batch size and channels that has most sizes."""
+    """(pixels, median ms) by implementation, over the cases of one batch size and channels that has most sizes."""
     kinds = [case.shape[:2] for case in report.cases]
     kind = max(kinds, key=kinds.count)
     pixels = {case.name: case.shape[2] * case.shape[3] for case in report.cases if case.shape[:2] == kind}
