@@ -182,6 +182,16 @@ def test_a_model_that_returns_the_truth_has_finite_scores_and_is_better_than_ano
     (reading,) = re.findall(r"^- an against contextual: (.*)$", markdown(evaluation), re.MULTILINE)
     assert reading.startswith("an is better in PSNR pasted, SSIM pasted, MAE pasted, PSNR hole")
     assert "contextual is" not in reading and "undecided" not in reading
+    section = markdown(evaluation).split("## PSNR by distance from the hole's edge")[1].split("##")[0]
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in section.splitlines() if "|" in line)}
+    model, rival = (model.scores for model in evaluation.models)
+    for name, images, mean, difference in zip(
+        DISTANCE_SCORES, rows["images"], rows["contextual"], rows["an - contextual"], strict=True
+    ):
+        found = rival[name][~np.isnan(rival[name])]
+        assert images == str(len(found)) and mean == (f"{found.mean():.2f}" if len(found) else "-"), name
+        gain = np.nanmean(model[name] - rival[name]) if len(found) > 1 else None
+        assert difference.startswith("-" if gain is None else f"**{gain:+.2f} ["), name
     (truth,) = {tuple(part.shape) for part in (evaluation.sheet.images, *evaluation.sheet.results.values())}
     assert truth == (4, 3, 32, 32) and torch.equal(evaluation.sheet.results["an"], evaluation.sheet.images)
     sheet = evaluation.sheet
@@ -224,7 +234,7 @@ def test_mistakes_are_told_in_one_line(
     assert "--seed is -1" in refused(command(runs, frozen, out, "--seed", "-1"), capsys)
     assert "expected sides in pixels" in refused([*evaluate_an, "--cost", "64,big"], capsys)
     assert "a size is 60; expected multiples of 8" in refused([*evaluate_an, "--cost", "60"], capsys)
-    assert "give --data SRC --size S" in refused(["manifest", "--out", str(out), "--size", "32"], capsys)
+    assert "give --data SRC and --size S" in refused(["manifest", "--out", str(out), "--size", "32"], capsys)
     data = ["manifest", "--out", str(out), "--data", str(photographs)]
     assert "multiple of 8" in refused([*data, "--size", "30"], capsys)
     assert "every 10th is 1; expected at least 2" in refused([*data, "--size", "32"], capsys)
