@@ -19,7 +19,6 @@ from attnorm.checkpoint import (
     DamagedError,
     Header,
     RunDirectory,
-    alone_in,
     checksum,
     find_checkpoint,
     find_damage,
@@ -27,14 +26,12 @@ from attnorm.checkpoint import (
     load,
     load_discriminator,
     read_checkpoint,
-    read_lines,
     save_checkpoint,
-    write_atomically,
-    write_json,
 )
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask
 
 CONFIG = override(
@@ -521,7 +518,7 @@ def test_where_the_file_system_has_no_locks_work_goes_on(tmp_path: Path, monkeyp
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", without)
-    with alone_in(tmp_path / "new"):
+    with file_lock(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()
 
 

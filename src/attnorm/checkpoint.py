@@ -23,8 +23,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +38,7 @@ from attnorm import config as configuration
 from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, ConfigError, UserError
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.system.files import hash_file, read_lines, write_atomically, write_json
 
 HEADER_KEY = "attnorm"
 # A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
@@ -55,36 +55,6 @@ class CheckpointError(UserError):
 
 class DamagedError(CheckpointError):
     """A checkpoint whose content is not what was written: an earlier one may do."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path in the same folder and moves the result to `path` in one step.
-
-    Whatever happens, a reader sees the old file or the whole new one.
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:  # which names the temporary file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        temporary.chmod(0o644)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or isinstance(error, UserError):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the user knows
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -111,52 +81,6 @@ def checksum(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for it too out of a folder, which is made where missing; for as long as this one
-    lives at most, and only as far as the file system has locks.
-
-    Raises:
-        ConfigError: another one is there.
-    """
-    if not folder.exists():  # a file is for the caller to refuse
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # of file systems without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another process is at work in {folder}; wait until it has ended, or choose another --out"
-                ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, none where there is no file; a line that a kill cut short is left out, as is
-    one that no machine can have written.
-    """
-    rows = []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""  # cut within a letter, perhaps
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 @dataclass(frozen=True)
@@ -399,8 +323,7 @@ class RunDirectory:
         with contextlib.suppress(ValueError, TypeError):  # of a date that is none
             if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
                 return False  # without reading it
-        with checkpoint.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() != score["checkpoint_sha256"]
+        return hash_file(checkpoint) != score["checkpoint_sha256"]
 
     def exists(self) -> bool:
         return self.config_file.is_file()

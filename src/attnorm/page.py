@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, write_atomically
+from attnorm.checkpoint import CheckpointError, RunDirectory
 from attnorm.config import printable
 from attnorm.data.images import ImageSet, load_images
 from attnorm.figures import (
@@ -23,6 +23,7 @@ from attnorm.figures import (
 )
 from attnorm.inference import Sampler
 from attnorm.ops.soft_layout import effective_entities
+from attnorm.system.files import write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -97,7 +98,7 @@ def write_page(run: Path, sampler: Sampler, out: Path) -> Path:
         f'<meta name="viewport" content="width=device-width">\n<title>{_text(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{_text(title)}</h1>\n" + "\n".join(parts) + "\n</html>\n"
     )
-    write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(out / "index.html", page)
     return out / "index.html"
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from attnorm.benchmark.report import pixels_figure
-from attnorm.checkpoint import RunDirectory, write_atomically, write_json
+from attnorm.checkpoint import RunDirectory
 from attnorm.config import printable
 from attnorm.evaluation.paper_tables import FIGURE_7_CLASSES, FIGURE_8_CLASSES, NUM_IMAGENET_CLASSES
 from attnorm.evaluation.report import NOT_RUN, Report, Section, Table, to_dict
@@ -32,6 +32,7 @@ from attnorm.figures import (
 )
 from attnorm.inference import Sampler
 from attnorm.page import STYLE
+from attnorm.system.files import write_atomically, write_json, write_text
 
 TITLE = "Attentive Normalization: the paper's tables and figures, measured"
 REPORT_STYLE = """
@@ -89,7 +90,7 @@ def write_report(
     pictures.sort(key=lambda picture: picture.section)
     write_json(out / "report.json", {**to_dict(report), "pictures": [picture._asdict() for picture in pictures]})
     for name, text in (("report.md", markdown(report, pictures)), ("report.html", page(report, pictures, folder))):
-        write_atomically(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_text(out / name, text)
     return [out / "report.md", out / "report.html", out / "report.json"]
 
 

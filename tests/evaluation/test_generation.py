@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnorm import cli
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, read_lines, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, load_images
 from attnorm.evaluation import collection, generation
@@ -49,6 +49,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.class_conditional import Generator
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.presets import PRESETS
+from attnorm.system.files import read_lines
 
 CLASSES = ("bird", "cat", "dog")
 COUNTS = (20, 20, 20)

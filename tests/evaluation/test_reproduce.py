@@ -20,7 +20,7 @@ from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
 from attnorm.benchmark.report import BenchReport
-from attnorm.checkpoint import Header, RunDirectory, alone_in, read_lines, save_checkpoint
+from attnorm.checkpoint import Header, RunDirectory, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
 from attnorm.evaluation import features, reproduce
@@ -41,6 +41,7 @@ from attnorm.evaluation.reproduce import (
     require_own,
 )
 from attnorm.presets import PRESETS
+from attnorm.system.files import file_lock, read_lines
 from attnorm.training.trainer import Outcome, TrainingError
 
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
@@ -412,7 +413,7 @@ def test_one_table_is_made_by_one_process_at_a_time(
     command += ["--set", *TINY]
     monkeypatch.setattr(features, "EXTRACTORS", {"efficientnet-lite0": Projection})
     out.mkdir()
-    with alone_in(out):
+    with file_lock(out):
         assert f"another process is at work in {out}" in refused(command, capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "`attnorm reproduce` was started in 2 processes" in refused(command, capsys)

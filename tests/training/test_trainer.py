@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, alone_in, read_checkpoint
+from attnorm.checkpoint import CheckpointError, RunDirectory, read_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
+from attnorm.system.files import file_lock
 from attnorm.training import phases, trainer
 from attnorm.training.trainer import TrainingError, train
 
@@ -252,11 +253,11 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with alone_in(out), pytest.raises(ConfigError, match="another process is at work in"):
+    with file_lock(out), pytest.raises(ConfigError, match="another process is at work in"):
         run(tiny(), out)
     assert list(out.iterdir()) == []
     run(tiny("run.duration_images=4"), out)  # the lock is gone, and was no obstacle itself
-    with alone_in(out):
+    with file_lock(out):
         pass
 
 

@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnorm.benchmark.cases import ATTENTION, CONV_INSTANCE_NORM, COPY, MODES, PAPER_TABLE_5, Case, Mode, Shape
-from attnorm.checkpoint import CheckpointError, write_atomically, write_json
+from attnorm.checkpoint import CheckpointError
+from attnorm.system.files import write_atomically, write_json, write_text
 
 FORMAT_VERSION = 2
 WHAT: dict[Mode, str] = {"forward": "evaluation, no gradients", "training": "forward and backward"}
@@ -87,7 +88,7 @@ def write_report(report: BenchReport, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", dataclasses.asdict(report))
     text = markdown(report)
-    write_atomically(out / "bench.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(out / "bench.md", text)
     figure = pixels_figure(report)
     FigureCanvasAgg(figure)
     write_atomically(

@@ -224,10 +224,11 @@ def _evaluate_generators(
     **settings: Any,
 ) -> None:
     """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
-    from attnorm.checkpoint import RunDirectory, find_damage, read_lines
+    from attnorm.checkpoint import RunDirectory, find_damage
     from attnorm.evaluation.collection import find_own_device, processes
     from attnorm.evaluation.features import EXTRACTORS, load_extractor
     from attnorm.evaluation.generation import evaluate_generator, find_metrics, require_measurable, scores_file
+    from attnorm.system.files import read_lines
 
     files = {run: scores_file(run, out) for run in headers}
     for file in files.values():

@@ -50,8 +50,8 @@ def sample(
     """
     from PIL import Image
 
-    from attnorm.checkpoint import write_atomically, write_json
     from attnorm.figures import images_figure, save_figure
+    from attnorm.system.files import write_atomically, write_json
 
     if num < 1:
         raise ConfigError(f"--num is {num}; expected at least 1 image")

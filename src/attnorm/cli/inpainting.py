@@ -159,7 +159,7 @@ def _goes_on(out: Path, record: dict[str, Any], overwrite: bool, dry_run: bool) 
     Raises:
         ConfigError: It is not empty, and was begun by another command, or by none.
     """
-    from attnorm.checkpoint import write_json
+    from attnorm.system.files import write_json
 
     path = out / "inpaint.json"
     if out.exists() and not out.is_dir():
@@ -195,8 +195,8 @@ def _inpaint(
     """Fills and writes one photograph; what is to be said of it."""
     import torch
 
-    from attnorm.checkpoint import write_atomically
     from attnorm.figures import holes_figure, save_figure
+    from attnorm.system.files import write_atomically
 
     def progress(done: int, total: int) -> None:
         if total > 1:

@@ -98,8 +98,9 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    from attnorm.checkpoint import alone_in, find_device
+    from attnorm.checkpoint import find_device
     from attnorm.evaluation import reproduce as reproduction
+    from attnorm.system.files import file_lock
 
     find_device(plan.device)
     reproduction.require_own(plan, None)  # as far as can be told before minutes of decoding
@@ -112,7 +113,7 @@ def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> No
     _say_plan(plan, left, num_images=len(images))
     if dry_run:
         return
-    with alone_in(plan.out):
+    with file_lock(plan.out):
         result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
     if result.is_interrupted:
         _stop()

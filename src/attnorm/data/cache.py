@@ -6,19 +6,19 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from attnorm.data.sources import KINDS, Contents, find_source
+from attnorm.system.files import default_cache_dir, write_atomically, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -102,12 +102,6 @@ def fingerprint(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) 
 def _probe(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
     sample = np.unique(np.linspace(0, len(images) - 1, 256).astype(np.int64))
     return fingerprint(images[sample], labels, classes)
-
-
-def default_cache_dir() -> Path:
-    if folder := os.environ.get("ATTNORM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnorm"
 
 
 def _decode_all(
@@ -238,32 +232,35 @@ def _size_of(contents: Contents, index: int) -> tuple[int, int] | None:
 def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[bytes], object]], _Labelling]) -> None:
     """Decode into the cache. Any number of processes may do so at once: each replaces whole files by equal ones."""
 
-    def write_header(num_images: int) -> int:
+    record: dict[str, Any] = {}
+
+    def write_header(file: BinaryIO, num_images: int) -> int:
         file.seek(0)
         header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         return file.tell()
 
+    def write_images(path: Path) -> None:
+        with path.open("wb") as file:
+            start = write_header(file, 0)
+            labels, classes, skipped, unread = decode(file.write)
+            # How many can be read is known only now. NumPy pads its header so that the first axis may change in place.
+            end = write_header(file, len(labels))
+        assert end == start
+        images = np.lib.format.open_memmap(path, mode="r")
+        record.update(
+            fingerprint=fingerprint(images, labels, classes),
+            probe=_probe(images, labels, classes),
+            classes=classes,
+            skipped=skipped,
+            unread=unread,
+            labels=labels.tolist(),
+        )
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     _remove_debris(stem.parent)
-    with _replacing(stem.with_suffix(".npy")) as file:
-        start = write_header(0)
-        labels, classes, skipped, unread = decode(file.write)
-        # How many can be read is known only now. NumPy pads its header so that the first axis may change in place.
-        end = write_header(len(labels))
-        assert end == start
-        file.flush()
-        images = np.lib.format.open_memmap(file.name, mode="r")
-        record = {
-            "fingerprint": fingerprint(images, labels, classes),
-            "probe": _probe(images, labels, classes),
-            "classes": classes,
-            "skipped": skipped,
-            "unread": unread,
-            "labels": labels.tolist(),
-        }
-    with _replacing(stem.with_suffix(".json")) as file:
-        file.write(json.dumps(record).encode())
+    write_atomically(stem.with_suffix(".npy"), write_images)
+    write_text(stem.with_suffix(".json"), json.dumps(record))
 
 
 def _read(stem: Path, source: str, max_memory_bytes: int) -> tuple[Decoded, list[int]] | None:
@@ -288,22 +285,10 @@ def _read(stem: Path, source: str, max_memory_bytes: int) -> tuple[Decoded, list
         return None
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
 def _remove_debris(folder: Path) -> None:
-    """Delete what killed processes left of `_replacing`: a living one has written to its file within the day."""
-    for file in folder.glob(f"images*-{'[0-9a-f]' * 32}-*.tmp"):  # the folder may hold other people's files, too
+    """Delete what killed processes left of `write_atomically`: a living one has written to its file within the day."""
+    name = f"images*-{'[0-9a-f]' * 32}"  # the folder may hold other people's files, too
+    for file in [*folder.glob(f".{name}.*.tmp"), *folder.glob(f"{name}-*.tmp")]:  # the latter of older versions
         with contextlib.suppress(OSError):  # another process may be doing the same
             if time.time() - file.stat().st_mtime > 24 * 60 * 60:
                 file.unlink()

@@ -16,12 +16,13 @@ import torch
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.checkpoint import find_device, write_atomically, write_json
+from attnorm.checkpoint import find_device
 from attnorm.config import ConfigError
 from attnorm.data.masks import centre_mask
 from attnorm.inference import Inpainter
 from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.system.files import write_json, write_text
 
 SECONDS = 1.0  # spent on a cell, after one pass that warms up and measures the memory
 FEATURE_STRIDE = 4  # pixels a side that a feature of the context block stands for
@@ -156,7 +157,7 @@ def write_cost(cells: Sequence[Cell], device: str, out: Path) -> list[Path]:
             *_rows(cells),
         ]
     )
-    write_atomically(out / "cost.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_text(out / "cost.md", text + "\n")
     return [out / "cost.json", out / "cost.md"]
 
 

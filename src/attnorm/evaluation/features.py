@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.checkpoint import write_atomically
 from attnorm.config import ConfigError, UserError
-from attnorm.data.cache import default_cache_dir
+from attnorm.system.files import default_cache_dir, write_atomically
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -13,11 +13,10 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory, find_checkpoint, read_lines, write_atomically, write_json
+from attnorm.checkpoint import Header, RunDirectory, find_checkpoint
 from attnorm.config import ClassConditionalConfig, ConfigError, require_seed
-from attnorm.data.cache import default_cache_dir
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.evaluation.collection import (
     SPLITS,
@@ -57,6 +55,14 @@ from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
+from attnorm.system.files import (
+    append_lines,
+    default_cache_dir,
+    hash_file,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from attnorm.system.provenance import commit
 
 _log = logging.getLogger(__name__)
@@ -196,20 +202,14 @@ def scores_file(path: Path, out: Path | None = None) -> Path:
 
 
 def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends whole lines in one write, whatever a kill has left of an earlier one; lines that are there of the same
-    measurements give way.
-    """
+    """Appends lines; those that are there of the same measurements give way."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new, before = {_identity(row) for row in rows}, read_lines(file)
     kept = [row for row in before if _identity(row) not in new]
     if len(kept) < len(before):
-        write_atomically(file, partial(Path.write_text, data=_lines([*kept, *rows]), encoding="utf-8"))
-        return
-    with file.open("ab+") as stream:
-        is_torn = stream.tell() > 0 and stream.seek(-1, os.SEEK_END) >= 0 and stream.read(1) != b"\n"
-        stream.write(b"\n" * is_torn + _lines(rows).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+        write_lines(file, [*kept, *rows])
+    else:
+        append_lines(file, rows)
 
 
 def _read_value(file: Path) -> float | None:
@@ -224,10 +224,6 @@ def _keep_value(file: Path, value: float) -> None:
         write_json(file, {"value": value})
     except OSError as error:
         _log.warning("the distance of a class cannot be kept in %s (%s)", file.parent, error)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def _identity(row: Mapping[str, Any]) -> str:
@@ -415,8 +411,7 @@ class _Evaluation:
 
     @cached_property
     def sha256(self) -> str:
-        with self.sampler.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(self.sampler.path)
 
     @cached_property
     def labels(self) -> list[int]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import time
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory, find_device, write_atomically, write_json
+from attnorm.checkpoint import Header, RunDirectory, find_device
 from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
@@ -37,6 +36,7 @@ from attnorm.evaluation.restoration import (
     measure,
 )
 from attnorm.inference import Inpainter
+from attnorm.system.files import hash_file, write_json, write_text
 
 # Table 3: Paris StreetView at 256 pixels; the paper names neither masks nor definitions. See docs/paper.md, row 19.
 TABLE_3 = {
@@ -198,7 +198,7 @@ def _about(inpainter: Inpainter) -> dict[str, Any]:
     header, config = inpainter.header, inpainter.header.config
     return {
         "checkpoint": str(inpainter.path),
-        "sha256": hashlib.sha256(inpainter.path.read_bytes()).hexdigest(),
+        "sha256": hash_file(inpainter.path),
         "preset": config.preset,
         "context": config.model.context,
         "width": config.model.width,
@@ -233,7 +233,7 @@ def write_report(evaluation: Evaluation, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     texts = {"scores.csv": _csv(evaluation), "scores.md": markdown(evaluation)}
     for name, text in texts.items():
-        write_atomically(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_text(out / name, text)
     write_json(out / "scores.json", to_dict(evaluation))
     return [out / "scores.csv", out / "scores.json", out / "scores.md"]
 

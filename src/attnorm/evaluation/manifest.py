@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from attnorm import config as configuration
-from attnorm.checkpoint import CheckpointError, write_atomically, write_json
+from attnorm.checkpoint import CheckpointError
 from attnorm.config import (
     Config,
     ConfigError,
@@ -37,6 +37,7 @@ from attnorm.config import (
 from attnorm.data.images import ImageSet, cut_centres, held_out_indices
 from attnorm.data.masks import centre_mask, free_form_mask, read_mask, rectangle_mask
 from attnorm.data.sources import find_source
+from attnorm.system.files import hash_file, write_atomically, write_json
 
 FORMAT_VERSION = 1
 SSIM_BORDER = 5  # pixels at each side that SSIM cannot judge: half of its window
@@ -71,7 +72,7 @@ class Manifest:
     @property
     def sha256(self) -> str:
         """Of manifest.json, which holds the hashes of all else."""
-        return hashlib.sha256(_file(self.folder).read_bytes()).hexdigest()
+        return hash_file(_file(self.folder))
 
     @property
     def reading(self) -> Config:

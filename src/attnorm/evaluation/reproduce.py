@@ -28,15 +28,7 @@ from attnorm import config as configuration
 from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
-from attnorm.checkpoint import (
-    RunDirectory,
-    find_checkpoint,
-    find_damage,
-    find_device,
-    read_checkpoint,
-    read_lines,
-    write_json,
-)
+from attnorm.checkpoint import RunDirectory, find_checkpoint, find_damage, find_device, read_checkpoint
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
     ClassConditionalConfig,
@@ -59,6 +51,7 @@ from attnorm.evaluation.inpainting import device_name
 from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
 from attnorm.evaluation.metrics import Gaussian, frechet_distance, frechet_interval
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
+from attnorm.system.files import hash_file, read_lines, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask
 from attnorm.training.trainer import Stream, TrainingError, find_precision, resolve, run_phase, train
 
@@ -661,10 +654,7 @@ def _has_scores(file: Path, runs: Sequence[Path], manifest_sha256: str) -> bool:
     """Whether scores.json is of the very checkpoints that the runs end with, and of this test set."""
     if not file.is_file():
         return False
-    hashes = {
-        name: hashlib.sha256(find_checkpoint(run).read_bytes()).hexdigest()
-        for name, run in inpainting.name_runs(runs).items()
-    }
+    hashes = {name: hash_file(find_checkpoint(run)) for name, run in inpainting.name_runs(runs).items()}
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = {name: model["sha256"] for name, model in values["models"].items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from attnorm.checkpoint import write_atomically, write_json
 from attnorm.experiments.regional_statistics import (
     ARMS,
     BASE,
@@ -29,6 +27,7 @@ from attnorm.experiments.regional_statistics import (
     read_results,
 )
 from attnorm.figures import save_figure
+from attnorm.system.files import write_json, write_text
 
 REFERENCE = "an"  # the arm that the others are compared with
 AXES = {
@@ -100,7 +99,7 @@ def write_report(out: Path) -> list[Path]:
         save_figure(predictions_figure(strips), out / "predictions.png")
         written.append(out / "predictions.png")
     text = markdown(results, costs, about, read_results(out, "tuning"))
-    write_atomically(out / "report.md", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(out / "report.md", text)
     write_json(out / "report.json", to_dict(results, costs, about))
     return [out / "report.md", out / "report.json", *written]
 

@@ -36,13 +36,13 @@ from torchvision.ops import SqueezeExcitation
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.checkpoint import alone_in, write_atomically, write_json
 from attnorm.config import ConfigError
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.system.files import file_lock, write_atomically, write_json
 from attnorm.system.provenance import commit, processor
 
 CELL = 4  # pixels of a cell's side
@@ -434,7 +434,7 @@ def run(
         )
     found = SCALES[scale]
     wanted = [name for name in ARMS if name in arms or not arms]
-    with alone_in(out):
+    with file_lock(out):
         for folder in ("tuning", "results", "cost", "predictions"):
             (out / folder).mkdir(exist_ok=True)
         about = _about(scale)

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attnorm.ops.regional_norm import SMALLEST_AREA
+from attnorm.system.files import default_cache_dir, write_atomically
 
 _log = logging.getLogger("attnorm")
 _lock = threading.Lock()
@@ -305,7 +305,7 @@ def _library() -> ctypes.CDLL | str:
     found = _libraries.get(settings)
     if found is None:  # three times in a step of a layer: on a small map a path takes as long as the kernel
         with _lock:
-            found = _libraries[settings] = _build_and_load(os.environ.get("CC", ""), str(_cache_dir()))
+            found = _libraries[settings] = _build_and_load(os.environ.get("CC", ""), str(default_cache_dir()))
     return found
 
 
@@ -329,25 +329,31 @@ def _build_and_load(compiler: str, folder: str) -> ctypes.CDLL | str:
         return f"building in {folder} failed ({error}); name another cache folder with ATTNORM_CACHE"
 
 
+class _CompilerError(Exception):
+    """The compiler's message."""
+
+
 def _build(command: list[str], path: Path) -> str | None:
     """Compile native.c into `path`; the reason if that fails. Any number of processes may do so at once."""
     started = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
-    os.close(file)
-    try:
+
+    def compile_to(temporary: Path) -> None:
         for tuning in _TUNING:
-            arguments = [*command, *_FLAGS, *tuning, "-o", temporary, str(_SOURCE), *_LIBRARIES]
+            arguments = [*command, *_FLAGS, *tuning, "-o", str(temporary), str(_SOURCE), *_LIBRARIES]
             result = subprocess.run(arguments, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
-                os.replace(temporary, path)
-                _log.info("built %s with %s in %.1f s", path, command[0], time.perf_counter() - started)
-                return None
+                return
         lines = (result.stderr or result.stdout).strip().splitlines()
         said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-        return f"{shlex.join(command)} cannot build it: {said.strip()}"
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        raise _CompilerError(f"{shlex.join(command)} cannot build it: {said.strip()}")
+
+    try:
+        write_atomically(path, compile_to)
+    except _CompilerError as error:
+        return str(error)
+    _log.info("built %s with %s in %.1f s", path, command[0], time.perf_counter() - started)
+    return None
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -359,13 +365,6 @@ def _load(path: Path) -> ctypes.CDLL:
         function = getattr(library, f"attnorm_{name}")
         function.argtypes, function.restype = (pointer,), None
     return library
-
-
-def _cache_dir() -> Path:
-    # The rule of data/cache.py, which may not be imported from here.
-    if folder := os.environ.get("ATTNORM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnorm"
 
 
 def _processor() -> bytes:

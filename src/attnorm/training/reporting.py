@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from attnorm.checkpoint import RunDirectory, read_lines, write_atomically
+from attnorm.checkpoint import RunDirectory
 from attnorm.config import RunConfig
 from attnorm.data.images import to_uint8
+from attnorm.system.files import read_lines, write_atomically, write_lines
 
 SECONDS_BETWEEN_LINES = 15.0  # without a terminal
 
@@ -96,8 +97,7 @@ def _drop_rows_after(path: Path, images_seen: int) -> None:
     """Also drops a last line that a kill cut short."""
     if not path.exists():
         return
-    kept = [json.dumps(row) + "\n" for row in read_lines(path) if _is_by(row, images_seen)]
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+    write_lines(path, [row for row in read_lines(path) if _is_by(row, images_seen)], allow_nan=True)
 
 
 def _is_by(row: dict[str, Any], images_seen: int) -> bool:

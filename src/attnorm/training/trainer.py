@@ -20,15 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from attnorm import config as configuration
-from attnorm.checkpoint import (
-    CheckpointError,
-    Header,
-    RunDirectory,
-    alone_in,
-    find_device,
-    read_checkpoint,
-    save_checkpoint,
-)
+from attnorm.checkpoint import CheckpointError, Header, RunDirectory, find_device, read_checkpoint, save_checkpoint
 from attnorm.config import MAY_CHANGE_ON_RESUME, ClassConditionalConfig, Config, ConfigError, InpaintingTaskConfig
 from attnorm.data.images import (
     ImageSet,
@@ -38,6 +30,7 @@ from attnorm.data.images import (
     shuffled_indices,
     to_float,
 )
+from attnorm.system.files import file_lock
 from attnorm.training.phases import Batch, ClassConditionalTask, InpaintingTask, Phase
 from attnorm.training.reporting import Report
 from attnorm.training.state import TrainingState
@@ -85,7 +78,7 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
     seed_weights(config.run.seed)
     task = _task(config, images, device)
-    with alone_in(out):
+    with file_lock(out):
         for said in _open(run, config, images, task.state):
             console.print(said, highlight=False, soft_wrap=True, markup=False)
         return _train(task, config, images, run, device, console)
