@@ -26,10 +26,11 @@ from attnorm.config import Config, override
 from attnorm.data.images import to_uint8
 from attnorm.evaluation.features import load_extractor
 from attnorm.evaluation.metrics import Gaussian, frechet_distance
-from attnorm.layers.attentive_norm import MOMENTUM, SPREAD, no_autocast
+from attnorm.layers.attentive_norm import MOMENTUM, SPREAD
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import soft_layout
 from attnorm.presets import PRESETS
+from attnorm.system.devices import find_precision, no_autocast
 from attnorm.training import trainer
 
 ALTERNATIVES = {
@@ -184,7 +185,7 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
             if isinstance(module, Alternative) and alternative != "auto":
                 module.temperature = 1.0
     stream, state, begun = trainer.Stream(config, images, CPU), task.state, time.perf_counter()
-    precision = trainer.find_precision(config.run.precision, CPU)
+    precision = find_precision(config.run.precision, CPU)
     for step in range(1, STEPS + 1):
         trainer.seed_step(seed, state.images_seen)
         for index, phase in enumerate(task.phases(state.images_seen)):

@@ -450,7 +450,7 @@ def test_self_attention_is_left_out_where_it_cannot_be_borne() -> None:
 
 
 def test_what_needs_more_memory_than_there_is_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_run, "_memory", lambda device: 30 * 4 * 2 * 8 * 16 * 16)
+    monkeypatch.setattr(bench_run, "usable_memory", lambda device: 30 * 4 * 2 * 8 * 16 * 16)
     report = bench_run.run(cases="smoke", implementations="an-reference,an-fused", device="cpu", seconds=1e-3)
     cells = [report.find("smoke", name, "training") for name in ("an-reference", "an-fused")]
     assert [cell.status for cell in cells if cell] == ["missing", "measured"]

@@ -22,7 +22,6 @@ from attnorm.checkpoint import (
     checksum,
     find_checkpoint,
     find_damage,
-    find_device,
     load,
     load_discriminator,
     read_checkpoint,
@@ -31,6 +30,7 @@ from attnorm.checkpoint import (
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask
 

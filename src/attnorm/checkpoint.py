@@ -35,9 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from attnorm import config as configuration
-from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, ConfigError, UserError
+from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.system.devices import find_device
 from attnorm.system.files import hash_file, read_lines, write_atomically, write_json
 
 HEADER_KEY = "attnorm"
@@ -421,21 +422,6 @@ def _is_remnant(entry: Path) -> bool:
     if entry.name in ("checkpoints", "samples"):
         return entry.is_dir() and not any(entry.iterdir())
     return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
-
-
-def find_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda", "cuda:1" or "mps" means here; ConfigError where it is not there."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(name)
-    if cuda and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"the device is {name!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0")
-    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
-        raise ConfigError(f"the device is {name!r}, but torch finds none on this machine; take auto or cpu")
-    return device
 
 
 def find_checkpoint(path: Path | str) -> Path:

@@ -23,6 +23,7 @@ from attnorm.data.images import to_float, to_uint8
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
+from attnorm.system.devices import set_tf32
 
 
 class Samples(NamedTuple):
@@ -56,7 +57,7 @@ class Sampler:
         self.header, self.path, self.classes = loaded.header, loaded.path, loaded.classes
         self.device, self.batch_size = next(self.model.parameters()).device, batch_size
         # As in training: otherwise images, and scores of them, would be made at another precision on NVIDIA's GPUs.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
+        set_tf32(self.header.config.run.tf32)
 
     def class_index(self, name: str) -> int:
         """The label of a class, given by its name, however accents are composed, or its number."""
@@ -179,7 +180,7 @@ class Inpainter:
         if max_pixels and max_pixels < least:
             raise ConfigError(f"max_pixels is {max_pixels}; expected 0, or at least the {least} of a training image")
         self.max_pixels = max_pixels or 4 * least
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.header.config.run.tf32
+        set_tf32(self.header.config.run.tf32)
 
     @property
     def has_layout(self) -> bool:

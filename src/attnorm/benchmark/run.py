@@ -40,8 +40,8 @@ from attnorm.benchmark.timing import (
     retain_memory,
     time_in_turn,
 )
-from attnorm.checkpoint import find_device
 from attnorm.config import ConfigError
+from attnorm.system.devices import find_device, temporary_tf32, usable_memory
 from attnorm.system.provenance import commit, processor
 
 Progress = Callable[[int, int, str], None]  # steps done, of how many, what comes next
@@ -99,11 +99,10 @@ def run(
     threads_before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     environment = _environment(found, dtype, tf32, seconds, retain)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(temporary_tf32(tf32))
             if found.type == "cuda":  # events are recorded on the current device
                 stack.enter_context(torch.cuda.device(found))
             if any(implementation.is_compiled for implementation in chosen):
@@ -115,7 +114,6 @@ def run(
             bench = _Bench(chosen, found, DTYPES[dtype], environment, seconds, _Steps(progress, chosen_cases, chosen))
             cells = [cell for case in chosen_cases for cell in bench.measure(case)]
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         torch.set_num_threads(threads_before)
     environment["load_averages"].append(_load())
     return BenchReport(environment=environment, cases=chosen_cases, cells=with_ratios(cells))
@@ -276,15 +274,8 @@ def _lack_of_memory(
     crop = (n, c, min(h, 64), min(w, 64))
     x, gradient = make_tensors(crop, device, dtype)
     peak = Runner(build(implementation.sizing or implementation.build, c, device), [x], gradient, mode, dtype).prepare()
-    needed, there = peak * h * w // (crop[2] * crop[3]), _memory(device)
+    needed, there = peak * h * w // (crop[2] * crop[3]), usable_memory(device)
     return f"needs about {_size(needed)}, more than the {_size(there)} allowed here" if needed > there else ""
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that one cell may take: half of the machine's memory, nine tenths of a GPU's."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _copies(x: Tensor) -> int:

@@ -31,9 +31,9 @@ def report(
         device: Where the figures' images are made: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.
     """
-    from attnorm.checkpoint import find_device
     from attnorm.evaluation.report import build_report
     from attnorm.report import write_report
+    from attnorm.system.devices import find_device
 
     if not (runs or inpainting or bench):
         raise ConfigError("nothing to report on was named; give run directories, --inpainting DIR or --bench DIR")

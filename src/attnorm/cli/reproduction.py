@@ -98,8 +98,8 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    from attnorm.checkpoint import find_device
     from attnorm.evaluation import reproduce as reproduction
+    from attnorm.system.devices import find_device
     from attnorm.system.files import file_lock
 
     find_device(plan.device)
@@ -128,8 +128,8 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
 
 def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -> Extractor | None:
     """None where a dry run would have to download its weights."""
-    from attnorm.checkpoint import find_device
     from attnorm.evaluation.features import InceptionExtractor, load_extractor
+    from attnorm.system.devices import find_device
 
     is_missing = inception_weights is None and not InceptionExtractor.kept_weights().exists()
     if dry_run and plan.extractor == InceptionExtractor.name and is_missing:
@@ -139,9 +139,8 @@ def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -
 
 def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
     """Rows by seeds, what is done of them, and what is left in time."""
-    from attnorm.checkpoint import find_device
-    from attnorm.evaluation.inpainting import device_name
     from attnorm.evaluation.reproduce import images_seen, in_words, is_trained, read_failed
+    from attnorm.system.devices import device_name, find_device
 
     failed = read_failed(plan)
     table = Table("run", "preset", "steps", "trained", "training left", "scores", box=None, pad_edge=False)

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnorm.checkpoint import find_device, write_tensors
+from attnorm.checkpoint import write_tensors
 from attnorm.data.images import ImageSet, cut_centres
 from attnorm.evaluation.features import Extractor, Features
 from attnorm.evaluation.metrics import Gaussian, InceptionScore, Moments
+from attnorm.system.devices import find_device
 
 _log = logging.getLogger(__name__)
 

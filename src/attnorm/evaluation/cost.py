@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,12 @@ import torch
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.checkpoint import find_device
 from attnorm.config import ConfigError
 from attnorm.data.masks import centre_mask
 from attnorm.inference import Inpainter
 from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.system.devices import device_name, find_device, set_tf32, usable_memory
 from attnorm.system.files import write_json, write_text
 
 SECONDS = 1.0  # spent on a cell, after one pass that warms up and measures the memory
@@ -61,11 +60,11 @@ def measure_cost(
         if size < 32 or size % 8:
             raise ConfigError(f"a size is {size}; expected multiples of 8, at least 32")
     found = find_device(device)
-    allowed = _memory(found) if allowed_bytes is None else allowed_bytes
+    allowed = usable_memory(found) if allowed_bytes is None else allowed_bytes
     cells: list[Cell] = []
     for name, path in runs.items():
         model = Inpainter(path, device=device).model
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        set_tf32(False)
         last: Cell | None = None
         for size in sorted(set(sizes)):
             progress(len(cells), len(runs) * len(set(sizes)), f"{name}, {size} pixels")
@@ -129,18 +128,12 @@ def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     return peak_bytes(step)
 
 
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def write_cost(cells: Sequence[Cell], device: str, out: Path) -> list[Path]:
     """cost.json and cost.md in `out`; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     found = find_device(device)
     environment: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else str(found),
+        "device": device_name(found),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "attnorm": __version__,

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.config import ConfigError, UserError
+from attnorm.system.devices import temporary_tf32
 from attnorm.system.files import default_cache_dir, write_atomically
 
 INCEPTION_URL = (
@@ -70,7 +71,8 @@ class Extractor(abc.ABC):
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"got {images.dtype} {tuple(images.shape)}; expected images rounded to uint8 [N, 3, H, W]")
-        with torch.no_grad(), _full_float32(self.device):
+        # Neither TF32 nor autocast, whatever is set outside.
+        with torch.no_grad(), temporary_tf32(False), torch.autocast(self.device.type, enabled=False):
             return self._extract(images.to(self.device))
 
     @abc.abstractmethod
@@ -252,15 +254,3 @@ def _download(url: str, path: Path, sha256: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, fetch)
-
-
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Neither TF32 nor autocast, whatever is set outside."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

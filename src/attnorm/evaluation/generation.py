@@ -40,7 +40,6 @@ from attnorm.evaluation.collection import (
     processes,
 )
 from attnorm.evaluation.features import Extractor, Features
-from attnorm.evaluation.inpainting import device_name
 from attnorm.evaluation.metrics import (
     Gaussian,
     Interval,
@@ -55,6 +54,7 @@ from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
+from attnorm.system.devices import device_name
 from attnorm.system.files import (
     append_lines,
     default_cache_dir,

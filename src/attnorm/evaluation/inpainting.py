@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory, find_device
+from attnorm.checkpoint import Header, RunDirectory
 from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
@@ -36,6 +36,7 @@ from attnorm.evaluation.restoration import (
     measure,
 )
 from attnorm.inference import Inpainter
+from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import hash_file, write_json, write_text
 
 # Table 3: Paris StreetView at 256 pixels; the paper names neither masks nor definitions. See docs/paper.md, row 19.
@@ -161,7 +162,7 @@ def evaluate(
     models = []
     for name, path in named.items():
         inpainter = Inpainter(path, ema=ema, device=device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # equal terms, however trained
+        set_tf32(False)  # equal terms, however trained
         about = {**_about(inpainter), "weights": "ema" if ema else "raw", "device": device_name(inpainter.device)}
         models.append(run(name, partial(_fill, inpainter), about, (*SCORES, *DISTANCE_SCORES)))
     pasted = [score for score in (*SCORES, *DISTANCE_SCORES) if not score.endswith("_raw")]
@@ -184,10 +185,6 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
     if len(named) < len(runs):
         raise ConfigError(f"a run was named twice among {', '.join(map(str, runs))}; name each once")
     return named
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _fill(inpainter: Inpainter, images: Tensor, masks: Tensor) -> Tensor:

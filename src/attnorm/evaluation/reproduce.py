@@ -28,7 +28,7 @@ from attnorm import config as configuration
 from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
-from attnorm.checkpoint import RunDirectory, find_checkpoint, find_damage, find_device, read_checkpoint
+from attnorm.checkpoint import RunDirectory, find_checkpoint, find_damage, read_checkpoint
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
     ClassConditionalConfig,
@@ -47,13 +47,13 @@ from attnorm.evaluation.generation import (
     evaluate_generator,
     scores_file,
 )
-from attnorm.evaluation.inpainting import device_name
 from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
 from attnorm.evaluation.metrics import Gaussian, frechet_distance, frechet_interval
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
+from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
 from attnorm.system.files import hash_file, read_lines, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask
-from attnorm.training.trainer import Stream, TrainingError, find_precision, resolve, run_phase, train
+from attnorm.training.trainer import Stream, TrainingError, resolve, run_phase, train
 
 Table = Literal["table1", "table2", "table3", "table4", "table5"]
 ScaleName = Literal["paper", "small", "smoke"]
@@ -434,7 +434,7 @@ def _describe(row: str, config: Config, images: ImageSet) -> str:
 def _time_run(config: Config, images: ImageSet, device: torch.device) -> dict[str, float]:
     """Seconds an image of training ("step"; of inpainting's first phase, "first"), and of sampling ("sample")."""
     config = resolve(config, images)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+    set_tf32(config.run.tf32)
     size = config.model.image_size
     count = min(config.run.batch_size, max(2, TIMED_PIXELS.get(device.type, TIMED_PIXELS["cpu"]) // size**2))
     precision = find_precision(config.run.precision, device)

@@ -8,7 +8,6 @@ its own mean and variance: distant pixels of one kind share their statistics, at
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from attnorm.ops.attentive_norm import attentive_norm
 from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32, is_transformed
 from attnorm.ops.regional_norm import Moments, Statistics
 from attnorm.ops.soft_layout import draw_positions, sample, soft_layout
+from attnorm.system.devices import no_autocast
 
 log = logging.getLogger("attnorm")
 
@@ -315,10 +315,3 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     parts = x.split(max(2**17 * x.shape[2] // x.numel(), 1), dim=2)
     norms = [torch.linalg.vector_norm(part - mean[:, None, None]) for part in parts]
     return mean, torch.stack(norms).square().sum() / x.numel()
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Logits and statistics keep their precision under autocast, which would round them to 8 bits (row 11)."""
-    if x.device.type == "meta":  # where autocast does not exist
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.layers.attentive_norm import no_autocast
 from attnorm.ops.dispatch import memory_format
+from attnorm.system.devices import no_autocast
 
 
 class ContextualAttention(nn.Module):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.layers.attentive_norm import no_autocast
 from attnorm.ops.dispatch import at_least_float32
+from attnorm.system.devices import no_autocast
 
 
 class LinearAttention2d(nn.Module):

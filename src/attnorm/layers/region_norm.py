@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnorm.layers.attentive_norm import no_autocast
 from attnorm.ops.dispatch import at_least_float32
+from attnorm.system.devices import no_autocast
 
 
 class RegionNorm2d(nn.Module):

@@ -15,10 +15,11 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
 from attnorm.config import ClassConditionalConfig
-from attnorm.layers.attentive_norm import AttentiveNorm2d, no_autocast
+from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 from attnorm.layers.residual import DownBlock, UpBlock
 from attnorm.layers.self_attention import SelfAttention2d
+from attnorm.system.devices import no_autocast
 
 # Channels in multiples of the width. G: the 4x4 map, then after each up-block. D: after each block, all but the flat
 # ones at the end halve the map.

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from attnorm.config import ClassConditionalConfig, Config, InpaintingConfig, InpaintingTaskConfig
 from attnorm.data.images import to_float
 from attnorm.data.masks import DrawnMask, free_form_mask, rectangle_mask
-from attnorm.layers.attentive_norm import AttentiveNorm2d, no_autocast
+from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import Critic, InpaintingGenerator, crop_around, paste
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.system.devices import no_autocast
 from attnorm.training.losses import (
     classifier_loss,
     gradient_penalty,

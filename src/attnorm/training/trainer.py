@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from attnorm import config as configuration
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, find_device, read_checkpoint, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, RunDirectory, read_checkpoint, save_checkpoint
 from attnorm.config import MAY_CHANGE_ON_RESUME, ClassConditionalConfig, Config, ConfigError, InpaintingTaskConfig
 from attnorm.data.images import (
     ImageSet,
@@ -30,6 +30,7 @@ from attnorm.data.images import (
     shuffled_indices,
     to_float,
 )
+from attnorm.system.devices import find_device, find_precision, set_tf32
 from attnorm.system.files import file_lock
 from attnorm.training.phases import Batch, ClassConditionalTask, InpaintingTask, Phase
 from attnorm.training.reporting import Report
@@ -75,7 +76,7 @@ def train(config: Config, images: ImageSet, out: Path, *, console: Console | Non
     config = resolve(config, images)
     run = RunDirectory(out)
     device = find_device(config.run.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+    set_tf32(config.run.tf32)
     seed_weights(config.run.seed)
     task = _task(config, images, device)
     with file_lock(out):
@@ -113,19 +114,6 @@ def _held_out(config: Config, settings: InpaintingTaskConfig, images: ImageSet) 
         )
     spread = np.unique(np.linspace(0, len(indices) - 1, settings.validation_images).astype(np.int64))
     return cut_centres(images.batch(indices[spread])[0], config.model.image_size).clone()
-
-
-def find_precision(
-    name: Literal["float32", "bfloat16", "auto"], device: torch.device
-) -> Literal["float32", "bfloat16"]:
-    """What "auto" means on a device: bfloat16 where it has units for that (it is slow where not), else float32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    processor = Path("/proc/cpuinfo")
-    has_units = device.type == "cpu" and processor.exists() and "amx_bf16" in processor.read_text(encoding="utf-8")
-    return "bfloat16" if has_units else "float32"
 
 
 def resolve(config: Config, images: ImageSet) -> Config:
