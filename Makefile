@@ -19,8 +19,8 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	@echo "== Lint and format"
-	@$(BIN)/ruff check src tests
-	@$(BIN)/ruff format --check src tests
+	@$(BIN)/ruff check src tests scripts
+	@$(BIN)/ruff format --check src tests scripts
 	@echo "== Types"
 	@$(BIN)/mypy
 	@echo "== Tests"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import attnorm.models.class_conditional
@@ -28,7 +29,7 @@ from attnorm.evaluation.features import load_extractor
 from attnorm.evaluation.metrics import Gaussian, frechet_distance
 from attnorm.layers.attentive_norm import MOMENTUM, SPREAD
 from attnorm.ops.regional_norm import regional_norm
-from attnorm.ops.soft_layout import soft_layout
+from attnorm.ops.soft_layout import effective_entities, soft_layout
 from attnorm.presets import PRESETS
 from attnorm.system.devices import find_precision, no_autocast
 from attnorm.training import trainer
@@ -113,11 +114,6 @@ class Alternative(AttentiveNorm2d):
         raise ValueError(self.name)
 
 
-def effective(shares: Tensor) -> float:
-    """How many entities are in use: the exponential of the entropy of the shares of pixels that they win."""
-    return math.exp(torch.special.entr(shares).sum().item())
-
-
 @torch.no_grad()
 def look(config: Config, task: Any, stream: trainer.Stream) -> dict[str, dict[str, float]]:
     """Entropy, entities in use, rho and spread at every site, on the batch that is next, in evaluation mode."""
@@ -139,7 +135,7 @@ def look(config: Config, task: Any, stream: trainer.Stream) -> dict[str, dict[st
             logits = layout.clamp_min(torch.finfo(layout.dtype).tiny).log()
             found[f"{name}.{site}"] = {
                 "entropy": layout_entropy(layout).item(),
-                "usage": effective(entity_usage(layout)),
+                "usage": effective_entities(entity_usage(layout).tolist()),
                 "rho": network.get_submodule(site).rho.item(),
                 "spread": logits.std(1, correction=0).square().mean().sqrt().item(),
             }
@@ -159,12 +155,12 @@ def score(config: Config, task: Any, images: Any, real: Path) -> float:
     extractor = load_extractor("efficientnet-lite0", device=CPU)
     if not real.exists():
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:3_000].numpy()
-        torch.save(features_of(images.batch(chosen)[0], extractor), real)
+        save_file({"pooled": features_of(images.batch(chosen)[0], extractor)}, real)
     torch.manual_seed(7)
     labels = torch.arange(50) % config.model.num_classes
     network = task.average.network
     fakes = [to_uint8(network(torch.randn(50, config.model.latent_dim), labels)) for _ in range(NUM_FAKES // 50)]
-    kept = torch.load(real, weights_only=True)
+    kept = load_file(real)["pooled"]
     fake = features_of(torch.cat(fakes), extractor)
     return float(frechet_distance(Gaussian.from_features(kept), Gaussian.from_features(fake)))
 
@@ -259,7 +255,9 @@ def main() -> None:
         print(f"{number} of {len(wanted)}: {key}", flush=True)
         preset, alternative, seed = key
         trials.append(
-            trial(preset, sources[preset], alternative, seed, arguments.set, arguments.out / f"{preset}-real.pt")
+            trial(
+                preset, sources[preset], alternative, seed, arguments.set, arguments.out / f"{preset}-real.safetensors"
+            )
         )
         with file.open("a") as lines:
             lines.write(json.dumps(trials[-1]) + "\n")

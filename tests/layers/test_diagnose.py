@@ -70,6 +70,15 @@ def test_nothing_changes_in_the_network() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_a_sharp_layout_has_the_spread_of_its_logits_and_a_compiled_layer_its_name() -> None:
+    network, x = Network(temperature=60.0), torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    logits = 60 * torch.einsum("kc,nchw->nkhw", network.first.entities.weight[:, :, 0, 0], x)
+    network.first = torch.compile(network.first, backend="eager")  # type: ignore[assignment]
+    (site,) = diagnose(network, x)
+    assert site.site == "first"
+    assert site.spread == pytest.approx((logits.var(1, correction=0).mean() ** 0.5).item(), rel=1e-4)
+
+
 def test_a_network_without_the_layer_is_told_so() -> None:
     with pytest.raises(ValueError, match="there is no AttentiveNorm2d in ReLU"):
         diagnose(nn.ReLU(), torch.zeros(1, 8, 2, 2))

@@ -25,9 +25,10 @@ from rich.console import Console
 from attnorm.checkpoint import CheckpointError, RunDirectory, read_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
+from attnorm.presets import PRESETS
 from attnorm.system.files import file_lock
 from attnorm.training import phases, trainer
-from attnorm.training.trainer import TrainingError, train
+from attnorm.training.trainer import TrainingError, _effective, train
 
 TINY = (
     "model.image_size=32",
@@ -642,3 +643,14 @@ def test_random_numbers_are_a_function_of_seed_and_images_seen() -> None:
         assert torch.rand(1).item() == first
         drawn.add(first)
     assert len(drawn) == 5
+
+
+def test_what_has_no_effect_is_no_other_run() -> None:
+    """Runs of before have tau none: the paper's presets the same number, networks without AN nothing of it at all."""
+    paper, none = PRESETS["paper-imagenet128-an"][1], ["model.an.temperature=none"]
+    assert _effective(override(paper, none)) == _effective(paper)
+    without = PRESETS["small32-sngan"][1]
+    assert _effective(override(without, [*none, "model.an.num_entities=3"])) == _effective(without)
+    auto = PRESETS["small32-an"][1]
+    before = _effective(override(auto, none))
+    assert {key for key, value in _effective(auto).items() if before[key] != value} == {"model.an.temperature"}

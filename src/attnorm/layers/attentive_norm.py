@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.ops.attentive_norm import attentive_norm
-from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32, is_transformed
+from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32, is_transformed, say_once
 from attnorm.ops.regional_norm import Moments, Statistics
-from attnorm.ops.soft_layout import draw_positions, sample, soft_layout
+from attnorm.ops.soft_layout import draw_positions, layout_logits, sample, soft_layout
 from attnorm.system.devices import no_autocast
 
 log = logging.getLogger("attnorm")
@@ -41,8 +41,8 @@ class AttentiveNorm2d(nn.Module):
             spread of the logits that the paper has, whatever the scale, offset and number of the features: entities,
             keys and queries meet (X - mean) / deviation, and tau is 1.6 / sqrt(C). The mean of each channel and the
             deviation, one number, are running moments of the training batches (over all processes, where there are
-            several), from the first batch on. They are saved with the weights and fixed in evaluation; no gradient goes
-            through them.
+            several: all have to come here), from the first batch on. They are saved with the weights and fixed in
+            evaluation, and inside torch.func's transformations; no gradient goes through them.
         affine: alpha_i and beta_i of Eq. 5, one pair per entity and channel.
         value_projection: Normalize v(X), a 1x1 convolution of X, rather than X itself.
         reduction: k(X) and q(X) have C / reduction channels, at least 1.
@@ -89,15 +89,16 @@ class AttentiveNorm2d(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-        if isinstance(temperature, str) and temperature != "auto":
-            raise ValueError(f"temperature is {temperature!r}; expected a number or 'auto'")
+        is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if temperature != "auto" and not (is_number and 0 < temperature < math.inf):
+            raise ValueError(f"temperature is {temperature!r}; expected a positive number or 'auto'")
         if min(num_features, num_entities, reduction) < 1:
             raise ValueError(
                 f"num_features is {num_features}, num_entities {num_entities}, reduction {reduction}; "
                 "expected at least 1 each"
             )
         self.num_features, self.num_entities = num_features, num_entities
-        self.temperature, self.eps, self.impl = temperature, eps, impl
+        self.eps, self.impl = eps, impl
         self.statistics, self.moments, self.orthogonality = statistics, moments, orthogonality
         self.self_sampling, self.shared_sampling, self.clamp_t = self_sampling, shared_sampling, clamp_t
 
@@ -115,10 +116,8 @@ class AttentiveNorm2d(nn.Module):
         self.feature_mean: Tensor | None
         self.feature_var: Tensor | None
         self.num_batches_tracked: Tensor | None
-        is_auto = temperature == "auto"
-        self.register_buffer("feature_mean", torch.zeros(num_features) if is_auto else None)
-        self.register_buffer("feature_var", torch.ones(()) if is_auto else None)
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64) if is_auto else None)
+        self._asks_for_auto = temperature == "auto"  # weights may know better: `_load_from_state_dict`
+        self._set_temperature(temperature)
         has_running = moments == "batch"
         self.running_mean: Tensor | None
         self.running_var: Tensor | None
@@ -174,6 +173,12 @@ class AttentiveNorm2d(nn.Module):
         with no_autocast(x):
             return soft_layout(*self._logits(x, generator))
 
+    def logits(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """What Eq. 4 takes the softmax over entities of, tau and all: [N, K, H, W], at least float32."""
+        self._check(x)
+        with no_autocast(x):
+            return layout_logits(*self._logits(x, generator))
+
     def _logits(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 2 and 3: filters [M, K, C] and offset [M, K] of tau (t F + f(X)) = filters X + offset.
 
@@ -216,31 +221,49 @@ class AttentiveNorm2d(nn.Module):
         """Takes a training batch into the features' running moments; the first one makes them."""
         mean, var, batches = self.feature_mean, self.feature_var, self.num_batches_tracked
         assert mean is not None and var is not None and batches is not None
-        if is_transformed() or not x.numel():  # inside vmap no buffer can change, as those of batch norm cannot
+        if is_transformed():  # where no buffer can change
+            say_once("AttentiveNorm2d: inside torch.func transformations the features' moments stay as they are")
+            return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing computes again, within a backward pass, what these moments made
+        are_shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (x.numel() or are_shared):
             return
         batch_mean, batch_var = _moments(x)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            count = batch_mean.new_full((1,), x.numel() / self.num_features)
-            square = batch_var + batch_mean.square().mean()
-            sums = torch.cat([count, count * batch_mean, count * square])
+        if are_shared:
+            # In float64, where a variance survives beside the square of a mean; a process without images adds nothing.
+            count = x.numel() / self.num_features
+            squares = batch_var.double() + batch_mean.double().square().mean()
+            sums = torch.cat([batch_mean.double(), squares[None], squares.new_ones(1)])
+            sums = sums * count if count else torch.zeros_like(sums)
             dist.all_reduce(sums)
-            batch_mean, square = sums[1:-1] / sums[0], sums[-1] / sums[0]
-            batch_var = (square - batch_mean.square().mean()).clamp_min(0)
-        batches += 1
-        share = batches.reciprocal().clamp_min(MOMENTUM)
-        mean.lerp_(batch_mean.to(mean.dtype), share.to(mean.dtype))
-        var.lerp_(batch_var.to(var.dtype), share.to(var.dtype))
+            batch_mean, squares = sums[:-2] / sums[-1], sums[-2] / sums[-1]
+            batch_var = (squares - batch_mean.square().mean()).clamp_min(0)
+        # A batch that is not finite is left out: the moments would never be finite again.
+        is_finite = batch_mean.isfinite().all() & batch_var.isfinite()
+        batches += is_finite
+        share = batches.clamp_min(1).reciprocal().clamp_min(MOMENTUM)
+        for moment, new in ((mean, batch_mean), (var, batch_var.clamp_max(torch.finfo(var.dtype).max))):
+            old = moment.to(new.dtype)
+            moment.copy_(torch.where(is_finite, old.lerp(new, share.to(new.dtype)), old))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Weights without moments of the features are of a layer with tau = 0.1, once the default: they keep it."""
-        knows = {f"{prefix}entities.weight", f"{prefix}feature_mean"} & state_dict.keys()
-        if self.temperature == "auto" and knows == {f"{prefix}entities.weight"}:
-            self.temperature = 0.1
-            self.feature_mean = self.feature_var = self.num_batches_tracked = None
-            log.warning(
-                "%sfeature_mean is not among the weights: temperature becomes 0.1, as they were trained", prefix
-            )
+        has_moments = f"{prefix}feature_mean" in state_dict
+        if self._asks_for_auto and any(name.startswith(f"{prefix}entities.") for name in state_dict):
+            if has_moments and self.temperature != "auto":
+                self._set_temperature("auto")
+            elif not has_moments and self.temperature == "auto":
+                log.warning("the weights have no %sfeature_mean: temperature becomes 0.1, as they were trained", prefix)
+                self._set_temperature(0.1)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _set_temperature(self, temperature: float | Literal["auto"]) -> None:
+        self.temperature = temperature
+        is_auto, like = temperature == "auto", self.rho.detach()
+        self.register_buffer("feature_mean", like.new_zeros(self.num_features) if is_auto else None)
+        self.register_buffer("feature_var", like.new_ones(()) if is_auto else None)
+        self.register_buffer("num_batches_tracked", like.new_zeros((), dtype=torch.int64) if is_auto else None)
 
     def _weights(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [out, in] and bias [out] of a 1x1 convolution of the layer, as a call of it on `x` would have them.
@@ -306,12 +329,14 @@ class AttentiveNorm2d(nn.Module):
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of every channel of all images, [C], and the variance about it over all channels, []."""
     dtype = at_least_float32(x)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
         return mean, var.mean()
-    # On a CPU that takes twice as long as the layer's own forward. The parts stay in the cache, and are short enough
-    # for a sum of squares in float32, which over millions of values would be off by a thousandth.
+    # On a CPU that takes twice as long as the layer's own forward, and elsewhere a copy of 16-bit features. Parts need
+    # neither: on a CPU they stay in the cache, and are short enough for a sum of squares in float32, which over
+    # millions of values would be off by a thousandth there.
+    length = 2**17 if x.device.type == "cpu" else 2**22
     mean = x.mean((0, 2, 3), dtype=dtype)
-    parts = x.split(max(2**17 * x.shape[2] // x.numel(), 1), dim=2)
+    parts = x.split(max(length * x.shape[2] // max(x.numel(), 1), 1), dim=2)
     norms = [torch.linalg.vector_norm(part - mean[:, None, None]) for part in parts]
     return mean, torch.stack(norms).square().sum() / x.numel()

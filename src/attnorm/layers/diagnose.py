@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnorm.layers.attentive_norm import AttentiveNorm2d
-from attnorm.layers.observe import observe_layouts
+from attnorm.layers.observe import layers_of, observe_layouts
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 
 UNIFORM = 0.95  # entropy from which on a layout tells pixels so little apart that AN is instance normalization
@@ -64,8 +64,8 @@ def diagnose(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Diagnosis]
     Raises:
         ValueError: there is no AttentiveNorm2d in `model`, or the pass went through none.
     """
-    layers = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
-    if not any(isinstance(layer, AttentiveNorm2d) for layer in layers.values()):
+    layers = layers_of(model)
+    if not layers:
         raise ValueError(f"there is no AttentiveNorm2d in {type(model).__name__}")
     modes = {module: module.training for module in model.modules()}
     try:
@@ -81,16 +81,13 @@ def diagnose(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Diagnosis]
 
 
 @torch.no_grad()
-def _diagnosis(site: str, layer: nn.Module, features: Tensor, layout: Tensor) -> Diagnosis:
-    assert isinstance(layer, AttentiveNorm2d)
+def _diagnosis(site: str, layer: AttentiveNorm2d, features: Tensor, layout: Tensor) -> Diagnosis:
     added = layer(features).float() - features.float()
-    # But for a number a pixel, which all entities share, the layout's logarithms are the logits.
-    logits = layout.clamp_min(torch.finfo(layout.dtype).tiny).log()
     return Diagnosis(
         site,
         layout_entropy(layout).item(),
         tuple(entity_usage(layout).tolist()),
         layer.rho.item(),
-        logits.var(1, correction=0).mean().sqrt().item(),
+        layer.logits(features).var(1, correction=0).mean().sqrt().item(),
         (added.square().mean() / features.float().square().mean().clamp_min(1e-30)).sqrt().item(),
     )

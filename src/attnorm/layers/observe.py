@@ -44,9 +44,16 @@ def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for path, layer in model.named_modules():
-            if isinstance(layer, AttentiveNorm2d):
-                name = ".".join(part for part in path.split(".") if part != "_orig_mod")  # torch.compile's addition
-                hook = layer.register_forward_hook(functools.partial(look, name), with_kwargs=True)
-                stack.callback(hook.remove)
+        for name, layer in layers_of(model).items():
+            hook = layer.register_forward_hook(functools.partial(look, name), with_kwargs=True)
+            stack.callback(hook.remove)
         yield seen
+
+
+def layers_of(model: nn.Module) -> dict[str, AttentiveNorm2d]:
+    """Every AttentiveNorm2d inside `model` by its name, without what torch.compile adds to names."""
+    return {
+        ".".join(part for part in path.split(".") if part != "_orig_mod"): layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, AttentiveNorm2d)
+    }

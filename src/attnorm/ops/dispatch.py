@@ -31,7 +31,7 @@ def resolve(operation: str, impl: str, candidates: Mapping[str, str | None]) -> 
             if reason is None:
                 return name
             if not torch.compiler.is_compiling():
-                _say_once(f"{operation}: not using the {name} implementation: {reason}")
+                say_once(f"{operation}: not using the {name} implementation: {reason}")
         raise ValueError(f"{operation}: no implementation can run: {dict(candidates)}")
     if impl not in candidates:
         raise ValueError(f"{operation}: impl is {impl!r}; expected 'auto' or one of {', '.join(candidates)}")
@@ -63,7 +63,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         log.warning(message)

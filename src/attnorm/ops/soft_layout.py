@@ -15,7 +15,16 @@ from attnorm.ops.dispatch import at_least_float32, is_transformed
 
 
 def soft_layout(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
-    """Eq. 4, the softmax over entities of the logits filters x + offset.
+    """Eq. 4, the softmax over entities of `layout_logits`, with the same arguments and errors.
+
+    Returns:
+        [N, K, H, W], float32 (float64 for float64), in [0, 1], summing to 1 over K.
+    """
+    return torch.softmax(layout_logits(x, filters, offset), dim=1)
+
+
+def layout_logits(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
+    """The logits of Eq. 4, tau and all: filters x + offset.
 
     Args:
         x: Feature map, [N, C, H, W], any floating dtype.
@@ -23,7 +32,7 @@ def soft_layout(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
             tau * (W + t Q^T k) and tau * t k . b, where q(x) = Q x + b (layers/attentive_norm.py).
 
     Returns:
-        [N, K, H, W], float32 (float64 for float64), in [0, 1], summing to 1 over K.
+        [N, K, H, W], float32 (float64 for float64).
 
     Raises:
         ValueError: shapes that do not fit.
@@ -40,7 +49,7 @@ def soft_layout(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
     dtype = at_least_float32(x, filters)
     filters = filters.to(dtype).expand(x.shape[0], -1, -1)
     logits = torch.baddbmm(offset.to(dtype)[..., None], filters, x.to(dtype).flatten(2))  # [N, K, P]
-    return torch.softmax(logits, dim=1).unflatten(2, x.shape[2:])
+    return logits.unflatten(2, x.shape[2:])
 
 
 def sample(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,12 +150,20 @@ def require_trainable(config: Config, out: Path) -> None:
 
 def _require_same_settings(run: RunDirectory, config: Config) -> None:
     """Of a configuration that was resolved, or as it was given: then the number of classes may be open."""
-    old, new = configuration.flatten(run.read()[0]), configuration.flatten(config)
+    old, new = _effective(run.read()[0]), _effective(config)
     is_open = MAY_CHANGE_ON_RESUME | ({"model.num_classes"} if new.get("model.num_classes") == 0 else set())
     changed = [key for key in new if old.get(key) != new[key] and key not in is_open]
     if changed:
         differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
         raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+
+
+def _effective(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name: tau as the layers get it, and nothing of AN where there is none."""
+    settings = configuration.flatten(config)
+    if not config.model.context.startswith("an"):
+        return {name: value for name, value in settings.items() if not name.startswith("model.an.")}
+    return settings | {"model.an.temperature": config.model.temperature}
 
 
 def _open(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> list[str]:
