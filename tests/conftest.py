@@ -1,12 +1,44 @@
 """One thread for all tests: their maps are too small for two, and results that are compared to the last bit must be
-summed in one order, in subprocesses too. Without a GPU, Triton's interpreter runs the kernels.
+summed in one order, in subprocesses too. Without a GPU, Triton's interpreter runs the kernels. Below, what tests of
+several parts share.
 """
 
 import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 import torch
+
+from attnorm import cli
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is decoded, and made of real images, stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command line says of a mistake: one short line, no traceback, nothing on the standard output."""
+
+    def refused(arguments: Sequence[object], code: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*map(str, arguments)])
+        said = capsys.readouterr()
+        assert caught.value.code == code and "Traceback" not in said.err
+        assert said.out == "" or code != 2
+        message = " ".join(re.sub("[│╭╮╰╯─]", " ", said.err).split())
+        assert 0 < len(message) < 600
+        return message
+
+    return refused

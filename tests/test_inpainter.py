@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -389,17 +390,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What is said of a mistake: status 2, one line for each, nothing on the standard output."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["inpaint", *map(str, arguments), "--device", "cpu"])
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and said.out == "" and "Traceback" not in said.err
-    assert re.fullmatch(r"attnorm: [^\n]+\n", said.err)
-    return said.err
-
-
 def test_one_photograph_is_filled(
     file: Path, inpainter: Inpainter, photograph: Path, mask: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,37 +439,34 @@ def test_a_jpeg_says_what_it_loses_unless_a_png_is_asked_for(
 
 
 def test_the_layout_is_drawn(
-    file: Path, plain: Path, photograph: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path,
+    plain: Path,
+    photograph: Path,
+    mask: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     said = run(capsys, file, photograph, mask, "--out", tmp_path / "x.png", "--layout", tmp_path / "layout.png")
     assert said.endswith(f"\n{tmp_path / 'layout.png'}\n")
     drawn = look_at(tmp_path / "layout.png")
     assert drawn.std() > 1 and drawn.shape[1] > 5 * drawn.shape[0]  # given, filled, argmax and four entities
-    message = refused(capsys, plain, photograph, mask, "--out", tmp_path / "y.png", "--layout", tmp_path / "z.png")
+    message = refused(["inpaint", plain, photograph, mask, "--out", tmp_path / "y.png", "--layout", tmp_path / "z.png"])
     assert "no AttentiveNorm2d (its context block is none), so there is no layout" in message
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["layout.png", "x.png"]
 
 
 def test_nothing_is_written_for_a_mistake(
-    file: Path, photograph: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, photograph: Path, mask: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = photograph.parent
-    save(folder / "small.png", holes(40, 40, (0, 0, 5, 5)))
-    save(folder / "empty.png", holes(40, 48))
-    save(folder / "full.png", ~holes(40, 48))
     (folder / "text.png").write_text("no picture", encoding="utf-8")
     (folder / "there.png").write_text("mine", encoding="utf-8")
     (folder / "hard.png").hardlink_to(photograph)
     before = contents(tmp_path)
     out = tmp_path / "out.png"
     for arguments, remedy in (
-        ((file, photograph, folder / "small.png", "--out", out), "has 40x40 pixels, but"),
-        ((file, photograph, folder / "empty.png", "--out", out), "its pixels are all of grey 0; expected white where"),
-        ((file, photograph, folder / "full.png", "--out", out), "x.png is missing: its pixels are all of grey 255"),
         ((file, photograph, folder / "text.png", "--out", out), "cannot read the mask"),
-        ((file, folder / "text.png", mask, "--out", out), "it is no image"),
-        ((file, folder / "none.png", mask, "--out", out), "there is no image"),
-        ((file, photograph, folder / "none.png", "--out", out), "there is no mask"),
         ((file, photograph, mask, "--out", folder / "there.png"), "already there; choose another --out"),
         ((file, photograph, mask, "--out", photograph, "--overwrite"), "is what is read"),
         ((file, photograph, mask, "--out", mask, "--overwrite"), "is what is read"),
@@ -500,7 +487,7 @@ def test_nothing_is_written_for_a_mistake(
         ((file, "--images", folder, "--out", out), "--images takes --masks beside it"),
         ((folder, photograph, mask, "--out", out), "is not a run directory"),
     ):
-        assert remedy in refused(capsys, *arguments)
+        assert remedy in refused(["inpaint", *arguments, "--device", "cpu"])
     assert contents(tmp_path) == before
 
 
@@ -599,19 +586,15 @@ def test_what_cannot_be_filled_is_named_and_the_rest_is_filled(
 
 
 def test_folders_that_cannot_be_meant_are_refused(
-    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     images, masks = folders
-    (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     link = tmp_path / "link"
     link.symlink_to(masks)
     before = contents(tmp_path)
     out = tmp_path / "out"
     for arguments, remedy in (
-        (("--images", images, "--masks", tmp_path / "empty", "--out", out), "holds no image"),
-        (("--images", tmp_path / "empty", "--masks", masks, "--out", out), "holds no image"),
-        (("--images", images, "--masks", images, "--out", out), "expected a folder for each"),
         (("--images", images, "--masks", masks, "--out", images, "--overwrite"), "choose another --out"),
         (("--images", images, "--masks", masks, "--out", masks), "is what is read; choose another --out"),
         (("--images", images, "--masks", masks / "a.png", "--out", masks, "--overwrite"), "a.png is what is read"),
@@ -620,26 +603,30 @@ def test_folders_that_cannot_be_meant_are_refused(
         (("--images", images, "--masks", masks, "--out", tmp_path / "file"), "is no folder"),
         (("--images", images, "--masks", masks, "--out", out, "--layout", out), "neither IMAGE and MASK nor --layout"),
     ):
-        assert remedy in refused(capsys, file, *arguments)
+        assert remedy in refused(["inpaint", file, *arguments])
     for path in masks.iterdir():
         path.rename(path.with_stem(f"mask-{path.stem}"))
-    message = refused(capsys, file, "--images", images, "--masks", masks, "--out", out)
+    message = refused(["inpaint", file, "--images", images, "--masks", masks, "--out", out])
     assert "no mask in" in message and "expected for example a.png beside a.png" in message
     assert len(contents(tmp_path)) == len(before) and not out.exists()
 
 
 def test_two_images_are_never_written_to_one_file(
-    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, folders: tuple[Path, Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     images, masks = folders
     save(images / "a.jpg", noise(33, 41, 8))
-    message = refused(capsys, file, "--images", images, "--masks", masks, "--out", tmp_path / "out", "--lossless")
+    message = refused(["inpaint", file, "--images", images, "--masks", masks, "--out", tmp_path / "out", "--lossless"])
     assert "a.png would be written to" in message and "a.jpg is; rename one of them" in message
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_goes_on_with_what_is_missing(
-    file: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path,
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     images, masks = folders
     out = tmp_path / "out"
@@ -651,8 +638,10 @@ def test_a_folder_goes_on_with_what_is_missing(
     assert [line.split(":")[0] for line in run(capsys, *command).splitlines()] == [str(out / "b.jpg")]
     assert contents(out) == whole | {"a.png": b"as it was left"}
     assert run(capsys, *command, "--dry-run") == ""
-    assert "was filled with threshold None, and now it is 9; choose" in refused(capsys, *command, "--threshold", "9")
+    assert "was filled with threshold None, and now it is 9; choose" in refused(
+        ["inpaint", *command, "--threshold", "9"]
+    )
     run(capsys, *command, "--overwrite")
     assert contents(out) == whole
     (out / "inpaint.json").unlink()
-    assert "already there; choose another --out" in refused(capsys, *command)
+    assert "already there; choose another --out" in refused(["inpaint", *command])

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,6 @@ def command(runs: list[Path], frozen: Path, out: Path, *more: str) -> list[str]:
     return ["evaluate", *map(str, runs), "--manifest", str(frozen), "--out", str(out), "--device", "cpu", *more]
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and said.out == "" and "Traceback" not in said.err
-    return " ".join(said.err.split())
-
-
 def test_the_command_line_measures_every_model_and_floor_image_by_image(
     runs: list[Path], frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,15 +134,15 @@ def test_the_command_line_measures_every_model_and_floor_image_by_image(
 
 
 def test_nothing_is_overwritten_unless_asked_and_the_same_comes_out_again(
-    runs: list[Path], frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[Path], frozen: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "scores"
     cli.main(command(runs[:1], frozen, out, "--no-floors"))
     first = (out / "scores.csv").read_bytes(), (out / "scores.md").read_bytes()
-    assert "--overwrite" in refused(command(runs[:1], frozen, out), capsys)
+    assert "--overwrite" in refused(command(runs[:1], frozen, out))
     cli.main(command(runs[:1], frozen, out, "--no-floors", "--overwrite"))
     assert ((out / "scores.csv").read_bytes(), (out / "scores.md").read_bytes()) == first
-    assert "overwrite" in refused(["manifest", "--like", str(runs[0]), "--out", str(frozen)], capsys)
+    assert "overwrite" in refused(["manifest", "--like", str(runs[0]), "--out", str(frozen)])
 
 
 def evaluated(runs: list[Path], frozen: Path, **options: Any) -> inpainting.Evaluation:
@@ -208,10 +200,10 @@ def test_equal_models_differ_in_nothing(runs: list[Path], frozen: Path, photogra
 
 
 def test_a_model_that_was_trained_on_the_test_images_is_refused(
-    frozen: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    frozen: Path, photographs: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     other = make_run(tmp_path / "other", photographs, "none", seed=0, held_out_every=2)
-    said = refused(command([other], frozen, tmp_path / "scores"), capsys)
+    said = refused(command([other], frozen, tmp_path / "scores"))
     assert "was trained on images of" in said and "held out every 2th" in said and "has every 3th" in said
     assert not (tmp_path / "scores").exists()
     cli.main(["manifest", "--like", str(other), "--out", str(tmp_path / "sixth"), "--every", "6"])
@@ -219,34 +211,32 @@ def test_a_model_that_was_trained_on_the_test_images_is_refused(
 
 
 def test_mistakes_are_told_in_one_line(
-    runs: list[Path], frozen: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[Path], frozen: Path, photographs: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "scores"
     evaluate_an = ["evaluate", str(runs[0]), "--out", str(out)]
-    assert "give --manifest DIR" in refused(evaluate_an, capsys)
-    assert "holds no manifest.json" in refused([*evaluate_an, "--manifest", str(tmp_path)], capsys)
+    assert "give --manifest DIR" in refused(evaluate_an)
+    assert "holds no manifest.json" in refused([*evaluate_an, "--manifest", str(tmp_path)])
     (tmp_path / "data").mkdir()
     shutil.copy(photographs / "00.png", tmp_path / "data")
     elsewhere = command(runs, frozen, out, "--data", str(tmp_path / "data"))
-    assert "do not match the manifest: 02.png is not there; 05.png" in refused(elsewhere, capsys)
-    assert "named twice" in refused(command([runs[0], runs[0]], frozen, out), capsys)
-    assert "does not exist" in refused(command([tmp_path / "none"], frozen, out), capsys)
-    assert "--seed is -1" in refused(command(runs, frozen, out, "--seed", "-1"), capsys)
-    assert "expected sides in pixels" in refused([*evaluate_an, "--cost", "64,big"], capsys)
-    assert "a size is 60; expected multiples of 8" in refused([*evaluate_an, "--cost", "60"], capsys)
-    assert "give --data SRC and --size S" in refused(["manifest", "--out", str(out), "--size", "32"], capsys)
+    assert "do not match the manifest: 02.png is not there; 05.png" in refused(elsewhere)
+    assert "named twice" in refused(command([runs[0], runs[0]], frozen, out))
+    assert "does not exist" in refused(command([tmp_path / "none"], frozen, out))
+    assert "--seed is -1" in refused(command(runs, frozen, out, "--seed", "-1"))
+    assert "expected sides in pixels" in refused([*evaluate_an, "--cost", "64,big"])
+    assert "a size is 60; expected multiples of 8" in refused([*evaluate_an, "--cost", "60"])
+    assert "give --data SRC and --size S" in refused(["manifest", "--out", str(out), "--size", "32"])
     data = ["manifest", "--out", str(out), "--data", str(photographs)]
-    assert "multiple of 8" in refused([*data, "--size", "30"], capsys)
-    assert "every 10th is 1; expected at least 2" in refused([*data, "--size", "32"], capsys)
+    assert "multiple of 8" in refused([*data, "--size", "30"])
+    assert "every 10th is 1; expected at least 2" in refused([*data, "--size", "32"])
     assert not out.exists()
 
 
-def test_a_generator_is_not_measured_as_an_inpainter(
-    frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_generator_is_not_measured_as_an_inpainter(frozen: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     file = tmp_path / "000000008.safetensors"
     save_checkpoint(file, {"ema.weight": torch.zeros(1)}, Header(PRESETS["smoke"][1], ("a", "b"), 8, 1.0))
-    said = refused(command([file], frozen, tmp_path / "scores"), capsys)
+    said = refused(command([file], frozen, tmp_path / "scores"))
     assert "--manifest is for inpainters, but" in said and "was trained for class_conditional" in said
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,6 @@ from attnorm.config import ConfigError, DataConfig, UserError
 from attnorm.data.images import ImageSet, load_images
 from attnorm.data.masks import centre_mask, rectangle_mask
 from attnorm.evaluation.manifest import Manifest, Masks, make_manifest, read_examples, read_manifest
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ATTNORM_CACHE", str(tmp_path / "cache"))
-    yield
 
 
 def write_photographs(folder: Path, count: int = 9, size: int = 40) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,15 +103,6 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    said = capsys.readouterr()
-    assert caught.value.code == code and "Traceback" not in said.err
-    return " ".join(said.err.split())
-
-
 # The plan
 
 
@@ -175,10 +167,10 @@ def test_smoke_alone_has_data_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(
-    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "out"
-    assert message in refused(["reproduce", *arguments.split(), "--out", str(out)], capsys)
+    assert message in refused(["reproduce", *arguments.split(), "--out", str(out)])
     assert not out.exists()
 
 
@@ -406,7 +398,7 @@ def test_a_run_whose_time_is_up_is_done(images: ImageSet, photographs: Path, tmp
 
 
 def test_one_table_is_made_by_one_process_at_a_time(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "out"
     command = ["reproduce", "table4", "--scale", "smoke", "--rows", "an", "--data", str(photographs), "--out", str(out)]
@@ -414,9 +406,9 @@ def test_one_table_is_made_by_one_process_at_a_time(
     monkeypatch.setattr(features, "EXTRACTORS", {"efficientnet-lite0": Projection})
     out.mkdir()
     with file_lock(out):
-        assert f"another process is at work in {out}" in refused(command, capsys)
+        assert f"another process is at work in {out}" in refused(command)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "`attnorm reproduce` was started in 2 processes" in refused(command, capsys)
+    assert "`attnorm reproduce` was started in 2 processes" in refused(command)
     assert not (out / "runs").exists()
 
 
@@ -447,7 +439,7 @@ def test_a_run_that_collapses_is_recorded_and_the_others_go_on(
 
 
 def test_a_stop_ends_the_whole_with_status_130(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     begun = []
 
@@ -458,7 +450,7 @@ def test_a_stop_ends_the_whole_with_status_130(
     monkeypatch.setattr(reproduce, "train", stop)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
     arguments = command(photographs, tmp_path)
-    said = refused(arguments, capsys, code=130)
+    said = refused(arguments, code=130)
     assert begun == ["an-s0"] and said.endswith("The same command goes on from here.")
 
 
@@ -530,7 +522,7 @@ def test_the_smallest_scale_makes_the_readmes_table_whole(tmp_path: Path, capsys
 
 
 def test_what_failed_is_in_the_report_and_in_the_status(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     def collapse(config: Any, images: ImageSet, out: Path, **_: Any) -> Outcome:
         RunDirectory(out).create(config, {"source": "", "classes": list(images.classes), "fingerprint": "x"})
@@ -538,7 +530,7 @@ def test_what_failed_is_in_the_report_and_in_the_status(
 
     monkeypatch.setattr(reproduce, "train", collapse)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
-    said = refused(command(photographs, tmp_path), capsys, code=1)
+    said = refused(command(photographs, tmp_path), code=1)
     assert "failed: an-s0: a loss was not finite at step 2" in said
     assert "a loss was not finite at step 2" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
