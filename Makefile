@@ -24,7 +24,7 @@ test: .venv/.installed
 	@echo "== Types"
 	@$(BIN)/mypy
 	@echo "== Tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --durations=20
 
 # constraints.txt holds a set of releases that works together; pyproject.toml says what may differ from it.
 .venv/.installed: pyproject.toml constraints.txt

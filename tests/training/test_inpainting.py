@@ -28,7 +28,7 @@ from attnorm.models.inpainting import InpaintingGenerator, Scores
 from attnorm.presets import PRESETS
 from attnorm.training import trainer
 from attnorm.training.phases import Batch, InpaintingTask, PhaseSwitch
-from attnorm.training.trainer import TrainingError, run_phase, train
+from attnorm.training.trainer import run_phase, train
 
 CPU = torch.device("cpu")
 TINY = (
@@ -620,12 +620,6 @@ def test_images_smaller_than_the_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"by hand was read at 40x24 pixels, less than model.image_size \(32\)"):
         run(tiny(), tmp_path / "run", random_images(height=24, width=40))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnorm.training.phases.wasserstein_generator_loss", lambda scores: scores.mean() * math.nan)
-    with pytest.raises(TrainingError, match=r"not finite at step 5 .*000000008\.safetensors"):
-        run(tiny(), tmp_path / "run")
 
 
 def test_the_smoke_preset_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

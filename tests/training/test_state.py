@@ -130,17 +130,10 @@ def test_a_missing_tensor_is_refused() -> None:
     task = tiny_task()
     step(task, 1)
     tensors = task.state.tensors()
-    for name in ("generator.to_rgb.bias", "ema.to_rgb.bias", "discriminator.linear.bias"):
-        with pytest.raises(RuntimeError, match=name.partition(".")[2]):
+    optimiser = "optimiser.generator.to_rgb.bias.exp_avg_sq"
+    for name in ("generator.to_rgb.bias", "ema.to_rgb.bias", "discriminator.linear.bias", optimiser):
+        with pytest.raises(RuntimeError, match="linear.bias" if "linear" in name else "to_rgb.bias"):
             tiny_task().state.load_tensors({key: tensor for key, tensor in tensors.items() if key != name})
-
-
-def test_a_missing_moment_is_refused() -> None:
-    task = tiny_task()
-    step(task, 1)
-    name = "optimiser.generator.to_rgb.bias.exp_avg_sq"
-    with pytest.raises(RuntimeError, match=r"to_rgb\.bias"):
-        tiny_task().state.load_tensors({key: value for key, value in task.state.tensors().items() if key != name})
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

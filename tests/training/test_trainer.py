@@ -239,19 +239,6 @@ def test_other_data_are_refused(whole: Path) -> None:
         run(tiny(), whole, random_images(seed=1))
 
 
-def test_a_wrong_number_of_classes_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_classes is 5, but by hand has 3 classes"):
-        run(tiny("model.num_classes=5"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="not a run"):
-        run(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with file_lock(out), pytest.raises(ConfigError, match="another process is at work in"):
@@ -260,13 +247,6 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     run(tiny("run.duration_images=4"), out)  # the lock is gone, and was no obstacle itself
     with file_lock(out):
         pass
-
-
-def test_a_file_in_place_of_a_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("mine", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="already there and is not a run"):
-        run(tiny(), tmp_path / "run")
-    assert (tmp_path / "run").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, whole: Path) -> None:
