@@ -88,7 +88,7 @@ def look_at(path: Path) -> np.ndarray:
 
 
 def attnorm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "attnorm", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "attnorm", *arguments], capture_output=True, text=True, timeout=600)
 
 
 # Training
@@ -517,7 +517,7 @@ def test_help_is_there_for_every_verb_and_neither_it_nor_the_version_loads_torch
     """In one process of its own: the tests' has torch."""
     asked = [["--version"], *([*verb, flag] for verb in ([], *([verb] for verb in VERBS)) for flag in ("-h", "--help"))]
     command = [sys.executable, "-c", HELP, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     version, short, long, *of_verbs = json.loads(done.stdout)
     assert version == f"attnorm {__version__}\n" and short == long
@@ -556,7 +556,7 @@ cli.main(sys.argv[1:])
 print("went on")
 """
     command = [sys.executable, "-c", script, "train", "--preset", "smoke", "--out", str(tmp_path / "x")]
-    done = subprocess.run([*command, "--set", *TINY], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--set", *TINY], capture_output=True, text=True, timeout=600)
     assert done.returncode == 130 and done.stdout == done.stderr == ""
 
 
@@ -564,7 +564,7 @@ def test_a_reader_that_has_had_enough_is_no_error() -> None:
     command = (
         f"{shlex.quote(sys.executable)} -m attnorm train --preset smoke --dry-run | head -c 1; echo ${{PIPESTATUS[0]}}"
     )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
     assert done.stdout in ("{0\n", "{141\n") and "Traceback" not in done.stderr
 
 

@@ -580,7 +580,7 @@ def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path, monkeypat
 
 def test_two_writers_at_once_do_not_break_one_another(tmp_path, monkeypatch):
     root = two_classes(tmp_path / "set")
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=120)
     decode_all = cache._decode_all
 
     def decode_together(*arguments):

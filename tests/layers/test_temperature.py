@@ -269,7 +269,7 @@ def test_two_processes_have_the_moments_of_one_with_all_images(tmp_path: Path) -
     torch.save(x, tmp_path / "x.pt")
     command = [sys.executable, "-c", PROCESS]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     torch.manual_seed(0)
     alone = AttentiveNorm2d(4, num_entities=3)
     for step in range(3):

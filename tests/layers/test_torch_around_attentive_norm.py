@@ -242,7 +242,7 @@ from attnorm import AttentiveNorm2d
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=120))
+                        timeout=timedelta(seconds=600))
 given = torch.load(f"{folder}/given.pt", weights_only=True)
 layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2).double()
 layer.load_state_dict(given["state"])
@@ -268,7 +268,7 @@ def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(tm
         )
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
 
     (layer(x, generator=torch.Generator().manual_seed(2)) * projection).mean().backward()
