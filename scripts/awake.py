@@ -32,6 +32,7 @@ from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import effective_entities, soft_layout
 from attnorm.presets import PRESETS
 from attnorm.system.devices import find_precision, no_autocast
+from attnorm.system.randomness import seed_step
 from attnorm.training import trainer
 
 ALTERNATIVES = {
@@ -118,7 +119,7 @@ class Alternative(AttentiveNorm2d):
 def look(config: Config, task: Any, stream: trainer.Stream) -> dict[str, dict[str, float]]:
     """Entropy, entities in use, rho and spread at every site, on the batch that is next, in evaluation mode."""
     state, found = task.state, {}
-    trainer.seed_step(0, state.images_seen)
+    seed_step(0, state.images_seen)
     batch = stream.batch(task.position(state.images_seen))
     for name, network in state.networks.items():
         if name == "critic":
@@ -183,7 +184,7 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
     stream, state, begun = trainer.Stream(config, images, CPU), task.state, time.perf_counter()
     precision = find_precision(config.run.precision, CPU)
     for step in range(1, STEPS + 1):
-        trainer.seed_step(seed, state.images_seen)
+        seed_step(seed, state.images_seen)
         for index, phase in enumerate(task.phases(state.images_seen)):
             batch = stream.batch(task.position(state.images_seen) + index * config.run.batch_size)
             trainer.run_phase(phase, state, batch, precision)

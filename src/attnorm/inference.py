@@ -24,6 +24,7 @@ from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
 from attnorm.system.devices import set_tf32
+from attnorm.system.randomness import standard_normal
 
 
 class Samples(NamedTuple):
@@ -75,7 +76,7 @@ class Sampler:
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """[N, Z] on the CPU: row i is standard normal and a function of seeds[i], any whole number from 0 on."""
-        rows = [_standard_normal(self.model.latent_dim, seed) for seed in seeds]
+        rows = [standard_normal(self.model.latent_dim, seed) for seed in seeds]
         return torch.stack(rows) if rows else torch.empty(0, self.model.latent_dim)
 
     def batches(self, seeds: Sequence[int], labels: Sequence[int]) -> Iterator[Tensor]:
@@ -115,15 +116,6 @@ class Sampler:
         with observe_layouts(self.model) as seen:
             images = to_uint8(self.model(z, condition)).cpu()
         return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})
-
-
-def _standard_normal(size: int, seed: int) -> Tensor:
-    if seed < 0:
-        raise ValueError(f"got seed {seed}; expected 0 or more")
-    if seed < 2**32:
-        return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    # Of a larger number torch's generator on the CPU would read 32 bits.
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(size, np.float32))
 
 
 class View(NamedTuple):

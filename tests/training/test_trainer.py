@@ -27,6 +27,7 @@ from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
 from attnorm.presets import PRESETS
 from attnorm.system.files import file_lock
+from attnorm.system.randomness import seed_step, seed_weights
 from attnorm.training import phases, trainer
 from attnorm.training.trainer import TrainingError, _effective, train
 
@@ -212,7 +213,7 @@ def test_a_resumed_run_says_when_its_threads_are_others(
 def test_seeds_of_any_size_begin_with_other_weights() -> None:
     starts = []
     for seed in (0, 2**32, 2**40, 2**63 - 1):
-        trainer.seed_weights(seed)
+        seed_weights(seed)
         starts.append(torch.rand(()).item())
     torch.manual_seed(0)
     assert starts[0] == torch.rand(()).item() and len(set(starts)) == 4
@@ -617,9 +618,9 @@ def test_every_discriminator_update_gets_a_batch_of_its_own(tmp_path: Path, monk
 def test_random_numbers_are_a_function_of_seed_and_images_seen() -> None:
     drawn = set()
     for seed, images_seen, rank in ((0, 0, 0), (0, 4, 0), (1, 0, 0), (0, 0, 1), (4, 0, 0)):
-        trainer.seed_step(seed, images_seen, rank)
+        seed_step(seed, images_seen, rank)
         first = torch.rand(1).item()
-        trainer.seed_step(seed, images_seen, rank)
+        seed_step(seed, images_seen, rank)
         assert torch.rand(1).item() == first
         drawn.add(first)
     assert len(drawn) == 5

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnorm.data.cache import Fit, load_decoded
 from attnorm.data.cache import fingerprint as fingerprint
+from attnorm.system.randomness import permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +118,7 @@ def shuffled_indices(num_images: int, start: int, count: int, *, seed: int) -> n
 
 @functools.lru_cache(maxsize=2)  # a batch needs the current epoch and, at its end, the next
 def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
-    keys = np.random.PCG64([seed, epoch]).random_raw(num_images)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return permutation(np.random.PCG64([seed, epoch]), num_images)
 
 
 def load_images(

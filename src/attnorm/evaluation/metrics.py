@@ -9,7 +9,7 @@ Everything is float64, on the features' device (on the CPU where that has no flo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnorm.config import UserError
 from attnorm.evaluation.restoration import CONFIDENCE
+from attnorm.system.randomness import permutation, resampled_counts
 
 Progress = Callable[[int, int], None]  # resamples done, resamples in all
 
@@ -281,8 +282,7 @@ def kernel_distance(
     stream = np.random.PCG64([seed, _KERNEL])
 
     def draw(features: Tensor) -> Tensor:
-        # The raw stream is the same in every version of NumPy.
-        rows = np.argsort(stream.random_raw(len(features)), kind="stable")[:size]
+        rows = permutation(stream, len(features))[:size]
         return features[torch.from_numpy(rows).to(features.device)]
 
     values = np.array([_discrepancy(draw(fakes), draw(reals).to(fakes.device)) for _ in range(subsets)])
@@ -408,7 +408,7 @@ def frechet_interval(
     offset, trace = mean - reals.mean.to(device), factor.square().sum()
 
     distances = np.empty(resamples)
-    for number, drawn in enumerate(_resampled_counts(num_images, resamples, seed, _FRECHET)):
+    for number, drawn in enumerate(resampled_counts(num_images, resamples, np.random.PCG64([seed, _FRECHET]))):
         weights = torch.from_numpy(drawn).to(device, torch.float64)
         shift = weights @ centred / num_images
         variance = (weights @ squares - num_images * shift.square().sum()) / (num_images - 1)
@@ -436,20 +436,11 @@ def score_interval(logits: Tensor, *, resamples: int = 1000, seed: int) -> Inter
         marginals = torch.special.entr(weights @ probabilities / len(logits)).sum(1)
         return (marginals - weights @ entropies / len(logits)).exp()
 
-    drawn = _resampled_counts(len(logits), resamples, seed, _SCORE)
+    drawn = resampled_counts(len(logits), resamples, np.random.PCG64([seed, _SCORE]))
     blocks = iter(lambda: list(itertools.islice(drawn, 64)), [])
     values = [scores(torch.from_numpy(np.stack(block)).to(entropies)) for block in blocks]
     (value,) = scores(torch.ones_like(entropies)[None]).tolist()
     return _interval(value, torch.cat(values).cpu().numpy())
-
-
-def _resampled_counts(num_images: int, resamples: int, seed: int, kind: int) -> Iterator[np.ndarray]:
-    """How often each image was drawn, with replacement, as many as there are: int64 [N] each time."""
-    # The raw stream is the same in every version of NumPy; and the remainder's bias is of the order of 2^-50.
-    stream = np.random.PCG64([seed, kind])
-    for _ in range(resamples):
-        rows = (stream.random_raw(num_images) % np.uint64(num_images)).astype(np.int64)
-        yield np.bincount(rows, minlength=num_images)
 
 
 def _interval(value: float, resampled: np.ndarray) -> Interval:

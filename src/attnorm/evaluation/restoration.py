@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnorm.evaluation.manifest import SSIM_BORDER
 from attnorm.models.inpainting import paste
+from attnorm.system.randomness import resampled_counts
 
 METRICS = ("psnr", "ssim", "mae")
 REGIONS = ("pasted", "hole", "raw")
@@ -172,14 +173,10 @@ def resampled_means(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES
     num_rows = len(values)
     if num_rows < 2:
         raise ValueError(f"got {num_rows} images; expected at least 2 to resample")
-    # The raw stream is the same in every version of NumPy; and the remainder's bias is of the order of 2^-50.
-    stream = np.random.PCG64([seed, 4])
     means = np.empty((resamples, values.shape[1]))
     is_there = np.isfinite(values)
     values, is_there = np.where(is_there, values, 0.0), is_there.astype(np.float64)
-    for number in range(resamples):
-        rows = (stream.random_raw(num_rows) % np.uint64(num_rows)).astype(np.int64)
-        counts = np.bincount(rows, minlength=num_rows)
+    for number, counts in enumerate(resampled_counts(num_rows, resamples, np.random.PCG64([seed, 4]))):
         with np.errstate(invalid="ignore"):
             means[number] = (counts @ values) / (counts @ is_there)
     return means

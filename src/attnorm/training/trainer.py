@@ -32,6 +32,7 @@ from attnorm.data.images import (
 )
 from attnorm.system.devices import find_device, find_precision, set_tf32
 from attnorm.system.files import file_lock
+from attnorm.system.randomness import seed_of, seed_step, seed_weights
 from attnorm.training.phases import Batch, ClassConditionalTask, InpaintingTask, Phase
 from attnorm.training.reporting import Report
 from attnorm.training.state import TrainingState
@@ -342,20 +343,6 @@ def run_phase(
     return loss.detach(), {name: value.detach() for name, value in logged.items()}
 
 
-def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
-    """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
-    torch.manual_seed(_seed_of(seed, images_seen, rank))
-
-
-def seed_weights(seed: int) -> None:
-    """Before networks are made. torch's generator on the CPU reads 32 bits of its seed: larger ones are hashed."""
-    torch.manual_seed(seed if seed < 2**32 else _seed_of(seed))
-
-
-def _seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 class Stream:
     """The endless stream of training images: shuffled epochs, squares cut at random, mirrored if that is set.
 
@@ -372,7 +359,7 @@ class Stream:
         settings, side = self.config.run, self.config.model.image_size
         size = settings.batch_size
         order = shuffled_indices(len(self.indices), position, size, seed=settings.seed)
-        random = torch.Generator().manual_seed(_seed_of(settings.seed, position, 0, 1))  # not one of a step's
+        random = torch.Generator().manual_seed(seed_of(settings.seed, position, 0, 1))  # not one of a step's
         pixels, labels = (self._to_device(part) for part in self.images.batch(self.indices[order]))
         room = [length - side for length in pixels.shape[2:]]
         if any(room):
