@@ -566,6 +566,11 @@ def test_unwritable_cache_falls_back_on_memory(tmp_path, caplog):
         load_images(root, SIZE, cache_dir=tmp_path / "file", max_memory_bytes=10)
 
 
+def test_what_is_kept_of_images_is_for_their_owner_alone(tmp_path):
+    load_images(two_classes(tmp_path / "set"), SIZE)
+    assert [file.stat().st_mode & 0o777 for file in (tmp_path / "cache").iterdir()] == [0o600, 0o600]
+
+
 def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path, monkeypatch):
     root = two_classes(tmp_path / "set")
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from attnorm.data.sources import KINDS, Contents, find_source
-from attnorm.system.files import default_cache_dir, write_atomically, write_text
+from attnorm.system.files import default_cache_dir, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -259,8 +259,9 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     _remove_debris(stem.parent)
-    write_atomically(stem.with_suffix(".npy"), write_images)
-    write_text(stem.with_suffix(".json"), json.dumps(record))
+    private = 0o600  # whoever may not read the source may not read it here
+    write_atomically(stem.with_suffix(".npy"), write_images, mode=private)
+    write_atomically(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(record)), mode=private)
 
 
 def _read(stem: Path, source: str, max_memory_bytes: int) -> tuple[Decoded, list[int]] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from attnorm.config import ConfigError, UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, mode: int = 0o644) -> None:
     """Calls `write` with a temporary path in the same folder and moves the result to `path` in one step.
 
     Whatever happens, a reader sees the old file or the whole new one.
@@ -26,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
