@@ -406,7 +406,7 @@ def test_one_table_is_made_by_one_process_at_a_time(
     monkeypatch.setattr(features, "EXTRACTORS", {"efficientnet-lite0": Projection})
     out.mkdir()
     with file_lock(out):
-        assert f"another process is at work in {out}" in refused(command)
+        assert f"another process is at work in {out}" in refused(command, is_silent=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "`attnorm reproduce` was started in 2 processes" in refused(command)
     assert not (out / "runs").exists()
@@ -450,7 +450,7 @@ def test_a_stop_ends_the_whole_with_status_130(
     monkeypatch.setattr(reproduce, "train", stop)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
     arguments = command(photographs, tmp_path)
-    said = refused(arguments, code=130)
+    said = refused(arguments, code=130, is_silent=False)
     assert begun == ["an-s0"] and said.endswith("The same command goes on from here.")
 
 
@@ -530,7 +530,7 @@ def test_what_failed_is_in_the_report_and_in_the_status(
 
     monkeypatch.setattr(reproduce, "train", collapse)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
-    said = refused(command(photographs, tmp_path), code=1)
+    said = refused(command(photographs, tmp_path), code=1, is_silent=False)
     assert "failed: an-s0: a loss was not finite at step 2" in said
     assert "a loss was not finite at step 2" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
