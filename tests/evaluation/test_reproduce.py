@@ -507,17 +507,19 @@ def test_table_4_from_the_command_line(
 @pytest.mark.slow
 def test_the_smallest_scale_makes_the_readmes_table_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reproduced"
-    cli.main(["reproduce", "table4", "--scale", "smoke", "--out", str(out)])
+    command = ["reproduce", "table4", "--scale", "smoke", "--out", str(out), "--num", "16"]
+    command += ["--set", "run.duration_images=16"]
+    cli.main(command)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     (rows,) = (section["tables"][0]["rows"] for section in report["sections"] if section["title"].startswith("Table 4"))
     assert [row[1] for row in rows] == [f"{row}-s0" for row in TABLE_ROWS["table4"]]
     for run in report["runs"]:
         metrics = {score["metric"] for score in run["scores"]}
-        assert run["images_seen"] == 160 and metrics == {"frechet", "is1", "is10"} and len(run["layouts"]) == 1
+        assert run["images_seen"] == 16 and metrics == {"frechet", "is1", "is10"} and len(run["layouts"]) == 1
         assert {score["extractor"]["name"] for score in run["scores"]} == {"efficientnet-lite0"}
     assert (out / "report.html").stat().st_size > 100_000  # with its pictures
     capsys.readouterr()
-    cli.main(["reproduce", "table4", "--scale", "smoke", "--out", str(out), "--dry-run"])
+    cli.main([*command, "--dry-run"])
     assert "nothing is left to train or to measure" in capsys.readouterr().out
 
 
