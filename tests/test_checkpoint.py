@@ -18,18 +18,15 @@ from attnorm.checkpoint import (
     CheckpointError,
     DamagedError,
     Header,
-    RunDirectory,
     checksum,
-    find_checkpoint,
     find_damage,
-    load,
-    load_discriminator,
     read_checkpoint,
     save_checkpoint,
 )
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory, find_checkpoint, load, load_discriminator
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask

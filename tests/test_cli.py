@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 
 from attnorm import __version__, cli
-from attnorm.checkpoint import RunDirectory, read_checkpoint
+from attnorm.checkpoint import read_checkpoint
 from attnorm.cli import terminal
 from attnorm.cli.generation import folder_names
 from attnorm.config import Config, from_dict, override
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 VERBS = (

@@ -17,13 +17,14 @@ from matplotlib.text import Text
 from PIL import Image
 
 from attnorm import figures
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config, override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.inference import Sampler
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import effective_entities
 from attnorm.page import write_page
+from attnorm.run_directory import RunDirectory
 from attnorm.training.phases import ClassConditionalTask
 
 CLASSES = ("<b>cat</b>", "dog & co", "owl")

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from attnorm import cli
-from attnorm.checkpoint import Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config, override
 from attnorm.evaluation.report import Report, Section, Table, build_report
 from attnorm.models.class_conditional import Generator
 from attnorm.presets import ROWS
 from attnorm.report import Picture, markdown, page, write_report
+from attnorm.run_directory import RunDirectory
 
 CLASSES = ("<b>cat</b>", "dog | co", "owl")
 BENCH = Path(__file__).parents[1] / "docs/results/bench/cpu-float32.json"

@@ -19,7 +19,7 @@ _HOME = {
     "diagnose": "attnorm.layers.diagnose",
     "entity_usage": "attnorm.ops.soft_layout",
     "layout_entropy": "attnorm.ops.soft_layout",
-    "load": "attnorm.checkpoint",
+    "load": "attnorm.run_directory",
     "observe_layouts": "attnorm.layers.observe",
     "regional_norm": "attnorm.ops.regional_norm",
     "soft_layout": "attnorm.ops.soft_layout",
@@ -27,7 +27,6 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from attnorm.checkpoint import load as load
     from attnorm.layers.attentive_norm import AttentiveNorm2d as AttentiveNorm2d
     from attnorm.layers.diagnose import diagnose as diagnose
     from attnorm.layers.observe import observe_layouts as observe_layouts
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from attnorm.ops.soft_layout import entity_usage as entity_usage
     from attnorm.ops.soft_layout import layout_entropy as layout_entropy
     from attnorm.ops.soft_layout import soft_layout as soft_layout
+    from attnorm.run_directory import load as load
 
 
 def __getattr__(name: str) -> object:

@@ -1,27 +1,15 @@
-"""Run directories and checkpoints: safetensors and JSON, written atomically, no pickle.
+"""One checkpoint: a safetensors file that is written atomically and verified when it is read; no pickle.
 
-    RUN/config.json              the resolved configuration and what the data were
-    RUN/metrics.jsonl            one line per logged step
-    RUN/evaluation/metrics.jsonl one line per score
-    RUN/samples/000064000.png    fixed latents and classes, by images seen
-    RUN/tensorboard/
-    RUN/checkpoints/000064000.safetensors
-
-A checkpoint is one file: every tensor of the training state, and in its header the configuration and the classes, so
-that a checkpoint alone rebuilds its model. The header has a checksum of every tensor too, verified when that is read.
-Whatever else lies in a run directory is someone else's: it is neither read nor removed.
+It holds every tensor of the training state, and in its header the configuration, the classes and a checksum of each
+tensor: a checkpoint alone rebuilds its model, and damage is found.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
-import logging
 import math
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,22 +20,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnorm import config as configuration
-from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError
-from attnorm.models.class_conditional import Discriminator, Generator
-from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.system.devices import find_device
-from attnorm.system.files import hash_file, read_lines, write_atomically, write_json
+from attnorm.config import FORMAT_VERSION, Config, UserError
+from attnorm.system.files import write_atomically
 
 HEADER_KEY = "attnorm"
-# A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
-PARTS_OF_A_RUN = ("config.json", "metrics.jsonl", "samples", "tensorboard", "checkpoints")
-CHECKPOINT_NAME = re.compile(r"(\d{9}|[1-9]\d{9,})\.safetensors")  # images seen; beyond nine digits the names grow
-UNFINISHED_NAME = re.compile(rf"\.{CHECKPOINT_NAME.pattern}\.\w{{8}}\.tmp")  # what a kill leaves of write_atomically
-
-_log = logging.getLogger(__name__)
+REMEDY = "take an earlier one, or remove it and resume"
 
 
 class CheckpointError(UserError):
@@ -129,13 +109,10 @@ def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
 def _read_tensor(path: Path, file: Any, name: str, checksums: Mapping[str, str]) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     if checksums and checksums.get(name) != checksum(tensor):
-        raise DamagedError(f"{path} is damaged: {name} is not what was written; {_REMEDY}")
+        raise DamagedError(f"{path} is damaged: {name} is not what was written; {REMEDY}")
     if not tensor.isfinite().all():
-        raise DamagedError(f"{path} cannot be used: {name} is not finite; {_REMEDY}")
+        raise DamagedError(f"{path} cannot be used: {name} is not finite; {REMEDY}")
     return tensor
-
-
-_REMEDY = "take an earlier one, or remove it and resume"
 
 
 @contextlib.contextmanager
@@ -150,7 +127,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
                 )
             yield file, *_read_header(path, text)
     except safetensors.SafetensorError as error:
-        raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {_REMEDY}") from error
+        raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {REMEDY}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); expected a checkpoint") from error
 
@@ -179,7 +156,7 @@ def _read_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise DamagedError(f"{path} has a damaged header ({error!r}); {_REMEDY}") from error
+        raise DamagedError(f"{path} has a damaged header ({error!r}); {REMEDY}") from error
 
 
 def find_damage(path: Path) -> str:
@@ -201,302 +178,3 @@ def _find_damage(path: Path, changed: int, size: int) -> str:
     except DamagedError as error:
         return str(error)
     return ""
-
-
-_DATA = {"source": str, "fingerprint": str, "note": str, "classes": list}  # of config.json's data
-
-# Of a score's line, what is used of it, and of which types: with None, of newer lines alone.
-_SCORE: dict[str, tuple[type, ...]] = {
-    "metric": (str,),
-    "name": (str,),
-    "protocol": (str,),
-    "value": (int, float),
-    "images_seen": (int,),
-    "training_seconds": (int, float, type(None)),
-    "seed": (int, type(None)),
-    "checkpoint": (str, type(None)),
-    "checkpoint_sha256": (str, type(None)),
-    "weights": (str, type(None)),
-    "data": (dict, type(None)),
-    "data.fingerprint": (str, type(None)),
-    "extractor": (dict, type(None)),
-    "extractor.name": (str, type(None)),
-    "extractor.title": (str, type(None)),
-    "extractor.weights_sha256": (str, type(None)),
-    "extractor.preprocessing": (str, type(None)),
-    "num_fakes": (int, type(None)),
-    "num_reals": (int, type(None)),
-    "values": (dict, type(None)),
-    "interval": (str, type(None)),
-    "low": (int, float, type(None)),
-    "high": (int, float, type(None)),
-}
-# Of a layout's line, which older versions gave no name.
-_LAYOUT: dict[str, tuple[type, ...]] = {
-    "name": (str, type(None)),
-    "protocol": (str, type(None)),
-    "site": (str,),
-    "usage": (list,),
-}
-_NUMBER = (int, float)
-
-
-def _found(row: Mapping[str, Any], name: str) -> Any:
-    """A value by its name, or by its group's name and its own; None where there is none."""
-    group, dot, below = name.partition(".")
-    value = row.get(group)
-    return (value.get(below) if isinstance(value, dict) else None) if dot else value
-
-
-def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Of one of the types, a number finite, and what a list or a group holds numbers."""
-    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        return False
-    parts = value if isinstance(value, list) else ()
-    return all(_is_of(part, _NUMBER) for part in parts)
-
-
-def _is_logged(name: str, value: Any) -> bool:
-    if name.endswith(("/usage", "/t")):
-        return _is_of(value, (list,))
-    return type(value) in _NUMBER
-
-
-@cache
-def _warn_once(text: str) -> None:
-    _log.warning("%s", text)
-
-
-class RunDirectory:
-    """Paths and bookkeeping of one run."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def scores_file(self) -> Path:
-        return self.path / "evaluation" / "metrics.jsonl"
-
-    def read_scores(self) -> tuple[list[dict[str, Any]], int]:
-        """What `attnorm evaluate` measured, for tables and curves; and how many more lines are outdated.
-
-        Raises:
-            CheckpointError: a line is not what `attnorm evaluate` writes.
-        """
-        scores = read_lines(self.scores_file)
-        for score in scores:
-            fields = _SCORE | (_LAYOUT if score.get("metric") == "layout" else {})
-            wrong = [name for name, kinds in fields.items() if not _is_of(_found(score, name), kinds)]
-            values = score.get("values")
-            if isinstance(values, dict) and not all(_is_of(value, _NUMBER) for value in values.values()):
-                wrong.append("values")
-            if wrong:
-                raise CheckpointError(
-                    f"{self.scores_file} has a line whose {', '.join(wrong)} is missing or of another kind; expected "
-                    "what `attnorm evaluate` writes"
-                )
-        current = [score for score in scores if not self._is_outdated(score)]
-        return current, len(scores) - len(current)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """What training logged: at each time a number of images, and numbers by name, or lists of them (usage of the
-        entities, t); what is neither is left out.
-        """
-        return [
-            {name: value for name, value in row.items() if _is_logged(name, value)}
-            for row in read_lines(self.metrics_file)
-            if type(row.get("images_seen")) is int
-        ]
-
-    def _is_outdated(self, score: Mapping[str, Any]) -> bool:
-        """Whether the checkpoint that was measured has since been replaced by another one of its name."""
-        checkpoint = self.path / (score.get("checkpoint") or "")
-        if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
-            return False
-        with contextlib.suppress(ValueError, TypeError):  # of a date that is none
-            if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
-                return False  # without reading it
-        return hash_file(checkpoint) != score["checkpoint_sha256"]
-
-    def exists(self) -> bool:
-        return self.config_file.is_file()
-
-    def create(self, config: Config, data: dict[str, Any]) -> None:
-        """Makes the directory, or begins one anew; raises CheckpointError where there is already something else."""
-        self.require_free_or_run()
-        for folder in ("checkpoints", "samples"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        values = {"format_version": FORMAT_VERSION, "config": configuration.to_dict(config), "data": data}
-        write_json(self.config_file, values)
-
-    def require_free_or_run(self) -> None:
-        """Raises CheckpointError where there is already something else than a run."""
-        if self.exists() or not self.path.exists():
-            return
-        if not self.path.is_dir() or any(not _is_remnant(entry) for entry in self.path.iterdir()):
-            raise CheckpointError(f"{self.path} is already there and is not a run; choose another --out")
-
-    def read(self) -> tuple[Config, dict[str, Any]]:
-        """The configuration and the description of the data that the run was made with."""
-        if not self.exists():
-            raise CheckpointError(f"{self.path} is not a run directory: it has no config.json")
-        try:
-            values = json.loads(self.config_file.read_text(encoding="utf-8"))
-            if values["format_version"] > FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{self.config_file} has format {values['format_version']}; this version reads up to "
-                    f"{FORMAT_VERSION}: update attnorm"
-                )
-            data = dict(values["data"])
-            wrong = [name for name, kinds in _DATA.items() if name in data and type(data[name]) is not kinds]
-            if wrong or not all(isinstance(name, str) for name in data.get("classes", [])):
-                raise TypeError(f"its data have other kinds of {', '.join(wrong) or 'classes'}")
-            return configuration.from_dict(Config, values["config"]), data
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise CheckpointError(f"{self.config_file} cannot be read ({error!r}); restore it from a copy") from error
-
-    def checkpoints(self) -> list[Path]:
-        """Those with a name of ours, oldest first; not copies of other names."""
-        folder = self.path / "checkpoints"
-        files = [file for file in folder.iterdir() if CHECKPOINT_NAME.fullmatch(file.name)] if folder.is_dir() else []
-        return sorted(files, key=lambda file: int(file.stem))
-
-    def latest(self) -> Path | None:
-        """The newest checkpoint that is not damaged, or None without any; damaged newer ones are named in the log.
-
-        Raises:
-            CheckpointError: all of them are damaged.
-        """
-        damages: list[str] = []
-        for file in reversed(self.checkpoints()):
-            try:
-                damage = find_damage(file)
-            except FileNotFoundError:  # training goes on meanwhile, and keeps the newest alone
-                continue
-            if not damage:
-                if damages:
-                    _warn_once(f"{file} is taken, as newer ones cannot be: {'; '.join(damages)}")
-                return file
-            damages.append(damage)
-        if damages:
-            raise CheckpointError(f"{self.path} has no checkpoint that can be used: {damages[0]}")
-        return None
-
-    def checkpoint_file(self, images_seen: int) -> Path:
-        return self.path / "checkpoints" / f"{images_seen:09d}.safetensors"
-
-    def sample_file(self, images_seen: int) -> Path:
-        return self.path / "samples" / f"{images_seen:09d}.png"
-
-    def keep_last(self, count: int) -> None:
-        """Removes older checkpoints, and what a kill left of unfinished ones."""
-        folder = self.path / "checkpoints"
-        unfinished = [file for file in folder.iterdir() if UNFINISHED_NAME.fullmatch(file.name)]
-        for old in [*self.checkpoints()[:-count], *unfinished]:
-            old.unlink(missing_ok=True)
-
-    def set_aside_damaged(self) -> list[str]:
-        """Renames damaged checkpoints newer than the latest good one, so that they are ours no more, and says why."""
-        good, reasons = self.latest(), []
-        for file in reversed(self.checkpoints()):
-            if file == good:
-                break
-            aside = file.with_name(f"{file.name}.damaged")
-            reasons.append(f"{find_damage(file)}; it is kept as {aside.name}")
-            os.replace(file, aside)
-        return reasons
-
-
-def _is_remnant(entry: Path) -> bool:
-    """Whether a kill while a run directory was made may have left this: nothing in it is anyone's work."""
-    if entry.name in ("checkpoints", "samples"):
-        return entry.is_dir() and not any(entry.iterdir())
-    return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
-
-
-def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that `path` means: a file itself, or a run directory's latest that is not damaged."""
-    path = Path(path)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{path} is no checkpoint; expected a run directory, or a file from one's checkpoints that ends in "
-                ".safetensors"
-            )
-        return path
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a run directory or a checkpoint file")
-    run = RunDirectory(path)
-    if not run.exists():
-        raise CheckpointError(f"{path} is not a run directory: it has no config.json")
-    checkpoint = run.latest()
-    if checkpoint is None:
-        raise CheckpointError(f"{path} has no checkpoint yet; train it first, or wait for its first one")
-    return checkpoint
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A generator in evaluation mode, and where it comes from."""
-
-    model: Generator | InpaintingGenerator  # as header.config.task says
-    header: Header
-    path: Path
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.header.classes
-
-
-def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
-    """Rebuilds the generator of a run directory (its latest checkpoint) or of a checkpoint file.
-
-    Args:
-        ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-
-    Raises:
-        CheckpointError: nothing there, or nothing that can be used.
-    """
-    file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
-    settings = header.config.model
-    if isinstance(settings, ClassConditionalConfig) and len(header.classes) != settings.num_classes:
-        raise CheckpointError(
-            f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {_REMEDY}"
-        )
-    model: Generator | InpaintingGenerator = (
-        Generator(settings) if isinstance(settings, ClassConditionalConfig) else InpaintingGenerator(settings)
-    )
-    _fill(model, tensors, file)
-    return Loaded(model.to(find_device(device)).eval(), header, file)
-
-
-def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminator:
-    """The discriminator that belongs to the same checkpoint, in evaluation mode."""
-    file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file, prefix="discriminator.")
-    if not isinstance(header.config.model, ClassConditionalConfig):
-        raise CheckpointError(
-            f"{file} was trained for {header.config.task}, which has no class-conditional discriminator"
-        )
-    model = Discriminator(header.config.model)
-    _fill(model, tensors, file)
-    return model.to(find_device(device)).eval()
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error

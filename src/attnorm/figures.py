@@ -19,11 +19,12 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, RunDirectory
+from attnorm.checkpoint import CheckpointError
 from attnorm.config import printable
 from attnorm.inference import Sampler, View
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import write_atomically, write_json
 
 ENTITY_COLOURS = colormaps["tab20"]

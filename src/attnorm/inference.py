@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnorm.checkpoint import CheckpointError, load
+from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
+from attnorm.run_directory import load
 from attnorm.system.devices import set_tf32
 from attnorm.system.randomness import standard_normal
 

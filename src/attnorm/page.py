@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from attnorm.checkpoint import CheckpointError, RunDirectory
+from attnorm.checkpoint import CheckpointError
 from attnorm.config import printable
 from attnorm.data.images import ImageSet, load_images
 from attnorm.figures import (
@@ -23,6 +23,7 @@ from attnorm.figures import (
 )
 from attnorm.inference import Sampler
 from attnorm.ops.soft_layout import effective_entities
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import write_text
 
 STYLE = """

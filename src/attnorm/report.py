@@ -17,7 +17,6 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from attnorm.benchmark.report import pixels_figure
-from attnorm.checkpoint import RunDirectory
 from attnorm.config import printable
 from attnorm.evaluation.paper_tables import FIGURE_7_CLASSES, FIGURE_8_CLASSES, NUM_IMAGENET_CLASSES
 from attnorm.evaluation.report import NOT_RUN, Report, Section, Table, to_dict
@@ -32,6 +31,7 @@ from attnorm.figures import (
 )
 from attnorm.inference import Sampler
 from attnorm.page import STYLE
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import write_atomically, write_json, write_text
 
 TITLE = "Attentive Normalization: the paper's tables and figures, measured"

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnorm.checkpoint import Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import override
 from attnorm.evaluation.cost import measure_cost, write_cost
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnorm import cli
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, load_images
 from attnorm.evaluation import collection, generation
@@ -50,6 +50,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.class_conditional import Generator
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import read_lines
 
 CLASSES = ("bird", "cat", "dog")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from attnorm import cli
-from attnorm.checkpoint import Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import override
 from attnorm.data.images import load_images
 from attnorm.evaluation import inpainting
@@ -29,6 +29,7 @@ from attnorm.evaluation.restoration import DISTANCE_SCORES, SCORES, measure
 from attnorm.inference import Inpainter
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 
 NUM_IMAGES = 12
 

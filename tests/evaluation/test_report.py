@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from attnorm.benchmark.cases import PAPER_TABLE_5
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_2, TABLE_4
 from attnorm.evaluation.report import NOT_RUN, Report, Table, _agrees, build_report, to_dict
 from attnorm.evaluation.runs import columns, read_run, row_of
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, PRESETS, ROWS
+from attnorm.run_directory import RunDirectory
 
 CLASSES = ("cat", "dog", "owl")
 BENCH = Path(__file__).parents[2] / "docs/results/bench/cpu-float32.json"

@@ -21,7 +21,7 @@ from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
 from attnorm.benchmark.report import BenchReport
-from attnorm.checkpoint import Header, RunDirectory, save_checkpoint
+from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
 from attnorm.evaluation import features, reproduce
@@ -42,6 +42,7 @@ from attnorm.evaluation.reproduce import (
     require_own,
 )
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock, read_lines
 from attnorm.training.trainer import Outcome, TrainingError
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attnorm import AttentiveNorm2d, cli
-from attnorm.checkpoint import RunDirectory, load, read_checkpoint
+from attnorm.checkpoint import read_checkpoint
 from attnorm.config import Config, ConfigError, InpaintingTaskConfig, override
 from attnorm.data.images import ImageSet, cut_centres, fingerprint, held_out_indices, to_float
 from attnorm.data.masks import free_form_mask, rectangle_mask
 from attnorm.models.inpainting import InpaintingGenerator, Scores
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory, load
 from attnorm.training import trainer
 from attnorm.training.phases import Batch, InpaintingTask, PhaseSwitch
 from attnorm.training.trainer import run_phase, train

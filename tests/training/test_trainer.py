@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnorm.checkpoint import CheckpointError, RunDirectory, read_checkpoint
+from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock
 from attnorm.system.randomness import seed_step, seed_weights
 from attnorm.training import phases, trainer
@@ -334,7 +335,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from attnorm.checkpoint import Header, RunDirectory, read_checkpoint, save_checkpoint
+from attnorm.checkpoint import Header, read_checkpoint, save_checkpoint
+from attnorm.run_directory import RunDirectory
 from attnorm.config import Config, override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.training import trainer

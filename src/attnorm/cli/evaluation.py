@@ -59,9 +59,9 @@ def manifest(
     """
     from dataclasses import replace
 
-    from attnorm.checkpoint import RunDirectory
     from attnorm.data.sources import find_source
     from attnorm.evaluation.manifest import make_manifest, reading
+    from attnorm.run_directory import RunDirectory
 
     source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
     if like is not None:
@@ -140,7 +140,8 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         overwrite: Of generators, measure again what was measured; of inpainters, write into a folder that is not empty.
     """
-    from attnorm.checkpoint import find_checkpoint, read_checkpoint
+    from attnorm.checkpoint import read_checkpoint
+    from attnorm.run_directory import find_checkpoint
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")
@@ -224,10 +225,11 @@ def _evaluate_generators(
     **settings: Any,
 ) -> None:
     """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
-    from attnorm.checkpoint import RunDirectory, find_damage
+    from attnorm.checkpoint import find_damage
     from attnorm.evaluation.collection import find_own_device, processes
     from attnorm.evaluation.features import EXTRACTORS, load_extractor
     from attnorm.evaluation.generation import evaluate_generator, find_metrics, require_measurable, scores_file
+    from attnorm.run_directory import RunDirectory
     from attnorm.system.files import read_lines
 
     files = {run: scores_file(run, out) for run in headers}
@@ -272,7 +274,7 @@ def _evaluate_generators(
 
 
 def _require_same_data(run: Path, images: ImageSet) -> None:
-    from attnorm.checkpoint import RunDirectory, find_checkpoint
+    from attnorm.run_directory import RunDirectory, find_checkpoint
 
     directory = RunDirectory(find_checkpoint(run).resolve().parent.parent)
     if directory.exists() and directory.read()[1].get("fingerprint") != images.fingerprint:

@@ -162,7 +162,7 @@ def require_png(out: Path) -> None:
 
 def require_not_of_a_run(out: Path) -> None:
     """What a run needs is no place for anything else, whether it would replace a file or stand beside it."""
-    from attnorm.checkpoint import PARTS_OF_A_RUN, RunDirectory
+    from attnorm.run_directory import PARTS_OF_A_RUN, RunDirectory
 
     place = Path(os.path.realpath(out))
     for folder in (place, *place.parents):

@@ -63,7 +63,7 @@ def train(
 
 
 def _train(config: Config, out: Path) -> None:
-    from attnorm.checkpoint import RunDirectory
+    from attnorm.run_directory import RunDirectory
     from attnorm.training.trainer import TrainingError, require_trainable
     from attnorm.training.trainer import train as run_training
 

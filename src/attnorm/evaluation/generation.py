@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory, find_checkpoint
+from attnorm.checkpoint import Header
 from attnorm.config import ClassConditionalConfig, ConfigError, require_seed
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.evaluation.collection import (
@@ -54,6 +54,7 @@ from attnorm.evaluation.restoration import CONFIDENCE
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
+from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name
 from attnorm.system.files import (
     append_lines,

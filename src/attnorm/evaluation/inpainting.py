@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import Header, RunDirectory
+from attnorm.checkpoint import Header
 from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
@@ -36,6 +36,7 @@ from attnorm.evaluation.restoration import (
     measure,
 )
 from attnorm.inference import Inpainter
+from attnorm.run_directory import RunDirectory
 from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import hash_file, write_json, write_text
 

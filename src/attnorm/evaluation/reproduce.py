@@ -28,7 +28,7 @@ from attnorm import config as configuration
 from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
-from attnorm.checkpoint import RunDirectory, find_checkpoint, find_damage, read_checkpoint
+from attnorm.checkpoint import find_damage, read_checkpoint
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
     ClassConditionalConfig,
@@ -50,6 +50,7 @@ from attnorm.evaluation.generation import (
 from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
 from attnorm.evaluation.metrics import Gaussian, frechet_distance, frechet_interval
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
+from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
 from attnorm.system.files import hash_file, read_lines, write_json
 from attnorm.training.phases import ClassConditionalTask, InpaintingTask

@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnorm.checkpoint import Header, RunDirectory, read_checkpoint
+from attnorm.checkpoint import Header, read_checkpoint
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, ROWS
+from attnorm.run_directory import RunDirectory
 
 Score = dict[str, Any]  # a line of RUN/evaluation/metrics.jsonl, as `attnorm evaluate` writes it
 

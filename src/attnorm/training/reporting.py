@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from attnorm.checkpoint import RunDirectory
 from attnorm.config import RunConfig
 from attnorm.data.images import to_uint8
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import read_lines, write_atomically, write_lines
 
 SECONDS_BETWEEN_LINES = 15.0  # without a terminal

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from attnorm import config as configuration
-from attnorm.checkpoint import CheckpointError, Header, RunDirectory, read_checkpoint, save_checkpoint
+from attnorm.checkpoint import CheckpointError, Header, read_checkpoint, save_checkpoint
 from attnorm.config import MAY_CHANGE_ON_RESUME, ClassConditionalConfig, Config, ConfigError, InpaintingTaskConfig
 from attnorm.data.images import (
     ImageSet,
@@ -30,6 +30,7 @@ from attnorm.data.images import (
     shuffled_indices,
     to_float,
 )
+from attnorm.run_directory import RunDirectory
 from attnorm.system.devices import find_device, find_precision, set_tf32
 from attnorm.system.files import file_lock
 from attnorm.system.randomness import seed_of, seed_step, seed_weights
