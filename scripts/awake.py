@@ -25,9 +25,9 @@ from attnorm import AttentiveNorm2d, entity_usage, layout_entropy, observe_layou
 from attnorm.cli.terminal import read_images
 from attnorm.config import Config, override
 from attnorm.data.images import to_uint8
-from attnorm.evaluation.features import load_extractor
-from attnorm.evaluation.metrics import Gaussian, frechet_distance
 from attnorm.layers.attentive_norm import MOMENTUM, SPREAD
+from attnorm.metrics.features import load_extractor
+from attnorm.metrics.generative import Gaussian, frechet_distance
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import effective_entities, soft_layout
 from attnorm.presets import PRESETS

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "attnorm"
 # see each other; a page shows figures and scores, so it is above these. Only evaluation sees a sibling: benchmark.
 _MODELS = {"config", "system", "ops", "layers", "models"}
 _TRAINED = _MODELS | {"checkpoint", "run_directory", "data", "presets"}
-_USED = _TRAINED | {"training", "inference"}
+_USED = _TRAINED | {"training", "inference", "metrics"}
 _SHOWN = _USED | {"evaluation", "figures", "benchmark"}
 _TOP = _SHOWN | {"experiments", "page", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"config", "system", "ops"},
     "models": {"config", "system", "ops", "layers"},
     "data": {"config", "system"},
+    "metrics": {"config", "system"},
     "presets": {"config"},
     "checkpoint": {"config", "system"},
     "run_directory": _MODELS | {"checkpoint"},  # the generator is rebuilt from what lies there
@@ -188,7 +189,7 @@ def test_every_public_name_can_be_imported_and_an_unknown_one_is_told_the_names(
 PICKLING_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "pickletools"}
 PICKLING_CALLS = {("torch", "load"), ("torch", "save"), ("torch", "hub"), ("pd", "read_pickle")}
 # Published weights come as such files: only here, and only with torch's restricted reader, which makes tensors.
-MAY_READ_TENSORS = {"evaluation/features.py"}
+MAY_READ_TENSORS = {"metrics/features.py"}
 
 
 def is_restricted(call: ast.Call) -> bool:
@@ -267,7 +268,7 @@ def test_tensors_alone_may_be_read_where_published_weights_are_and_nowhere_else(
     text = "import torch\ntorch.load('a', map_location='cpu', weights_only=True)"
     assert pickling(text) == ["torch.load"]
     assert pickling(text, may_read_tensors=True) == []
-    assert [path for path in SOURCE.rglob("*.py") if is_allowed(path)] == [SOURCE / "evaluation" / "features.py"]
+    assert [path for path in SOURCE.rglob("*.py") if is_allowed(path)] == [SOURCE / "metrics" / "features.py"]
 
 
 def test_safe_loading_is_not_found() -> None:

@@ -39,6 +39,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(escape, text)
 
 
+def did_you_mean(name: str, known: typing.Iterable[str], *, cutoff: float = 0.4) -> str:
+    """ "did you mean X? " of the nearest of the known names, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 class UserError(ValueError):
     """A mistake that a message can mend: the command line prints it in one line and exits with status 2."""
 
@@ -379,8 +385,7 @@ def _with_values(config: T, values: dict[str, Any]) -> T:
 
 def _unknown(path: str, known: list[str]) -> str:
     by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    near = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else "`attnorm train --preset P --dry-run` prints all there are"
+    hint = did_you_mean(path, by_leaf or known).rstrip() or "`attnorm train --preset P --dry-run` prints all there are"
     return f"there is no setting {path}; {hint}"
 
 
@@ -419,11 +424,10 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     """`value`, if it is of type `hint`; where these are meant, JSON's lists become tuples and whole numbers floats."""
     message = f"{path} is {_brief(value)}; expected {_describe(hint)}"
     if typing.get_origin(hint) is Literal:
-        near = difflib.get_close_matches(
-            value if isinstance(value, str) else "", [str(choice) for choice in typing.get_args(hint)], n=1
-        )
-        suggestion = f"; did you mean {near[0]}?" if near else ""
-        _require(isinstance(value, str) and value in typing.get_args(hint), message + suggestion)
+        near = did_you_mean(
+            value if isinstance(value, str) else "", map(str, typing.get_args(hint)), cutoff=0.6
+        ).rstrip()
+        _require(isinstance(value, str) and value in typing.get_args(hint), message + (near and f"; {near}"))
         return value
     if typing.get_origin(hint) is tuple:
         _require(isinstance(value, (list, tuple)), message)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import unicodedata
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError
-from attnorm.config import ConfigError, UserError
+from attnorm.config import ConfigError, UserError, did_you_mean
 from attnorm.data.images import to_float, to_uint8
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
@@ -70,9 +69,8 @@ class Sampler:
             return composed.index(unicodedata.normalize("NFC", name))
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
-        near = difflib.get_close_matches(name, self.classes, n=1)
         listed = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, self.classes)
         raise CheckpointError(f"{self.path} knows no class {name!r}; {hint}it has: {listed}")
 
     def latents(self, seeds: Sequence[int]) -> Tensor:

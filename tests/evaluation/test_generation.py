@@ -24,9 +24,8 @@ from attnorm import cli
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, load_images
-from attnorm.evaluation import collection, generation
-from attnorm.evaluation.collection import Processes, RealFeatures
-from attnorm.evaluation.features import Extractor, Features
+from attnorm.evaluation import generation
+from attnorm.evaluation.collection import RealFeatures
 from attnorm.evaluation.generation import (
     METRICS,
     TABLE_2_CLASSES,
@@ -36,7 +35,10 @@ from attnorm.evaluation.generation import (
     find_metrics,
     scores_file,
 )
-from attnorm.evaluation.metrics import (
+from attnorm.inference import Sampler
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.metrics.features import Extractor, Features
+from attnorm.metrics.generative import (
     Gaussian,
     frechet_distance,
     frechet_interval,
@@ -45,8 +47,6 @@ from attnorm.evaluation.metrics import (
     precision_recall,
     score_interval,
 )
-from attnorm.inference import Sampler
-from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.class_conditional import Generator
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.presets import PRESETS
@@ -544,13 +544,13 @@ import json, sys
 sys.path.insert(0, {folder!r})
 import test_generation as tests
 from pathlib import Path
-from attnorm.evaluation.collection import processes
+from attnorm.system.process_group import process_group
 from attnorm.evaluation.generation import METRICS, evaluate_generator
 extractor = tests.TinyExtractor()
-with processes() as team:  # one group, as the command line has it: a second could meet the remains of the first
+with process_group() as group:  # one group, as the command line has it: a second could meet the remains of the first
     lines = evaluate_generator(Path({run!r}), tests.make_images(), extractor, metrics=METRICS, num=40,
         fakes_per_class=15, batch_size=7, intervals=True, device="cpu", out=Path({out!r}), cache_dir=Path({cache!r}))
-    assert team.text_of_first(f"Fréchet of {{team.rank}}") == "Fréchet of 0"
+    assert group.text_of_first(f"Fréchet of {{group.rank}}") == "Fréchet of 0"
 print("LINES" + json.dumps([lines, extractor.num_seen]))
 """
 
@@ -593,27 +593,6 @@ def test_several_processes_share_the_work_and_say_the_same(run: Path, images: Im
                 assert lines[metric][key] == pytest.approx(line[key], rel=1e-6, abs=1e-9), (metric, key)
         assert lines[metric].get("values", {}) == pytest.approx(line.get("values", {}), rel=1e-6)
         assert lines[metric]["processes"] == count and lines[metric]["protocol"] == line["protocol"]
-
-
-def test_parts_of_any_shape_are_one_processes_own() -> None:
-    part = torch.zeros(2, 3)
-    assert Processes().gather(part) == [part] and Processes().as_first([True, False]) == [True, False]
-
-
-def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-
-    def find_device(name: str) -> torch.device:
-        names.append(name)
-        return torch.device("cuda" if name == "auto" else name)
-
-    monkeypatch.setattr(collection, "find_device", find_device)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert collection.find_own_device("auto") == torch.device("cuda")  # a stray variable of one process alone
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert collection.find_own_device("auto") == torch.device("cuda:3")
-    assert collection.find_own_device("cuda:1") == torch.device("cuda:1")
-    assert collection.find_own_device("cpu") == torch.device("cpu")
 
 
 # Mistakes

@@ -25,8 +25,8 @@ from attnorm.evaluation import inpainting
 from attnorm.evaluation.floors import mean_fill
 from attnorm.evaluation.inpainting import evaluate, markdown, name_runs, to_dict
 from attnorm.evaluation.manifest import read_examples, read_manifest
-from attnorm.evaluation.restoration import DISTANCE_SCORES, SCORES, measure
 from attnorm.inference import Inpainter
+from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory

@@ -24,8 +24,7 @@ from attnorm.benchmark.report import BenchReport
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
-from attnorm.evaluation import features, reproduce
-from attnorm.evaluation.features import Extractor, Features
+from attnorm.evaluation import reproduce
 from attnorm.evaluation.generation import scores_file
 from attnorm.evaluation.reproduce import (
     SCALES,
@@ -41,6 +40,8 @@ from attnorm.evaluation.reproduce import (
     read_failed,
     require_own,
 )
+from attnorm.metrics import features
+from attnorm.metrics.features import Extractor, Features
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock, read_lines

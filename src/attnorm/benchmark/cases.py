@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from attnorm.config import ConfigError
+from attnorm.config import ConfigError, did_you_mean
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
@@ -169,8 +168,7 @@ def find_named(kind: str, names: str, known: Sequence[Any]) -> tuple[Any, ...]:
     for name in wanted:
         if not any(_stands_for(name, entry.name) for entry in known):
             all_names = [entry.name for entry in known]
-            near = difflib.get_close_matches(name, all_names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, all_names)
             raise ConfigError(f"there is no {kind} {name!r}; {hint}expected some of {', '.join(all_names)}")
     if not wanted:
         raise ConfigError(f"no {kind} was named in {names!r}; expected names with commas between")

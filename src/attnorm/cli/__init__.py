@@ -24,9 +24,9 @@ from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
 from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
-from attnorm.cli.terminal import console, describe_os_error, no_such, out_of_memory
+from attnorm.cli.terminal import console, describe_os_error, out_of_memory
 from attnorm.cli.training import presets, train
-from attnorm.config import UserError
+from attnorm.config import UserError, did_you_mean
 
 EPILOGUE = """Attentive Normalization for class-conditional image generation (Wang et al., CVPR 2020).
 
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     names = [verb.__name__ for verb in VERBS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        text = no_such("verb", arguments[0], names, f"expected one of {', '.join(names)}")
+        hint = did_you_mean(arguments[0], names)
+        text = f"there is no subcommand {arguments[0]!r}; {hint}expected one of {', '.join(names)}"
         console.print(f"attnorm: {text}", style="red")
         raise SystemExit(2)
     try:

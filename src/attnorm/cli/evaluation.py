@@ -226,11 +226,11 @@ def _evaluate_generators(
 ) -> None:
     """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
     from attnorm.checkpoint import find_damage
-    from attnorm.evaluation.collection import find_own_device, processes
-    from attnorm.evaluation.features import EXTRACTORS, load_extractor
     from attnorm.evaluation.generation import evaluate_generator, find_metrics, require_measurable, scores_file
+    from attnorm.metrics.features import EXTRACTORS, load_extractor
     from attnorm.run_directory import RunDirectory
     from attnorm.system.files import read_lines
+    from attnorm.system.process_group import find_own_device, process_group
 
     files = {run: scores_file(run, out) for run in headers}
     for file in files.values():
@@ -240,14 +240,14 @@ def _evaluate_generators(
         counts = ("num", "fakes_per_class", "classes", "subset", "batch_size")
         require_measurable(wanted, **{name: settings[name] for name in counts})
     find_own_device(device)
-    with processes() as team:
+    with process_group() as group:
         extractor = load_extractor(extractor_name, device=find_own_device(device), inception_weights=inception_weights)
         read: dict[tuple[Any, ...], ImageSet] = {}
         for run, header in headers.items():
             config = configuration.override(header.config, [f"data.source={data}"]) if data else header.config
             key = (config.data.source, _side(config), config.data.fit)
             if key not in read:
-                console.quiet = team.rank > 0
+                console.quiet = group.rank > 0
                 read = {key: read_images(config)}  # those of one data set at a time
                 console.quiet = False
             if not data:
@@ -255,7 +255,7 @@ def _evaluate_generators(
             kept = [run]
             if all_checkpoints and run.is_dir():
                 kept = [file for file in RunDirectory(run).checkpoints() if not find_damage(file)]
-            for checkpoint in map(Path, team.text_of_first("\n".join(map(str, kept))).split("\n")):
+            for checkpoint in map(Path, group.text_of_first("\n".join(map(str, kept))).split("\n")):
                 before = read_lines(files[run])
                 with progress_bar() as progress:
                     rows = evaluate_generator(
@@ -268,7 +268,7 @@ def _evaluate_generators(
                         progress=one_bar_each(progress),
                         **settings,
                     )
-                if team.rank == 0:
+                if group.rank == 0:
                     _print_scores(checkpoint, rows, [row for row in rows if row in before])
                     print(files[run])
 

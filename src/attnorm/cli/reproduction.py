@@ -25,8 +25,8 @@ from attnorm.cli.terminal import (
 from attnorm.config import ConfigError
 
 if TYPE_CHECKING:
-    from attnorm.evaluation.features import Extractor
     from attnorm.evaluation.reproduce import Estimate, Plan, Result
+    from attnorm.metrics.features import Extractor
 
 
 def reproduce(
@@ -128,7 +128,7 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
 
 def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -> Extractor | None:
     """None where a dry run would have to download its weights."""
-    from attnorm.evaluation.features import InceptionExtractor, load_extractor
+    from attnorm.metrics.features import InceptionExtractor, load_extractor
     from attnorm.system.devices import find_device
 
     is_missing = inception_weights is None and not InceptionExtractor.kept_weights().exists()

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,10 +221,3 @@ def require_outside(out: Path | None, data: str) -> None:
         raise ConfigError(
             f"--out {out} is inside the data {data}, and what is written there would be read as data; choose another"
         )
-
-
-def no_such(kind: str, name: str, known: Sequence[str], remedy: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"there is no {kind} {name!r}; " + (f"did you mean {near[0]}? " if near else "") + remedy

@@ -12,14 +12,13 @@ from attnorm import config as configuration
 from attnorm.cli.terminal import (
     console,
     describe_os_error,
-    no_such,
     read_images,
     require_one_process,
     require_outside,
     require_writable,
     screen,
 )
-from attnorm.config import ClassConditionalConfig, Config, ConfigError
+from attnorm.config import ClassConditionalConfig, Config, ConfigError, did_you_mean
 from attnorm.presets import PRESETS
 
 
@@ -42,7 +41,8 @@ def train(
         dry_run: Print the resolved configuration and stop.
     """
     if preset not in PRESETS:
-        raise ConfigError(no_such("preset", preset, list(PRESETS), "`attnorm presets` lists them"))
+        hint = did_you_mean(preset, PRESETS)
+        raise ConfigError(f"there is no preset {preset!r}; {hint}`attnorm presets` lists them")
     config = configuration.override(PRESETS[preset][1], settings)
     if data:
         config = configuration.override(config, [f"data.source={data}"])

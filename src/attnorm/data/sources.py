@@ -1,7 +1,6 @@
 """Where images come from: folders, zips and CIFAR-10's binary files are found and opened, and each file is decoded."""
 
 import contextlib
-import difflib
 import io
 import os
 import re
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
+
+from attnorm.config import did_you_mean
 
 KINDS = (
     "'builtin', a folder of class folders, a folder of images, a .zip of either, "
@@ -61,9 +62,8 @@ def find_source(path: Path) -> Source:
         return _folder(path)
     if not path.exists():
         siblings = [entry.name for entry in path.parent.glob("*")]
-        near = difflib.get_close_matches(path.name, [*siblings, "builtin"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path} does not exist.{hint} Expected {KINDS}.")
+        hint = did_you_mean(path.name, [*siblings, "builtin"])
+        raise ValueError(f"{path} does not exist; {hint}expected {KINDS}")
     if not path.is_file():  # a pipe would be waited for, a device read without end
         raise ValueError(f"{path} is neither a folder nor a regular file; expected {KINDS}")
     with path.open("rb"):  # is_zipfile takes what it may not read for another kind

@@ -4,29 +4,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import hashlib
 import itertools
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import safetensors
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from attnorm.checkpoint import write_tensors
 from attnorm.data.images import ImageSet, cut_centres
-from attnorm.evaluation.features import Extractor, Features
-from attnorm.evaluation.metrics import Gaussian, InceptionScore, Moments
-from attnorm.system.devices import find_device
+from attnorm.metrics.features import Extractor, Features
+from attnorm.metrics.generative import Gaussian, InceptionScore, Moments
+from attnorm.system.process_group import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -35,80 +30,6 @@ _FORMAT = 1  # raise it when what is kept of real images changes, so that no old
 
 Progress = Callable[[int, int, str], None]  # done, in all, of what
 Streaming = TypeVar("Streaming", Moments, InceptionScore)
-
-
-# Which processes
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Those that torchrun has started, or this one alone. The first one has the results; the others help."""
-
-    rank: int = 0
-    count: int = 1
-
-    def as_first(self, flags: Sequence[bool]) -> list[bool]:
-        """The first one's flags, for all: what it finds in its files, others need not."""
-        if self.count == 1:
-            return list(flags)
-        values = torch.tensor(flags, dtype=torch.int64)
-        dist.broadcast(values, 0)
-        return [bool(value) for value in values.tolist()]
-
-    def text_of_first(self, text: str) -> str:
-        """The first one's text, for all."""
-        if self.count == 1:
-            return text
-        size = torch.tensor([len(text.encode())])
-        dist.broadcast(size, 0)
-        content = torch.zeros(int(size), dtype=torch.uint8)
-        if self.rank == 0:
-            content = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        dist.broadcast(content, 0)
-        return bytes(content.tolist()).decode()
-
-    def gather(self, part: Tensor) -> list[Tensor]:
-        """Every process's part, of up to two axes, in their order: on the CPU of the first; the others get nothing."""
-        if self.count == 1:
-            return [part]
-        part = part.cpu()
-        own_shape = torch.tensor([part.ndim, *part.shape, *[0] * (2 - part.ndim)])
-        shapes = [torch.empty_like(own_shape) for _ in range(self.count)]
-        dist.all_gather(shapes, own_shape)
-        sizes = [torch.Size(sides[:ndim]) for ndim, *sides in (shape.tolist() for shape in shapes)]
-        padded = part.new_zeros(max(1, *(size.numel() for size in sizes)))  # all must be as long
-        padded[: part.numel()] = part.flatten()
-        if self.rank:
-            dist.gather(padded, None, 0)
-            return []
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.gather(padded, parts, 0)
-        return [row[: size.numel()].reshape(size) for row, size in zip(parts, sizes, strict=True)]
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[Processes]:
-    """Joins the processes that torchrun has started (RANK, WORLD_SIZE and others in the environment) for as long as it
-    lasts; within itself, and where there is one process, it changes nothing.
-    """
-    if dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    elif os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Processes()
-    else:
-        # gloo, on GPUs too: what is sent is little, and on the CPU. A process may wait long for another one's work.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
-        try:
-            yield Processes(dist.get_rank(), dist.get_world_size())
-        finally:
-            dist.destroy_process_group()
-
-
-def find_own_device(name: str) -> torch.device:
-    """As `find_device`, but of several processes on one machine each gets a GPU of its own for "auto" and "cuda"."""
-    device = find_device(name)
-    local_rank = os.environ.get("LOCAL_RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    return find_device(f"cuda:{local_rank}") if device == torch.device("cuda") and local_rank else device
 
 
 # What is kept of features
@@ -146,7 +67,7 @@ def collect(
     dimensions: int,
     *,
     batch_size: int,
-    team: Processes,
+    group: ProcessGroup,
     progress: Callable[[int, int], None],
 ) -> Collected:
     """Features of images number 0 .. total - 1. Process r of n makes batches r, r + n, r + 2n, ...; the last batch may
@@ -157,7 +78,7 @@ def collect(
     score = InceptionScore(total, SPLITS) if wanted.score else None
     pooled: list[Tensor] = []
     logits: list[Tensor] = []
-    for numbers in batches[team.rank :: team.count]:
+    for numbers in batches[group.rank :: group.count]:
         features = features_of(numbers)
         if moments is not None:
             moments.add(features.pooled)
@@ -167,35 +88,35 @@ def collect(
             pooled.append(features.pooled.cpu())
         if wanted.logits:
             logits.append(features.logits.cpu())
-        progress(min(numbers.stop + (team.count - 1 - team.rank) * batch_size, total), total)
+        progress(min(numbers.stop + (group.count - 1 - group.rank) * batch_size, total), total)
 
     def in_order(parts: list[Tensor]) -> Tensor | None:
-        gathered = team.gather(torch.cat(parts) if parts else torch.empty(0, 0))
-        if team.rank:
+        gathered = group.gather(torch.cat(parts) if parts else torch.empty(0, 0))
+        if group.rank:
             return None
         rows = torch.empty(total, gathered[0].shape[1])
         for rank, part in enumerate(gathered):
-            numbers = list(itertools.chain.from_iterable(batches[rank :: team.count]))
+            numbers = list(itertools.chain.from_iterable(batches[rank :: group.count]))
             if numbers:  # there may be more processes than batches
                 rows[numbers] = part
         return rows
 
     return Collected(
-        _merged(moments, team) if moments is not None else None,
+        _merged(moments, group) if moments is not None else None,
         in_order(pooled) if wanted.pooled else None,
         in_order(logits) if wanted.logits else None,
-        _merged(score, team) if score is not None else None,
+        _merged(score, group) if score is not None else None,
     )
 
 
-def _merged(own: Streaming, team: Processes) -> Streaming:
+def _merged(own: Streaming, group: ProcessGroup) -> Streaming:
     """The sum over the processes, in their order; of use in the first one only."""
-    if team.count == 1:
+    if group.count == 1:
         return own
-    gathered = {name: team.gather(part) for name, part in own.state().items()}
-    if team.rank:
+    gathered = {name: group.gather(part) for name, part in own.state().items()}
+    if group.rank:
         return own
-    first, *others = [{name: parts[rank] for name, parts in gathered.items()} for rank in range(team.count)]
+    first, *others = [{name: parts[rank] for name, parts in gathered.items()} for rank in range(group.count)]
     total = own.from_state(first)
     for other in others:
         total.merge(own.from_state(other))
@@ -215,30 +136,30 @@ class RealFeatures:
         self.images, self.side, self.extractor, self.batch_size = images, side, extractor, batch_size
         self.folder, self.progress = folder, progress
 
-    def gaussian(self, chosen: np.ndarray, team: Processes) -> Gaussian | None:
+    def gaussian(self, chosen: np.ndarray, group: ProcessGroup) -> Gaussian | None:
         """Of the images at the indices `chosen`; in the first process only."""
         is_few = len(chosen) <= self.extractor.dimensions
 
         def make() -> dict[str, Tensor]:
-            collected = self._collect(chosen, Wanted(moments=not is_few, pooled=is_few), team, "real images")
-            if team.rank:
+            collected = self._collect(chosen, Wanted(moments=not is_few, pooled=is_few), group, "real images")
+            if group.rank:
                 return {}
             made = collected.gaussian()
             return {"mean": made.mean, "factor": made.factor, "count": torch.tensor(made.count)}
 
-        state = self._kept("gaussian", chosen, make, team)
+        state = self._kept("gaussian", chosen, make, group)
         return Gaussian(state["mean"], state["factor"], int(state["count"])) if state else None
 
-    def pooled(self, chosen: np.ndarray, team: Processes, what: str = "real images") -> Tensor | None:
+    def pooled(self, chosen: np.ndarray, group: ProcessGroup, what: str = "real images") -> Tensor | None:
         """float32 [M, D], on the CPU; in the first process only."""
 
         def make() -> dict[str, Tensor]:
-            pooled = self._collect(chosen, Wanted(pooled=True), team, what).pooled
+            pooled = self._collect(chosen, Wanted(pooled=True), group, what).pooled
             return {} if pooled is None else {"pooled": pooled}
 
-        return self._kept("pooled", chosen, make, team).get("pooled")
+        return self._kept("pooled", chosen, make, group).get("pooled")
 
-    def _collect(self, chosen: np.ndarray, wanted: Wanted, team: Processes, what: str) -> Collected:
+    def _collect(self, chosen: np.ndarray, wanted: Wanted, group: ProcessGroup, what: str) -> Collected:
         def features_of(numbers: range) -> Features:
             pixels, _ = self.images.batch(chosen[numbers.start : numbers.stop])
             return self.extractor(cut_centres(pixels, self.side))
@@ -249,7 +170,7 @@ class RealFeatures:
             wanted,
             self.extractor.dimensions,
             batch_size=self.batch_size,
-            team=team,
+            group=group,
             progress=lambda done, total: self.progress(done, total, what),
         )
 
@@ -262,16 +183,16 @@ class RealFeatures:
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def _kept(
-        self, kind: str, chosen: np.ndarray, make: Callable[[], dict[str, Tensor]], team: Processes
+        self, kind: str, chosen: np.ndarray, make: Callable[[], dict[str, Tensor]], group: ProcessGroup
     ) -> dict[str, Tensor]:
         """What the first process has kept, or what all make now, which it then keeps; elsewhere nothing."""
         file = self.folder / f"{kind}-{self.key(kind, chosen)[:32]}.safetensors"
-        state = _read(file) if team.rank == 0 else None
-        (is_there,) = team.as_first([state is not None])
+        state = _read(file) if group.rank == 0 else None
+        (is_there,) = group.as_first([state is not None])
         if is_there:
             return state or {}
         state = make()
-        if team.rank == 0:
+        if group.rank == 0:
             _write(file, state)
         return state
 

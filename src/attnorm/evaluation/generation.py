@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import difflib
 import hashlib
 import json
 import logging
@@ -26,33 +25,29 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import Header
-from attnorm.config import ClassConditionalConfig, ConfigError, require_seed
+from attnorm.config import ClassConditionalConfig, ConfigError, did_you_mean, require_seed
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.evaluation.collection import (
     SPLITS,
     Collected,
-    Processes,
     Progress,
     RealFeatures,
     Wanted,
     collect,
-    find_own_device,
-    processes,
 )
-from attnorm.evaluation.features import Extractor, Features
-from attnorm.evaluation.metrics import (
+from attnorm.evaluation.paper_tables import TABLE_2
+from attnorm.inference import Sampler
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.metrics.features import Extractor, Features
+from attnorm.metrics.generative import (
     Gaussian,
-    Interval,
     frechet_distance,
     frechet_interval,
     kernel_distance,
     precision_recall,
     score_interval,
 )
-from attnorm.evaluation.paper_tables import TABLE_2
-from attnorm.evaluation.restoration import CONFIDENCE
-from attnorm.inference import Sampler
-from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.metrics.intervals import CONFIDENCE, Interval
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name
@@ -64,6 +59,7 @@ from attnorm.system.files import (
     write_json,
     write_lines,
 )
+from attnorm.system.process_group import ProcessGroup, find_own_device, process_group
 from attnorm.system.provenance import commit
 
 _log = logging.getLogger(__name__)
@@ -104,8 +100,7 @@ def find_metrics(names: Sequence[str], extractor: Extractor | type[Extractor]) -
             )
         metric = PUBLISHED.get(name, name)
         if metric not in METRICS:
-            near = difflib.get_close_matches(name, [*METRICS, *PUBLISHED], n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, [*METRICS, *PUBLISHED])
             raise ConfigError(f"there is no metric {name!r}; {hint}known are {', '.join(METRICS)}")
         found.add(metric)
     if not found:
@@ -292,8 +287,8 @@ def evaluate_generator(
         CheckpointError: the checkpoint cannot be used, or a class is unknown.
         ConfigError: what is asked for cannot be measured.
     """
-    with processes() as team:
-        checkpoint = Path(team.text_of_first(str(find_checkpoint(run))))  # training may go on and save another one
+    with process_group() as group:
+        checkpoint = Path(group.text_of_first(str(find_checkpoint(run))))  # training may go on and save another one
         evaluation = _Evaluation(
             sampler=Sampler(checkpoint, ema=ema, device=str(find_own_device(device)), batch_size=batch_size),
             images=images,
@@ -308,8 +303,8 @@ def evaluate_generator(
             ema=ema,
             cache_dir=cache_dir or default_cache_dir() / "features",
             overwrite=overwrite,
-            team=team,
-            progress=progress if team.rank == 0 else lambda done, total, what: None,
+            group=group,
+            progress=progress if group.rank == 0 else lambda done, total, what: None,
         )
         return evaluation.run(scores_file(run, out))
 
@@ -331,7 +326,7 @@ class _Evaluation:
     ema: bool
     cache_dir: Path
     overwrite: bool
-    team: Processes
+    group: ProcessGroup
     progress: Progress
 
     def run(self, file: Path) -> list[dict[str, Any]]:
@@ -339,25 +334,25 @@ class _Evaluation:
         self.check()
         commit()  # before anything takes long
         rows = {metric: self.plan(metric) for metric in self.metrics}
-        old = {_identity(row): row for row in read_lines(file)} if self.team.rank == 0 and not self.overwrite else {}
+        old = {_identity(row): row for row in read_lines(file)} if self.group.rank == 0 and not self.overwrite else {}
 
         def is_there(row: dict[str, Any]) -> bool:
             found = old.get(_identity(row))
             needs_interval = self.intervals and row["metric"] in ("frechet", "is1")
             return found is not None and ("interval" in found or not needs_interval)
 
-        flags = self.team.as_first([not all(map(is_there, planned)) for planned in rows.values()])
+        flags = self.group.as_first([not all(map(is_there, planned)) for planned in rows.values()])
         due = {metric for metric, is_due in zip(rows, flags, strict=True) if is_due}
         for metric in rows.keys() - due:
-            rows[metric] = [old[_identity(row)] for row in rows[metric]] if self.team.rank == 0 else []
+            rows[metric] = [old[_identity(row)] for row in rows[metric]] if self.group.rank == 0 else []
         start = time.monotonic()
         for metric, values in self.measure(due):
-            if self.team.rank == 0:
+            if self.group.rank == 0:
                 seconds = {"seconds": round(time.monotonic() - start, 3)}  # since the first work for any of them
                 pairs = zip(rows[metric], values, strict=True)
                 rows[metric] = [self.complete(row, value) | seconds for row, value in pairs]
                 _write(file, rows[metric])
-        return [row for metric in self.metrics for row in rows[metric]] if self.team.rank == 0 else []
+        return [row for metric in self.metrics for row in rows[metric]] if self.group.rank == 0 else []
 
     def check(self) -> None:
         sampler, images = self.sampler, self.images
@@ -557,7 +552,7 @@ class _Evaluation:
             "attnorm": __version__,
             "torch": torch.__version__,
             "device": device_name(self.sampler.device),
-            "processes": self.team.count,
+            "processes": self.group.count,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
@@ -568,7 +563,7 @@ class _Evaluation:
         only. All processes must get through it together.
         """
         if "layout" in due:
-            yield "layout", self.layouts() if self.team.rank == 0 else []
+            yield "layout", self.layouts() if self.group.rank == 0 else []
         if due & {"frechet", "is", "kid", "precision-recall"}:
             yield from self.over_all_classes(due)
         if "intra-frechet" in due:
@@ -585,15 +580,15 @@ class _Evaluation:
             logits="is" in due and self.intervals,
             score="is" in due,
         )
-        fakes = self.fakes(self.fake_labels[0], 0, wanted, self.team, "generated images")
-        reals, is_first = self.real_features(), self.team.rank == 0
+        fakes = self.fakes(self.fake_labels[0], 0, wanted, self.group, "generated images")
+        reals, is_first = self.real_features(), self.group.rank == 0
         if "is" in due:
             yield "is", self.scores(fakes) if is_first else []
         if wants_frechet:
-            gaussian = reals.gaussian(self.measured_against, self.team)
+            gaussian = reals.gaussian(self.measured_against, self.group)
             yield "frechet", [self.frechet(fakes, gaussian)] if gaussian is not None else []
         if wants_few:
-            pooled = reals.pooled(self.few_real, self.team)
+            pooled = reals.pooled(self.few_real, self.group)
             few = None if pooled is None or fakes.pooled is None else (fakes.pooled, pooled)
             for metric, values in (("kid", self.kid), ("precision-recall", self.precision_recall)):
                 if metric in due:
@@ -618,7 +613,7 @@ class _Evaluation:
         """What Sampler makes the images of these numbers from."""
         return [self.seed * SEEDS_APART + number for number in numbers]
 
-    def fakes(self, labels: np.ndarray, start: int, wanted: Wanted, team: Processes, what: str) -> Collected:
+    def fakes(self, labels: np.ndarray, start: int, wanted: Wanted, group: ProcessGroup, what: str) -> Collected:
         """Of the images numbered from `start` on."""
 
         def features_of(numbers: range) -> Features:
@@ -631,7 +626,7 @@ class _Evaluation:
             wanted,
             self.extractor.dimensions,
             batch_size=self.sampler.batch_size,
-            team=team,
+            group=group,
             progress=lambda done, total: self.progress(done, total, what),
         )
 
@@ -682,7 +677,7 @@ class _Evaluation:
         of its own, and keeps the value of each: a thousand take hours, and none is made twice.
         """
         values = torch.zeros(len(self.labels), dtype=torch.float64)
-        for index in range(self.team.rank, len(self.labels), self.team.count):
+        for index in range(self.group.rank, len(self.labels), self.group.count):
             label = self.labels[index]
             kept = self.cache_dir / f"intra-{self.key_of_class(label)}.json"
             value = None if self.overwrite else _read_value(kept)
@@ -692,13 +687,13 @@ class _Evaluation:
                 _keep_value(kept, value)
             values[index] = value
         total = torch.zeros_like(values)
-        for part in self.team.gather(values):  # of each class one process has the value, the others 0
+        for part in self.group.gather(values):  # of each class one process has the value, the others 0
             total += part
         names = [self.sampler.classes[label] for label in self.labels]
         return {"value": total.mean().item(), "values": dict(zip(names, total.tolist(), strict=True))}
 
     def distance_of_class(self, label: int, name: str) -> float:
-        alone, is_few = Processes(), self.fakes_per_class <= self.extractor.dimensions
+        alone, is_few = ProcessGroup(), self.fakes_per_class <= self.extractor.dimensions
         pooled = self.real_features().pooled(self.of_class(label), alone, f"real images of {name}")
         assert pooled is not None
         fakes = self.fakes(

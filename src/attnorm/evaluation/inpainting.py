@@ -24,18 +24,9 @@ from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.floors import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.manifest import Examples, Manifest
-from attnorm.evaluation.restoration import (
-    CONFIDENCE,
-    DISTANCE_SCORES,
-    METRICS,
-    REGIONS,
-    RESAMPLES,
-    SCORES,
-    Difference,
-    differences,
-    measure,
-)
 from attnorm.inference import Inpainter
+from attnorm.metrics.image_quality import DISTANCE_SCORES, METRICS, REGIONS, SCORES, measure
+from attnorm.metrics.intervals import CONFIDENCE, RESAMPLES, Difference, differences
 from attnorm.run_directory import RunDirectory
 from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import hash_file, write_json, write_text

@@ -37,10 +37,10 @@ from attnorm.config import (
 from attnorm.data.images import ImageSet, cut_centres, held_out_indices
 from attnorm.data.masks import centre_mask, free_form_mask, read_mask, rectangle_mask
 from attnorm.data.sources import find_source
+from attnorm.metrics.image_quality import SSIM_BORDER
 from attnorm.system.files import hash_file, write_atomically, write_json
 
 FORMAT_VERSION = 1
-SSIM_BORDER = 5  # pixels at each side that SSIM cannot judge: half of its window
 
 Masks = Literal["centre", "rectangle", "free-form"]
 

@@ -10,7 +10,6 @@ Tables 1, 2 and 4 of one scale share their runs where they are made in one folde
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import time
@@ -35,10 +34,10 @@ from attnorm.config import (
     Config,
     ConfigError,
     InpaintingConfig,
+    did_you_mean,
 )
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.evaluation import inpainting
-from attnorm.evaluation.features import Extractor
 from attnorm.evaluation.generation import (
     FRECHET_RESAMPLES,
     LAYOUT_IMAGES,
@@ -48,7 +47,8 @@ from attnorm.evaluation.generation import (
     scores_file,
 )
 from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
-from attnorm.evaluation.metrics import Gaussian, frechet_distance, frechet_interval
+from attnorm.metrics.features import Extractor
+from attnorm.metrics.generative import Gaussian, frechet_distance, frechet_interval
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
@@ -193,9 +193,7 @@ def make_plan(
     chosen = rows or TABLE_ROWS[table]
     for row in chosen:
         if row not in known:
-            near = difflib.get_close_matches(row, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"there is no row {row!r}; {hint}expected some of {', '.join(known)}")
+            raise ConfigError(f"there is no row {row!r}; {did_you_mean(row, known)}expected some of {', '.join(known)}")
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"--rows names a row twice: {', '.join(chosen)}; name each once")
     more = ([f"data.source={data}"] if data else []) + ([f"run.device={device}"] if device != "auto" else [])

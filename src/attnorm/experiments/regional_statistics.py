@@ -41,7 +41,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
-from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 from attnorm.system.files import file_lock, write_atomically, write_json
 from attnorm.system.provenance import commit, processor
 
@@ -379,7 +379,7 @@ def evaluate(network: Network, setting: Setting, num_images: dict[int, int], see
     return {
         "errors": errors,
         "entropy": layout_entropy(layout).item(),
-        "entities_in_use": torch.special.entr(usage).sum().exp().item(),  # exp of the entropy of their shares
+        "entities_in_use": effective_entities(usage.tolist()),
         "rho": network.block.rho.item(),
     }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import difflib
 import hashlib
 import http.client
 import io
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.config import ConfigError, UserError
+from attnorm.config import ConfigError, UserError, did_you_mean
 from attnorm.system.devices import temporary_tf32
 from attnorm.system.files import default_cache_dir, write_atomically
 
@@ -198,8 +197,7 @@ def load_extractor(name: str, *, device: torch.device, inception_weights: Path |
         UserError: the weights cannot be had, or the file is not the one that is meant.
     """
     if name not in EXTRACTORS:
-        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, EXTRACTORS)
         raise ConfigError(f"there is no extractor {name!r}; {hint}expected one of {', '.join(EXTRACTORS)}")
     if inception_weights is not None and name != InceptionExtractor.name:
         raise ConfigError(

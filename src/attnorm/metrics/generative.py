@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.evaluation.restoration import CONFIDENCE
+from attnorm.metrics.intervals import Interval, interval_about
 from attnorm.system.randomness import permutation, resampled_counts
 
 Progress = Callable[[int, int], None]  # resamples done, resamples in all
 
-# What tells streams of random numbers of one seed apart; restoration.resampled_means has 4.
+# What tells streams of random numbers of one seed apart; `intervals` has 4.
 _KERNEL, _FRECHET, _SCORE = 5, 6, 7
 
 
@@ -369,12 +369,6 @@ def _squared_distances(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return distances, norms * (4 * first.shape[1] * torch.finfo(norms.dtype).eps)
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-    bias: float  # mean of the resampled values minus the value itself
-
-
 def frechet_interval(
     fakes: Tensor,
     reals: Gaussian,
@@ -418,7 +412,7 @@ def frechet_interval(
         cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
         distances[number] = ((offset + shift).square().sum() + variance + trace - 2 * cross).item()
         progress(number + 1, resamples)
-    return _interval(value, distances)
+    return interval_about(value, distances)
 
 
 def score_interval(logits: Tensor, *, resamples: int = 1000, seed: int) -> Interval:
@@ -440,12 +434,4 @@ def score_interval(logits: Tensor, *, resamples: int = 1000, seed: int) -> Inter
     blocks = iter(lambda: list(itertools.islice(drawn, 64)), [])
     values = [scores(torch.from_numpy(np.stack(block)).to(entropies)) for block in blocks]
     (value,) = scores(torch.ones_like(entropies)[None]).tolist()
-    return _interval(value, torch.cat(values).cpu().numpy())
-
-
-def _interval(value: float, resampled: np.ndarray) -> Interval:
-    if len(resampled) < 2:
-        raise ValueError(f"got {len(resampled)} resamples; expected at least 2")
-    mean, tail = resampled.mean().item(), 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled - mean, (tail, 100 - tail)).tolist()
-    return Interval(value + low, value + high, mean - value)
+    return interval_about(value, torch.cat(values).cpu().numpy())

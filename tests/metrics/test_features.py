@@ -21,8 +21,8 @@ from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from attnorm.config import ConfigError, UserError
-from attnorm.evaluation import features
-from attnorm.evaluation.features import (
+from attnorm.metrics import features
+from attnorm.metrics.features import (
     EXTRACTORS,
     EfficientNetExtractor,
     Extractor,
