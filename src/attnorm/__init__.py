@@ -18,10 +18,12 @@ _HOME = {
     "SelfAttention2d": "attnorm.layers.self_attention",
     "diagnose": "attnorm.layers.diagnose",
     "entity_usage": "attnorm.ops.soft_layout",
+    "insert_after": "attnorm.layers.replace",
     "layout_entropy": "attnorm.ops.soft_layout",
     "load": "attnorm.run_directory",
     "observe_layouts": "attnorm.layers.observe",
     "regional_norm": "attnorm.ops.regional_norm",
+    "replace": "attnorm.layers.replace",
     "soft_layout": "attnorm.ops.soft_layout",
 }
 __all__ = ["__version__", *_HOME]
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from attnorm.layers.attentive_norm import AttentiveNorm2d as AttentiveNorm2d
     from attnorm.layers.diagnose import diagnose as diagnose
     from attnorm.layers.observe import observe_layouts as observe_layouts
+    from attnorm.layers.replace import insert_after as insert_after
+    from attnorm.layers.replace import replace as replace
     from attnorm.layers.self_attention import SelfAttention2d as SelfAttention2d
     from attnorm.ops.regional_norm import regional_norm as regional_norm
     from attnorm.ops.soft_layout import entity_usage as entity_usage
