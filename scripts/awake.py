@@ -25,6 +25,7 @@ from attnorm import AttentiveNorm2d, entity_usage, layout_entropy, observe_layou
 from attnorm.cli.terminal import read_images
 from attnorm.config import Config, override
 from attnorm.data.images import to_uint8
+from attnorm.data.stream import Stream
 from attnorm.layers.attentive_norm import MOMENTUM, SPREAD
 from attnorm.metrics.features import load_extractor
 from attnorm.metrics.generative import Gaussian, frechet_distance
@@ -116,7 +117,7 @@ class Alternative(AttentiveNorm2d):
 
 
 @torch.no_grad()
-def look(config: Config, task: Any, stream: trainer.Stream) -> dict[str, dict[str, float]]:
+def look(config: Config, task: Any, stream: Stream) -> dict[str, dict[str, float]]:
     """Entropy, entities in use, rho and spread at every site, on the batch that is next, in evaluation mode."""
     state, found = task.state, {}
     seed_step(0, state.images_seen)
@@ -176,20 +177,19 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
     images = read_images(config)
     config = trainer.resolve(config, images)
     torch.manual_seed(seed)
-    task = trainer._task(config, images, CPU)
+    task = trainer.make_task(config, images, CPU)
     for network in [*task.state.networks.values(), *(average.network for average in task.state.averages.values())]:
         for module in network.modules():
             if isinstance(module, Alternative) and alternative != "auto":
                 module.temperature = 1.0
-    stream, state, begun = trainer.Stream(config, images, CPU), task.state, time.perf_counter()
+    stream, state, begun = Stream(config, images, CPU), task.state, time.perf_counter()
     precision = find_precision(config.run.precision, CPU)
-    for step in range(1, STEPS + 1):
+    for _ in range(STEPS):
         seed_step(seed, state.images_seen)
         for index, phase in enumerate(task.phases(state.images_seen)):
             batch = stream.batch(task.position(state.images_seen) + index * config.run.batch_size)
             trainer.run_phase(phase, state, batch, precision)
-        task.finish_step(step)
-        state.images_seen += config.run.batch_size
+        state.finish_step(config.run.batch_size)
     return {
         "preset": preset,
         "alternative": alternative,

@@ -29,7 +29,8 @@ from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory, find_checkpoint, load, load_discriminator
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
-from attnorm.training.phases import ClassConditionalTask, InpaintingTask
+from attnorm.training.class_conditional import ClassConditionalTask
+from attnorm.training.inpainting import InpaintingTask
 
 CONFIG = override(
     Config(),

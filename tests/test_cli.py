@@ -141,7 +141,9 @@ def test_time_that_is_up_names_the_remedy(
 def test_a_loss_that_is_no_number_ends_with_status_1(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnorm.training.phases.hinge_generator_loss", lambda scores: scores.mean() * math.nan)
+    monkeypatch.setattr(
+        "attnorm.training.class_conditional.hinge_generator_loss", lambda scores: scores.mean() * math.nan
+    )
     with pytest.raises(SystemExit) as caught:
         cli.main(train_command(photographs, tmp_path / "[bold]run"))
     said = capsys.readouterr()

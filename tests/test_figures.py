@@ -25,7 +25,7 @@ from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import effective_entities
 from attnorm.page import write_page
 from attnorm.run_directory import RunDirectory
-from attnorm.training.phases import ClassConditionalTask
+from attnorm.training.class_conditional import ClassConditionalTask
 
 CLASSES = ("<b>cat</b>", "dog & co", "owl")
 NOTE = "Each class is one photograph: a generator can only memorise them <sic>."

@@ -13,7 +13,7 @@ from attnorm.config import Config, override
 from attnorm.data.images import to_uint8
 from attnorm.inference import Sampler
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
-from attnorm.training.phases import ClassConditionalTask
+from attnorm.training.class_conditional import ClassConditionalTask
 
 CLASSES = ("cat", "dog", "7", "goldfish")
 

@@ -24,7 +24,8 @@ from attnorm.config import Config, ConfigError, UserError, override
 from attnorm.data.images import to_float, to_uint8
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
-from attnorm.training.phases import ClassConditionalTask, InpaintingTask
+from attnorm.training.class_conditional import ClassConditionalTask
+from attnorm.training.inpainting import InpaintingTask
 
 S = 32
 

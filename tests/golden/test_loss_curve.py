@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from attnorm import AttentiveNorm2d
 from attnorm.config import Config, override
+from attnorm.data.stream import Batch
 from attnorm.system.randomness import seed_step
-from attnorm.training.phases import Batch, ClassConditionalTask
+from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.trainer import run_phase
 
 FILE = Path(__file__).with_name("loss_curve.json")

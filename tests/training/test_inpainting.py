@@ -24,11 +24,12 @@ from attnorm.checkpoint import read_checkpoint
 from attnorm.config import Config, ConfigError, InpaintingTaskConfig, override
 from attnorm.data.images import ImageSet, cut_centres, fingerprint, held_out_indices, to_float
 from attnorm.data.masks import free_form_mask, rectangle_mask
+from attnorm.data.stream import Batch, Stream
 from attnorm.models.inpainting import InpaintingGenerator, Scores
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory, load
 from attnorm.training import trainer
-from attnorm.training.phases import Batch, InpaintingTask, PhaseSwitch
+from attnorm.training.inpainting import InpaintingTask, PhaseSwitch
 from attnorm.training.trainer import run_phase, train
 
 CPU = torch.device("cpu")
@@ -303,7 +304,7 @@ def test_the_critic_is_not_touched_in_the_first_phase() -> None:
     for step in range(1, 5):
         for phase in task.phases(2 * step - 2):
             run_phase(phase, task.state, random_batch(position=2 * step - 2))
-        task.finish_step(step)
+        task.state.finish_step(2)
     assert not is_changed(task.critic, critic) and is_changed(task.generator, generator)
     assert not task.state.optimisers["critic"].state
     assert not any(name.startswith("optimiser.critic.") for name in task.state.tensors())
@@ -405,19 +406,19 @@ def test_validation_is_the_error_of_the_averaged_generator(held_out: Tensor) -> 
     assert again.validate(0) == values
 
 
-def test_the_sheet_shows_hole_coarse_refined_pasted_and_truth(held_out: Tensor) -> None:
+def test_the_grid_shows_hole_coarse_refined_pasted_and_truth(held_out: Tensor) -> None:
     task = tiny_task(held_out=held_out)
-    sheet = task.grid(columns=8)
-    assert sheet.shape == (40, 3, 32, 32)
-    with_hole, coarse, refined, pasted, truth = sheet.chunk(5)
+    grid = task.sample_grid(columns=8)
+    assert grid.shape == (40, 3, 32, 32)
+    with_hole, coarse, refined, pasted, truth = grid.chunk(5)
     assert torch.equal(truth[:5], to_float(held_out)) and not truth[5:].any()
     for i in range(5):
         mask = rectangle_mask(32, seed=InpaintingTask._VALIDATION_SEED, index=i).mask.expand(3, -1, -1)
         assert (with_hole[i][mask] == 1).all() and torch.equal(with_hole[i][~mask], truth[i][~mask])
         assert torch.equal(pasted[i][mask], refined[i][mask]) and torch.equal(pasted[i][~mask], truth[i][~mask])
         assert not torch.equal(coarse[i], refined[i])
-    assert torch.equal(sheet, task.grid(columns=8))
-    assert task.grid(columns=3).shape == (15, 3, 32, 32)
+    assert torch.equal(grid, task.sample_grid(columns=8))
+    assert task.sample_grid(columns=3).shape == (15, 3, 32, 32)
 
 
 def test_layout_statistics_describe_the_layer(held_out: Tensor) -> None:
@@ -594,8 +595,7 @@ def test_without_held_out_images_nothing_starts(tmp_path: Path) -> None:
 def test_validation_takes_an_even_share_of_the_held_out_images() -> None:
     images = random_images(40, height=34, width=40)
     config = tiny("inpainting.validation_images=4")
-    assert config.inpainting is not None
-    held = trainer._held_out(config, config.inpainting, images)
+    held = InpaintingTask.for_images(config, images, CPU).held_out
     assert held_out_indices(40, 4).tolist() == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
     assert torch.equal(held, torch.from_numpy(images.images)[[3, 15, 27, 39], :, 1:33, 4:36])
     assert torch.equal(held, cut_centres(torch.from_numpy(images.images)[[3, 15, 27, 39]], 32))
@@ -606,7 +606,7 @@ def test_training_squares_are_cut_at_random_places() -> None:
     grid = np.stack(np.broadcast_arrays(np.arange(40)[:, None], np.arange(48)[None], 7)).astype(np.uint8)
     pixels, labels = np.stack([grid] * 8), np.zeros(8, np.int64)
     images = ImageSet(pixels, labels, ("all",), "by hand", "x")
-    stream = trainer.Stream(tiny("run.batch_size=64", "data.flip=false"), images, CPU)
+    stream = Stream(tiny("run.batch_size=64", "data.flip=false"), images, CPU)
     squares = ((stream.batch(0).images + 1) * 127.5).round().int()
     torch.manual_seed(99)  # whatever a model has drawn in between
     assert torch.equal(squares, ((stream.batch(0).images + 1) * 127.5).round().int())

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from attnorm.config import Config, override
-from attnorm.training.phases import Batch, ClassConditionalTask
+from attnorm.data.stream import Batch
+from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.state import ExponentialAverage
 from attnorm.training.trainer import run_phase
 
@@ -34,7 +35,8 @@ def step(task: ClassConditionalTask, number: int) -> None:
     batch = Batch(torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1, torch.tensor([0, 2]))
     for phase in task.phases(0):
         run_phase(phase, task.state, batch)
-    task.finish_step(number)
+    task.state.images_seen = 2 * (number - 1)
+    task.state.finish_step(2)
 
 
 def test_average_follows_the_recursion_with_its_ramp() -> None:
@@ -46,11 +48,11 @@ def test_average_follows_the_recursion_with_its_ramp() -> None:
         nn.init.constant_(network.weight, float(number))
         decay = min(0.5, number / (number + 9))  # 0.1, 2/11, ..., 0.5 from step 9 on
         expected = decay * expected + (1 - decay) * number
-        average.update(network, number)
+        average.update(number)
         assert average.network.weight.item() == pytest.approx(expected, rel=1e-6), number
     # Once the ramp is over, a constant input is approached by half its distance a step.
     before = average.network.weight.item()
-    average.update(network, 21)
+    average.update(21)
     assert average.network.weight.item() - 20 == pytest.approx((before - 20) / 2, rel=1e-5)
 
 
@@ -61,7 +63,7 @@ def test_running_moments_are_averaged_and_counters_copied() -> None:
         network.running_mean.fill_(10.0)
         network.running_var.fill_(3.0)
         network.num_batches_tracked.fill_(7)
-    average.update(network, 1)  # decay 0.1
+    average.update(1)  # decay 0.1
     assert average.network.running_mean.tolist() == pytest.approx([9.0, 9.0])
     assert average.network.running_var.tolist() == pytest.approx([2.8, 2.8])
     assert average.network.num_batches_tracked.item() == 7
@@ -74,7 +76,7 @@ def test_singular_vectors_are_copied_and_not_averaged() -> None:
         network.parametrizations.weight.original.fill_(1.0)
     network(torch.ones(1, 3))  # one power iteration
     before = average.network.parametrizations.weight[0]._u.clone()
-    average.update(network, 5)
+    average.update(5)
     ours, theirs = average.network.parametrizations.weight[0], network.parametrizations.weight[0]
     assert torch.equal(ours._u, theirs._u) and torch.equal(ours._v, theirs._v)
     assert not torch.equal(before, ours._u)

@@ -25,12 +25,16 @@ from rich.console import Console
 from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, to_float
+from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock
 from attnorm.system.randomness import seed_step, seed_weights
-from attnorm.training import phases, trainer
-from attnorm.training.trainer import TrainingError, _effective, train
+from attnorm.training import class_conditional, trainer
+from attnorm.training.class_conditional import ClassConditionalTask
+from attnorm.training.resume import effective_settings
+from attnorm.training.state import TrainingState
+from attnorm.training.trainer import TrainingError, train
 
 TINY = (
     "model.image_size=32",
@@ -284,13 +288,13 @@ def test_max_minutes_stops_cleanly_and_can_be_raised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["hinge_generator_loss", "hinge_discriminator_loss"])
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    original, calls = getattr(phases, loss), []
+    original, calls = getattr(class_conditional, loss), []
 
     def broken(*scores: torch.Tensor) -> torch.Tensor:
         calls.append(0)
         return original(*scores) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(phases, loss, broken)
+    monkeypatch.setattr(class_conditional, loss, broken)
     out = tmp_path / "run"
     last_good = str(out / "checkpoints/000000008.safetensors")
     with pytest.raises(TrainingError, match="not finite at step 3 ") as caught:
@@ -302,14 +306,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of the last step before a save may be finite and its gradient not."""
-    original, calls = phases.hinge_generator_loss, []
+    original, calls = class_conditional.hinge_generator_loss, []
 
     def broken(scores: torch.Tensor) -> torch.Tensor:
         calls.append(0)
         nothing = (scores - scores.detach()).abs().sqrt().sum()  # 0, whose gradient is not a number
         return original(scores) + (nothing if len(calls) == 4 else 0)
 
-    monkeypatch.setattr(phases, "hinge_generator_loss", broken)
+    monkeypatch.setattr(class_conditional, "hinge_generator_loss", broken)
     with pytest.raises(TrainingError, match=r"000000008\.safetensors"):
         run(tiny("run.checkpoint_every_images=8"), tmp_path / "run")
     assert [path.name for path in RunDirectory(tmp_path / "run").checkpoints()] == ["000000008.safetensors"]
@@ -317,7 +321,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch
 
 
 def test_without_a_checkpoint_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "hinge_generator_loss", lambda scores: scores.mean() * math.inf)
+    monkeypatch.setattr(class_conditional, "hinge_generator_loss", lambda scores: scores.mean() * math.inf)
     with pytest.raises(TrainingError, match=r"at step 1 .*last good checkpoint: none"):
         run(tiny(), tmp_path / "run")
     assert RunDirectory(tmp_path / "run").checkpoints() == []
@@ -381,12 +385,14 @@ for _ in range(12):
         assert path.stem == f"{header.images_seen:09d}"
         assert tensors["ballast"].shape == (2**20,) and (tensors["ballast"] == header.images_seen).all()
 
-original = trainer.save_checkpoint
+from attnorm.training import hooks
+
+original = hooks.save_checkpoint
 
 def save_slowly(path, tensors, header):
     original(path, tensors | {"ballast": torch.ones(2**21)}, header)
 
-trainer.save_checkpoint = save_slowly
+hooks.save_checkpoint = save_slowly
 kills = 0
 while True:
     child = os.fork()
@@ -487,15 +493,15 @@ def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed(tmp_path: Path) -> No
 
 
 def test_sigterm_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = phases.ClassConditionalTask.finish_step
+    original = TrainingState.finish_step
 
-    def terminated_at_the_second(self: phases.ClassConditionalTask, step: int) -> None:
-        if step == 2:
+    def terminated_at_the_second(self: TrainingState, batch_size: int) -> None:
+        if self.images_seen == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, step)
+        original(self, batch_size)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(phases.ClassConditionalTask, "finish_step", terminated_at_the_second)
+    monkeypatch.setattr(TrainingState, "finish_step", terminated_at_the_second)
     outcome = run(tiny(), tmp_path / "run")
     assert (outcome.reason, outcome.images_seen) == ("interrupted", 8)
     assert read_checkpoint(outcome.checkpoint)[1].images_seen == 8
@@ -571,7 +577,7 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     mirrored = {}
     for flip in (False, True):
         config = tiny("run.batch_size=64", f"data.flip={flip}")
-        batch = trainer.Stream(config, images, torch.device("cpu")).batch(0)
+        batch = Stream(config, images, torch.device("cpu")).batch(0)
         originals = to_float(torch.from_numpy(images.images))
         same = [any(torch.equal(image, original) for original in originals) for image in batch.images]
         turned = [any(torch.equal(image.flip(2), original) for original in originals) for image in batch.images]
@@ -584,8 +590,8 @@ def test_batches_of_a_step_follow_one_another_through_the_epochs() -> None:
     """Two steps of three discriminator updates and one of the generator see each of 32 images once."""
     images, seen = random_images(32), []
     config = tiny("optim.d_steps=3", "model.num_classes=3")
-    task = phases.ClassConditionalTask(config, torch.device("cpu"))
-    stream = trainer.Stream(config, images, torch.device("cpu"))
+    task = ClassConditionalTask(config, torch.device("cpu"))
+    stream = Stream(config, images, torch.device("cpu"))
     for images_seen in (0, 4):
         for index in range(4):
             batch = stream.batch(task.position(images_seen) + 4 * index)
@@ -600,13 +606,13 @@ def test_batches_of_a_step_follow_one_another_through_the_epochs() -> None:
 def test_every_discriminator_update_gets_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, torch.Tensor]] = []
     for name in ("_discriminator_loss", "_generator_loss"):
-        original = getattr(phases.ClassConditionalTask, name)
+        original = getattr(ClassConditionalTask, name)
 
-        def spy(self: Any, batch: phases.Batch, name: str = name, original: Any = original) -> Any:
+        def spy(self: Any, batch: Batch, name: str = name, original: Any = original) -> Any:
             seen.append((name, batch.images))
             return original(self, batch)
 
-        monkeypatch.setattr(phases.ClassConditionalTask, name, spy)
+        monkeypatch.setattr(ClassConditionalTask, name, spy)
     run(tiny("optim.d_steps=3", "run.duration_images=4"), tmp_path / "run")
     assert [name for name, _ in seen] == ["_discriminator_loss"] * 3 + ["_generator_loss"]
     for i in range(4):
@@ -631,9 +637,9 @@ def test_random_numbers_are_a_function_of_seed_and_images_seen() -> None:
 def test_what_has_no_effect_is_no_other_run() -> None:
     """Runs of before have tau none: the paper's presets the same number, networks without AN nothing of it at all."""
     paper, none = PRESETS["paper-imagenet128-an"][1], ["model.an.temperature=none"]
-    assert _effective(override(paper, none)) == _effective(paper)
+    assert effective_settings(override(paper, none)) == effective_settings(paper)
     without = PRESETS["small32-sngan"][1]
-    assert _effective(override(without, [*none, "model.an.num_entities=3"])) == _effective(without)
+    assert effective_settings(override(without, [*none, "model.an.num_entities=3"])) == effective_settings(without)
     auto = PRESETS["small32-an"][1]
-    before = _effective(override(auto, none))
-    assert {key for key, value in _effective(auto).items() if before[key] != value} == {"model.an.temperature"}
+    before = effective_settings(override(auto, none))
+    assert {key for key, value in effective_settings(auto).items() if before[key] != value} == {"model.an.temperature"}

@@ -64,7 +64,8 @@ def train(
 
 def _train(config: Config, out: Path) -> None:
     from attnorm.run_directory import RunDirectory
-    from attnorm.training.trainer import TrainingError, require_trainable
+    from attnorm.training.resume import require_trainable
+    from attnorm.training.trainer import TrainingError
     from attnorm.training.trainer import train as run_training
 
     require_trainable(config, out)  # before minutes of decoding

@@ -37,6 +37,7 @@ from attnorm.config import (
     did_you_mean,
 )
 from attnorm.data.images import ImageSet, held_out_indices
+from attnorm.data.stream import Stream
 from attnorm.evaluation import inpainting
 from attnorm.evaluation.generation import (
     FRECHET_RESAMPLES,
@@ -53,8 +54,9 @@ from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
 from attnorm.system.files import hash_file, read_lines, write_json
-from attnorm.training.phases import ClassConditionalTask, InpaintingTask
-from attnorm.training.trainer import Stream, TrainingError, resolve, run_phase, train
+from attnorm.training.class_conditional import ClassConditionalTask
+from attnorm.training.inpainting import InpaintingTask
+from attnorm.training.trainer import TrainingError, resolve, run_phase, train
 
 Table = Literal["table1", "table2", "table3", "table4", "table5"]
 ScaleName = Literal["paper", "small", "smoke"]
@@ -444,7 +446,7 @@ def _time_run(config: Config, images: ImageSet, device: torch.device) -> dict[st
     def step(task: ClassConditionalTask | InpaintingTask, seen: int) -> None:
         for index, phase in enumerate(task.phases(seen)):
             run_phase(phase, task.state, stream.batch(seen + index * count), precision)
-        task.finish_step(1)
+        task.state.finish_step(count)
 
     if config.inpainting is not None:
         switched = replace(config, inpainting=replace(config.inpainting, switch_images=count))

@@ -78,7 +78,7 @@ class SpectralNorm(parametrizations._SpectralNorm):
             return super().forward(weight)
 
 
-class Verdict(NamedTuple):
+class DiscriminatorOutput(NamedTuple):
     """What a discriminator says of images."""
 
     score: Tensor  # [N], high = real
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
         self.classifier = nn.Linear(channels[-1], config.num_classes, bias=False) if has_classifier else None
         _initialize(self, with_spectral_norm=config.d_spectral_norm)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Verdict:
+    def forward(self, images: Tensor, labels: Tensor) -> DiscriminatorOutput:
         """`images` are [N, 3, S, S] in [-1, 1], `labels` int64 [N] (not read by the auxiliary-classifier head)."""
         h = images
         for block in self.blocks:
@@ -129,7 +129,7 @@ class Discriminator(nn.Module):
         score = self.linear(h)[:, 0]
         if self.embedding is not None:
             score = score + (self.embedding(labels) * h).sum(1)
-        return Verdict(score, None if self.classifier is None else self.classifier(h))
+        return DiscriminatorOutput(score, None if self.classifier is None else self.classifier(h))
 
 
 def describe(config: ClassConditionalConfig, num_classes: int) -> tuple[str, int, int]:

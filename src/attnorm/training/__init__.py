@@ -1,1 +1,1 @@
-"""Losses, what a step of each task does, the training state, and one loop for all."""
+"""Tasks and their losses, the training state, and one loop for all with what is due beside it."""

@@ -16,18 +16,19 @@ class ExponentialAverage:
     """An average of a network's weights over training, reached gradually: decay_n = min(decay, n / (n + 9))."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        self.source = network
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """After step number `step`, counted from 1.
 
         Running moments are averaged like the weights that they belong to; the singular vectors of spectral norm are
         copied, since an average of unit vectors is none.
         """
         decay = min(self.decay, step / (step + 9))
-        ours, theirs = self.network.state_dict(), network.state_dict()
+        ours, theirs = self.network.state_dict(), self.source.state_dict()
         averaged = [
             name for name, tensor in ours.items() if tensor.is_floating_point() and not _is_singular_vector(name)
         ]
@@ -60,6 +61,12 @@ class TrainingState:
         self.numbers = dict(numbers or {})
         self.images_seen = 0
         self.seconds = 0.0  # of training, over all legs
+
+    def finish_step(self, batch_size: int) -> None:
+        """After all updates of a step: the averages and the clock."""
+        self.images_seen += batch_size
+        for average in self.averages.values():
+            average.update(self.images_seen // batch_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint."""

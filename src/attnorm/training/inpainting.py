@@ -1,153 +1,32 @@
-"""What one training step of each task does, phase by phase."""
+"""The inpainting task: a two-stage generator, a local and a global critic, two phases (section 4, Eq. 9 and 10)."""
 
-# N batch, Z latent dimension, S image size.
+# N batch, S image size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnorm.config import ClassConditionalConfig, Config, InpaintingConfig, InpaintingTaskConfig
-from attnorm.data.images import to_float
+from attnorm.config import Config, ConfigError, InpaintingConfig, InpaintingTaskConfig
+from attnorm.data.images import ImageSet, cut_centres, held_out_indices, to_float
 from attnorm.data.masks import DrawnMask, free_form_mask, rectangle_mask
-from attnorm.layers.attentive_norm import AttentiveNorm2d
-from attnorm.layers.observe import Observation, observe_layouts
-from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.data.stream import Batch
+from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Critic, InpaintingGenerator, crop_around, paste
-from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.system.devices import no_autocast
 from attnorm.training.losses import (
-    classifier_loss,
     gradient_penalty,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
     orthogonality_loss,
     reconstruction_loss,
     wasserstein_critic_loss,
     wasserstein_generator_loss,
 )
 from attnorm.training.state import ExponentialAverage, TrainingState
-
-
-class Batch(NamedTuple):
-    images: Tensor  # float32 [N, 3, S, S] in [-1, 1]
-    labels: Tensor  # int64 [N]
-    position: int = 0  # of the first image in the stream of training images
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One optimiser update: `loss` of a fresh batch is minimized over the network called `network`."""
-
-    network: str
-    loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]  # what to minimize, and named values to log
-
-
-class ClassConditionalTask:
-    """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        assert isinstance(config.model, ClassConditionalConfig)
-        self.config, self.model = config, config.model
-        # Built on the CPU, so that a seed gives the same start on every device.
-        self.generator = Generator(self.model).to(device)
-        self.discriminator = Discriminator(self.model).to(device)
-        if config.run.channels_last:
-            self.generator.to(memory_format=torch.channels_last)
-            self.discriminator.to(memory_format=torch.channels_last)
-        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
-        self.state = TrainingState(
-            networks={"generator": self.generator, "discriminator": self.discriminator},
-            optimisers={
-                "generator": _adam(self.generator, config.optim.g_lr, config),
-                "discriminator": _adam(self.discriminator, config.optim.d_lr, config),
-            },
-            averages={"ema": self.average},
-        )
-
-    def position(self, images_seen: int) -> int:
-        """Where in the stream of training images the step that begins at `images_seen` takes its first batch."""
-        return images_seen * (self.config.optim.d_steps + 1)
-
-    def phases(self, images_seen: int) -> Sequence[Phase]:
-        """The updates of the step that begins at `images_seen`, each of which gets a batch of its own."""
-        discriminate = Phase("discriminator", self._discriminator_loss)
-        return [*[discriminate] * self.config.optim.d_steps, Phase("generator", self._generator_loss)]
-
-    def finish_step(self, step: int) -> None:
-        """After all phases of step number `step`, counted from 1."""
-        self.average.update(self.generator, step)
-
-    def _latents(self, labels: Tensor) -> Tensor:
-        return torch.randn(len(labels), self.model.latent_dim, device=labels.device)
-
-    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            fake = self.generator(self._latents(batch.labels), batch.labels)
-        # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
-        both = torch.cat([batch.images, fake.to(batch.images.dtype)])
-        score, class_logits = self.discriminator(both, batch.labels.repeat(2))
-        real_score, fake_score = score.float().chunk(2)
-        adversarial = hinge_discriminator_loss(real_score, fake_score)
-        orthogonality = orthogonality_loss(self.discriminator)
-        loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
-        logged = {
-            "discriminator/loss": adversarial,
-            "discriminator/real_score": real_score.mean(),
-            "discriminator/fake_score": fake_score.mean(),
-            "discriminator/orthogonality": orthogonality,
-        }
-        if class_logits is not None:
-            logged["discriminator/classifier"] = classifier_loss(class_logits.chunk(2)[0], batch.labels)
-            loss = loss + self.config.optim.classifier_weight * logged["discriminator/classifier"]
-        return loss, logged
-
-    def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        fake = self.generator(self._latents(batch.labels), batch.labels)  # only the labels of the batch are used
-        score, class_logits = self.discriminator(fake, batch.labels)
-        adversarial = hinge_generator_loss(score.float())
-        orthogonality = orthogonality_loss(self.generator)
-        loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
-        logged = {"generator/loss": adversarial, "generator/orthogonality": orthogonality}
-        if class_logits is not None:
-            logged["generator/classifier"] = classifier_loss(class_logits, batch.labels)
-            loss = loss + self.config.optim.classifier_weight * logged["generator/classifier"]
-        return loss, logged
-
-    @torch.no_grad()
-    def grid(self, *, rows: int = 10, columns: int = 8) -> Tensor:
-        """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, a fixed latent a column."""
-        device = next(self.generator.parameters()).device
-        rows = min(rows, self.model.num_classes)
-        latents = torch.randn(columns, self.model.latent_dim, generator=torch.Generator().manual_seed(0))
-        labels = torch.arange(rows).repeat_interleave(columns).to(device)
-        return self.average.network(latents.repeat(rows, 1).to(device), labels).float()
-
-    @torch.no_grad()
-    def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
-        """Entropy, usage, t and rho of every AttentiveNorm2d, as evaluation sees them (t = 0, no random numbers).
-
-        The averaged generator is observed on fixed latents with the batch's labels, the discriminator on its images.
-        """
-        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
-        self.discriminator.eval()
-        with observe_layouts(self.average.network) as seen_by_g:
-            self.average.network(latents.to(batch.labels.device), batch.labels)
-        with observe_layouts(self.discriminator) as seen_by_d:
-            self.discriminator(batch.images, batch.labels)
-        self.discriminator.train()
-        return {
-            **_describe_layouts("generator", self.average.network, seen_by_g),
-            **_describe_layouts("discriminator", self.discriminator, seen_by_d),
-        }
-
-    def validate(self, images_seen: int) -> dict[str, float]:
-        """Nothing: samples are judged by scores, which take far more images."""
-        return {}
+from attnorm.training.task import Phase, adam, describe_layouts
 
 
 class PhaseSwitch:
@@ -196,7 +75,7 @@ class InpaintingTask:
     of the critic, then one of the generator with the adversarial term.
 
     Args:
-        held_out: uint8 [V, 3, S, S] on the CPU, never trained on: for validation and the sample sheet.
+        held_out: uint8 [V, 3, S, S] on the CPU, never trained on: for validation and the grid of samples.
     """
 
     _VALIDATION_SEED = 2020  # of the masks of the held-out images, the same for every run
@@ -216,34 +95,47 @@ class InpaintingTask:
         self.state = TrainingState(
             networks={"generator": self.generator, "critic": self.critic},
             optimisers={
-                "generator": _adam(self.generator, config.optim.g_lr, config),
-                "critic": _adam(self.critic, config.optim.d_lr, config),
+                "generator": adam(self.generator, config.optim.g_lr, config),
+                "critic": adam(self.critic, config.optim.d_lr, config),
             },
             averages={"ema": self.average},
             numbers=self.switch.numbers,
         )
+
+    @classmethod
+    def resolve(cls, config: Config, images: ImageSet) -> Config:
+        """Nothing is left to the data."""
+        return config
+
+    @classmethod
+    def for_images(cls, config: Config, images: ImageSet, device: torch.device) -> Self:
+        """With the centre squares of the images that validate; ConfigError where none is held out."""
+        assert config.inpainting is not None
+        indices = held_out_indices(len(images), config.data.held_out_every)
+        if not len(indices):
+            raise ConfigError(
+                f"data.held_out_every is {config.data.held_out_every}: of the {len(images)} images of {images.source} "
+                "none is held out to validate on; give more images, or a smaller number from 2 on"
+            )
+        spread = np.unique(np.linspace(0, len(indices) - 1, config.inpainting.validation_images).astype(np.int64))
+        squares = cut_centres(images.batch(indices[spread])[0], config.model.image_size)
+        return cls(config, device, squares.clone())
 
     def _is_adversarial(self, images_seen: int) -> bool:
         begin = self.switch.second_phase_at
         return begin is not None and images_seen >= begin
 
     def position(self, images_seen: int) -> int:
-        """Where in the stream of training images the step that begins at `images_seen` takes its first batch."""
         begin = self.switch.second_phase_at
         if begin is None or images_seen < begin:
             return images_seen
         return begin + (images_seen - begin) * (self.config.optim.d_steps + 1)
 
     def phases(self, images_seen: int) -> Sequence[Phase]:
-        """The updates of the step that begins at `images_seen`, each of which gets a batch of its own."""
         if not self._is_adversarial(images_seen):
             return [Phase("generator", self._reconstruction_loss)]
         criticise = Phase("critic", self._critic_loss)
         return [*[criticise] * self.config.optim.d_steps, Phase("generator", self._generator_loss)]
-
-    def finish_step(self, step: int) -> None:
-        """After all phases of step number `step`, counted from 1."""
-        self.average.update(self.generator, step)
 
     def _holes(self, seed: int, position: int, count: int, device: torch.device) -> Holes:
         """The masks of `count` images from `position` on: a function of these and the seed alone."""
@@ -344,7 +236,7 @@ class InpaintingTask:
         }
 
     @torch.no_grad()
-    def grid(self, *, columns: int = 8) -> Tensor:
+    def sample_grid(self, *, columns: int = 8) -> Tensor:
         """A held-out image a column: with its hole, coarse, refined, pasted, and the truth; [5 * columns, 3, S, S].
 
         Columns for which there is no image are grey.
@@ -352,41 +244,15 @@ class InpaintingTask:
         rows: list[list[Tensor]] = [[] for _ in range(5)]
         for images, (masks, _) in self._held_out_batches(columns):
             coarse, refined = (stage.float() for stage in self.average.network(images, masks))
-            sheet = (images * (1 - masks) + masks, coarse, refined, paste(images, refined, masks), images)
-            for row, part in zip(rows, sheet, strict=True):
+            shown = (images * (1 - masks) + masks, coarse, refined, paste(images, refined, masks), images)
+            for row, part in zip(rows, shown, strict=True):
                 row += part
         missing = [torch.zeros(3, self.image_size, self.image_size)] * (columns - len(rows[0]))
         return torch.stack([image.cpu() for row in rows for image in [*row, *missing]])
 
     @torch.no_grad()
     def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
-        """As `ClassConditionalTask.layout_statistics`, of the averaged generator on the batch with its masks."""
+        """Of the averaged generator on the batch with its masks."""
         with observe_layouts(self.average.network) as seen:
             self.average.network(batch.images, self._holes_of(batch).masks)
-        return _describe_layouts("generator", self.average.network, seen)
-
-
-def _describe_layouts(name: str, network: nn.Module, seen: Mapping[str, Observation]) -> dict[str, float | list[float]]:
-    statistics: dict[str, float | list[float]] = {}
-    for site, observation in seen.items():
-        layer = network.get_submodule(site)
-        assert isinstance(layer, AttentiveNorm2d)
-        key = f"layout/{name}.{site}"
-        statistics[f"{key}/entropy"] = layout_entropy(observation.layout).item()
-        statistics[f"{key}/usage"] = entity_usage(observation.layout).tolist()
-        statistics[f"{key}/rho"] = layer.rho.item()
-        if layer.self_sampling:
-            statistics[f"{key}/t"] = layer.t.tolist()
-    return statistics
-
-
-def _adam(network: nn.Module, learning_rate: float, config: Config) -> torch.optim.Adam:
-    """Adam over all parameters; the scalar gates that open a context block have a learning rate of their own."""
-    gates: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        (gates if name.rpartition(".")[2] in ("rho", "gate") else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others}]
-    if gates:
-        groups.append({"params": gates, "lr": learning_rate * config.optim.gate_lr_scale})
-    return torch.optim.Adam(groups, learning_rate, betas=(config.optim.beta1, config.optim.beta2), fused=True)
+        return describe_layouts("generator", self.average.network, seen)

@@ -13,10 +13,12 @@ from torch import nn
 
 from attnorm import AttentiveNorm2d, SelfAttention2d
 from attnorm.config import Config, override
+from attnorm.data.stream import Batch
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.presets import PRESETS
+from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.losses import orthogonality_loss
-from attnorm.training.phases import Batch, ClassConditionalTask, Phase
+from attnorm.training.task import Phase
 from attnorm.training.trainer import run_phase
 
 CPU = torch.device("cpu")
@@ -334,9 +336,9 @@ def test_the_grid_shows_a_class_a_row_and_a_latent_a_column() -> None:
         for name, parameter in task.average.network.named_parameters():
             if "gamma" in name or "beta" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    grid = task.grid(rows=10, columns=4)  # there are three classes only
+    grid = task.sample_grid(rows=10, columns=4)  # there are three classes only
     assert grid.shape == (12, 3, 32, 32)
-    assert torch.equal(grid, task.grid(rows=10, columns=4))
+    assert torch.equal(grid, task.sample_grid(rows=10, columns=4))
     latents = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = task.average.network(latents[2:3], torch.tensor([1]))[0]

@@ -23,7 +23,7 @@ from attnorm.system.files import read_lines, write_atomically, write_lines
 SECONDS_BETWEEN_LINES = 15.0  # without a terminal
 
 
-class Report:
+class Logger:
     """Metrics and pictures of one run. A resumed run first drops what lies after its checkpoint: those steps are
     made again.
 
@@ -44,7 +44,7 @@ class Report:
         )
         self.bar = self.progress.add_task("training", total=settings.duration_images, completed=resumed_at or 0)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Logger:
         self.progress.start()
         return self
 
@@ -69,7 +69,7 @@ class Report:
             self._last_line = time.monotonic()
             self.console.print(text, highlight=False)
 
-    def row(self, images_seen: int, values: dict[str, Any]) -> None:
+    def log(self, images_seen: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; what is a number goes to TensorBoard too."""
         self.metrics.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
         self.metrics.flush()
@@ -80,7 +80,7 @@ class Report:
         if losses:
             self._losses = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
-    def grid(self, images_seen: int, images: Tensor, columns: int) -> Path:
+    def save_grid(self, images_seen: int, images: Tensor, columns: int) -> Path:
         """Writes float images [N, 3, S, S] in [-1, 1] as one picture."""
         picture = torchvision.utils.make_grid(to_uint8(images).cpu(), nrow=columns, padding=2).numpy()
         path = self.run.sample_file(images_seen)

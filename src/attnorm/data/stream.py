@@ -1,0 +1,57 @@
+"""The stream of training images: shuffled epochs without end, of which any batch can be made alone."""
+
+# N batch, S side of a training square.
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnorm.config import Config
+from attnorm.data.images import ImageSet, cut_squares, held_out_indices, shuffled_indices, to_float
+from attnorm.system.randomness import seed_of
+
+
+class Batch(NamedTuple):
+    images: Tensor  # float32 [N, 3, S, S] in [-1, 1]
+    labels: Tensor  # int64 [N]
+    position: int = 0  # of the first image in the stream of training images
+
+
+class Stream:
+    """The endless stream of training images: shuffled epochs, squares cut at random, mirrored if that is set.
+
+    It depends on seed and position alone, so that runs of different models see the same images.
+    """
+
+    def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
+        self.config, self.images, self.device = config, images, device
+        everything = np.arange(len(images))
+        self.indices = np.delete(everything, held_out_indices(len(images), config.data.held_out_every))
+
+    def batch(self, position: int) -> Batch:
+        """The images from `position` on."""
+        settings, side = self.config.run, self.config.model.image_size
+        size = settings.batch_size
+        order = shuffled_indices(len(self.indices), position, size, seed=settings.seed)
+        random = torch.Generator().manual_seed(seed_of(settings.seed, position, 0, 1))  # not one of a step's
+        pixels, labels = (self._to_device(part) for part in self.images.batch(self.indices[order]))
+        room = [length - side for length in pixels.shape[2:]]
+        if any(room):
+            tops, lefts = (self._to_device(torch.randint(most + 1, (size,), generator=random)) for most in room)
+            pixels = cut_squares(pixels, tops, lefts, side)
+        real = to_float(pixels)
+        if self.config.data.flip:
+            mirrored = self._to_device(torch.rand(size, generator=random) < 0.5)
+            real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
+        if settings.channels_last:
+            real = real.to(memory_format=torch.channels_last)
+        return Batch(real, labels, position)
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # pinned, so that the copy need not wait for the work that is queued
+            return part.pin_memory().to(self.device, non_blocking=True)
+        return part.to(self.device)

@@ -1,0 +1,139 @@
+"""The class-conditional task: a hinge GAN with spectral norm (paper, section 4; Eq. 7 and 8)."""
+
+# N batch, S image size.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from attnorm.config import ClassConditionalConfig, Config, ConfigError
+from attnorm.data.images import ImageSet
+from attnorm.data.stream import Batch
+from attnorm.layers.observe import observe_layouts
+from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.training.losses import (
+    classifier_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    orthogonality_loss,
+)
+from attnorm.training.state import ExponentialAverage, TrainingState
+from attnorm.training.task import Phase, adam, describe_layouts
+
+
+class ClassConditionalTask:
+    """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        assert isinstance(config.model, ClassConditionalConfig)
+        self.config, self.model = config, config.model
+        # Built on the CPU, so that a seed gives the same start on every device.
+        self.generator = Generator(self.model).to(device)
+        self.discriminator = Discriminator(self.model).to(device)
+        if config.run.channels_last:
+            self.generator.to(memory_format=torch.channels_last)
+            self.discriminator.to(memory_format=torch.channels_last)
+        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
+        self.state = TrainingState(
+            networks={"generator": self.generator, "discriminator": self.discriminator},
+            optimisers={
+                "generator": adam(self.generator, config.optim.g_lr, config),
+                "discriminator": adam(self.discriminator, config.optim.d_lr, config),
+            },
+            averages={"ema": self.average},
+        )
+
+    @classmethod
+    def resolve(cls, config: Config, images: ImageSet) -> Config:
+        """The number of classes is the data's."""
+        assert isinstance(config.model, ClassConditionalConfig)
+        num_classes = len(images.classes)
+        if config.model.num_classes not in (0, num_classes):
+            raise ConfigError(
+                f"model.num_classes is {config.model.num_classes}, but {images.source} has {num_classes} classes; "
+                "leave it at 0 to take the data's"
+            )
+        return replace(config, model=replace(config.model, num_classes=num_classes))
+
+    @classmethod
+    def for_images(cls, config: Config, images: ImageSet, device: torch.device) -> Self:
+        return cls(config, device)
+
+    def position(self, images_seen: int) -> int:
+        return images_seen * (self.config.optim.d_steps + 1)
+
+    def phases(self, images_seen: int) -> Sequence[Phase]:
+        discriminate = Phase("discriminator", self._discriminator_loss)
+        return [*[discriminate] * self.config.optim.d_steps, Phase("generator", self._generator_loss)]
+
+    def _latents(self, labels: Tensor) -> Tensor:
+        return torch.randn(len(labels), self.model.latent_dim, device=labels.device)
+
+    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            fake = self.generator(self._latents(batch.labels), batch.labels)
+        # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
+        both = torch.cat([batch.images, fake.to(batch.images.dtype)])
+        score, class_logits = self.discriminator(both, batch.labels.repeat(2))
+        real_score, fake_score = score.float().chunk(2)
+        adversarial = hinge_discriminator_loss(real_score, fake_score)
+        orthogonality = orthogonality_loss(self.discriminator)
+        loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
+        logged = {
+            "discriminator/loss": adversarial,
+            "discriminator/real_score": real_score.mean(),
+            "discriminator/fake_score": fake_score.mean(),
+            "discriminator/orthogonality": orthogonality,
+        }
+        if class_logits is not None:
+            logged["discriminator/classifier"] = classifier_loss(class_logits.chunk(2)[0], batch.labels)
+            loss = loss + self.config.optim.classifier_weight * logged["discriminator/classifier"]
+        return loss, logged
+
+    def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        fake = self.generator(self._latents(batch.labels), batch.labels)  # only the labels of the batch are used
+        score, class_logits = self.discriminator(fake, batch.labels)
+        adversarial = hinge_generator_loss(score.float())
+        orthogonality = orthogonality_loss(self.generator)
+        loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
+        logged = {"generator/loss": adversarial, "generator/orthogonality": orthogonality}
+        if class_logits is not None:
+            logged["generator/classifier"] = classifier_loss(class_logits, batch.labels)
+            loss = loss + self.config.optim.classifier_weight * logged["generator/classifier"]
+        return loss, logged
+
+    @torch.no_grad()
+    def sample_grid(self, *, rows: int = 10, columns: int = 8) -> Tensor:
+        """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, a fixed latent a column."""
+        device = next(self.generator.parameters()).device
+        rows = min(rows, self.model.num_classes)
+        latents = torch.randn(columns, self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(rows).repeat_interleave(columns).to(device)
+        return self.average.network(latents.repeat(rows, 1).to(device), labels).float()
+
+    @torch.no_grad()
+    def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
+        """Of every layer as evaluation sees it (t = 0, no random numbers).
+
+        The averaged generator is observed on fixed latents with the batch's labels, the discriminator on its images.
+        """
+        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        self.discriminator.eval()
+        with observe_layouts(self.average.network) as seen_by_g:
+            self.average.network(latents.to(batch.labels.device), batch.labels)
+        with observe_layouts(self.discriminator) as seen_by_d:
+            self.discriminator(batch.images, batch.labels)
+        self.discriminator.train()
+        return {
+            **describe_layouts("generator", self.average.network, seen_by_g),
+            **describe_layouts("discriminator", self.discriminator, seen_by_d),
+        }
+
+    def validate(self, images_seen: int) -> dict[str, float]:
+        """Nothing: samples are judged by scores, which take far more images."""
+        return {}

@@ -1,0 +1,138 @@
+"""What happens beside the steps of a training: logs, validation, pictures, checkpoints, each every so many images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnorm.checkpoint import Header, save_checkpoint
+from attnorm.config import Config, RunConfig
+from attnorm.data.images import ImageSet
+from attnorm.data.stream import Stream
+from attnorm.run_directory import RunDirectory
+from attnorm.system.randomness import seed_step
+from attnorm.training.logger import Logger
+from attnorm.training.task import Task
+
+UNIFORM_LAYOUT = 0.98  # normalised entropy above which AN is instance normalization in all but name
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says where it stopped and what the last good checkpoint is."""
+
+
+@dataclass
+class Training:
+    """A training under way, as its hooks see it."""
+
+    config: Config  # with the precision and the device that are really used
+    images: ImageSet
+    task: Task
+    stream: Stream
+    run: RunDirectory
+    logger: Logger
+    first_bad_step: Tensor  # whose loss was not finite, 0: none; on the device, and read only when something is due
+    logged: dict[str, Tensor] = field(default_factory=dict)  # what the phases of the last step returned
+    uniform_for: Counter[str] = field(default_factory=Counter)  # how many times in a row a layout was found uniform
+
+    @property
+    def images_seen(self) -> int:
+        return self.task.state.images_seen
+
+    def failure(self, what: str, step: int) -> TrainingError:
+        kept = self.run.checkpoints()
+        seen = step * self.config.run.batch_size
+        return TrainingError(
+            f"{what} step {step} (images seen: {seen:,}); last good checkpoint: {kept[-1] if kept else 'none'}. "
+            "Try a lower learning rate (optim.g_lr, optim.d_lr) or precision float32 in a new run"
+        )
+
+
+class Hook(NamedTuple):
+    every: int  # images
+    run: Callable[[Training], None]
+
+
+def hooks_of(settings: RunConfig) -> list[Hook]:
+    """In the order in which they run where several are due; a checkpoint comes last, so that it knows what a validation
+    has decided.
+    """
+    return [
+        Hook(settings.log_every_images, log_losses),
+        Hook(settings.layout_every_images, log_layouts),
+        Hook(settings.validate_every_images, log_validation),
+        Hook(settings.grid_every_images, save_samples),
+        Hook(settings.checkpoint_every_images, save),
+    ]
+
+
+def due(hooks: Sequence[Hook], images_seen: int, batch_size: int) -> list[Hook]:
+    """Those that the step which has just ended, of `batch_size` images, brought to their turn."""
+    return [hook for hook in hooks if images_seen // hook.every != (images_seen - batch_size) // hook.every]
+
+
+def require_finite(training: Training) -> None:
+    """Raises TrainingError where a loss of the steps so far was not finite."""
+    step = int(training.first_bad_step.item())
+    if step:
+        raise training.failure("a loss was not finite at", step)
+
+
+def log_losses(training: Training) -> None:
+    state = training.task.state
+    training.logger.log(
+        state.images_seen,
+        {
+            **{name: value.item() for name, value in training.logged.items()},
+            "step": state.images_seen // training.config.run.batch_size,
+            "seconds": state.seconds,
+            "images_per_second": training.logger.speed,
+        },
+    )
+
+
+def log_layouts(training: Training) -> None:
+    """What the layouts look like on the next batch; says so where one stays uniform."""
+    seed_step(training.config.run.seed, training.images_seen)
+    batch = training.stream.batch(training.task.position(training.images_seen))
+    statistics = training.task.layout_statistics(batch)
+    if statistics:
+        training.logger.log(training.images_seen, statistics)
+    for key, value in statistics.items():
+        if not (key.endswith("/entropy") and isinstance(value, float)):
+            continue
+        training.uniform_for[key] = training.uniform_for[key] + 1 if value > UNIFORM_LAYOUT else 0
+        if training.uniform_for[key] == 3:
+            training.logger.say(
+                f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is instance "
+                "normalization; try model.an.temperature=auto, or a larger number"
+            )
+
+
+def log_validation(training: Training) -> None:
+    values = training.task.validate(training.images_seen)
+    if values:
+        training.logger.log(training.images_seen, values)
+
+
+def save_samples(training: Training) -> None:
+    training.logger.save_grid(training.images_seen, training.task.sample_grid(), columns=8)
+
+
+def save(training: Training) -> None:
+    """A checkpoint; TrainingError where a tensor of the state is not finite."""
+    config, state, run = training.config, training.task.state, training.run
+    tensors = state.tensors()
+    # A loss may be finite and its gradient not: no later step would mend the weights.
+    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise training.failure(f"{bad} is not finite after", state.images_seen // config.run.batch_size)
+    images = training.images
+    header = Header(config, images.classes, state.images_seen, state.seconds, images.note, torch.get_num_threads())
+    save_checkpoint(run.checkpoint_file(state.images_seen), tensors, header)
+    run.keep_last(config.run.keep_checkpoints)

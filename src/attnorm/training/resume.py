@@ -1,0 +1,94 @@
+"""Whether a command goes on with the run that is there, and from which checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnorm import config as configuration
+from attnorm.checkpoint import CheckpointError, read_checkpoint
+from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError
+from attnorm.data.images import ImageSet
+from attnorm.run_directory import RunDirectory
+from attnorm.system.devices import find_device
+from attnorm.training.state import TrainingState
+
+
+def require_trainable(config: Config, out: Path) -> None:
+    """What can be told before the data are read: device, place, and settings of a run that is there.
+
+    Raises:
+        ConfigError, CheckpointError: as `train` would.
+    """
+    find_device(config.run.device)
+    run = RunDirectory(out)
+    run.require_free_or_run()
+    if run.checkpoints():
+        require_same_settings(run, config)
+
+
+def require_same_settings(run: RunDirectory, config: Config) -> None:
+    """Of a configuration that was resolved, or as it was given: then the number of classes may be open.
+
+    Raises:
+        ConfigError: the run was made with others; the message names each with both values.
+    """
+    old, new = effective_settings(run.read()[0]), effective_settings(config)
+    is_open = MAY_CHANGE_ON_RESUME | ({"model.num_classes"} if new.get("model.num_classes") == 0 else set())
+    changed = [key for key in new if old.get(key) != new[key] and key not in is_open]
+    if changed:
+        differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+
+
+def effective_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name: tau as the layers get it, and nothing of AN where there is none."""
+    settings = configuration.flatten(config)
+    if not config.model.context.startswith("an"):
+        return {name: value for name, value in settings.items() if not name.startswith("model.an.")}
+    return settings | {"model.an.temperature": config.model.temperature}
+
+
+def open_run(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> list[str]:
+    """Creates the run directory, or brings `state` to its last good checkpoint; what is to be said of that.
+
+    Raises:
+        ConfigError, CheckpointError: it belongs to other settings or data, or cannot be used.
+    """
+    data = {
+        "source": images.source,
+        "num_images": len(images),
+        "classes": list(images.classes),
+        "fingerprint": images.fingerprint,
+        "note": images.note,
+    }
+    said = run.set_aside_damaged()
+    if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
+        run.create(config, data)
+        return said
+    require_same_settings(run, config)
+    _, old_data = run.read()
+    if old_data["fingerprint"] != data["fingerprint"]:
+        raise ConfigError(
+            f"{run.path} was trained on other data ({old_data['num_images']} images of {old_data['source']}, now "
+            f"{data['num_images']} of {data['source']}); give the same data, or another --out"
+        )
+    return [*said, *_load(run.checkpoints()[-1], state)]
+
+
+def _load(checkpoint: Path, state: TrainingState) -> list[str]:
+    tensors, header = read_checkpoint(checkpoint)
+    try:
+        state.load_tensors(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint} does not fit its run: {error}") from error
+    state.images_seen, state.seconds = header.images_seen, header.seconds
+    threads = torch.get_num_threads()
+    if header.threads in (0, threads):
+        return []
+    return [
+        f"the run went so far with {header.threads} threads and goes on with {threads}: its numbers are rounded "
+        f"otherwise, not as without a stop (OMP_NUM_THREADS={header.threads} would go on with as many)"
+    ]
