@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnorm.config import (
+    MAKES_A_ROW,
     MAY_CHANGE_ON_RESUME,
+    MAY_DIFFER,
     AttentiveNormConfig,
     ClassConditionalConfig,
     Config,
@@ -24,6 +26,7 @@ from attnorm.config import (
     RunConfig,
     flatten,
     from_dict,
+    marked,
     override,
     printable,
     to_dict,
@@ -197,8 +200,22 @@ def test_what_was_written_before_there_were_two_tasks_is_read() -> None:
     assert from_dict(Config, values) == Config()
 
 
-def test_what_may_change_on_resume_exists() -> None:
-    assert set(flatten(Config())) >= MAY_CHANGE_ON_RESUME
+def test_every_setting_has_one_mark_and_a_run_may_go_on_with_what_changes_nothing_of_what_is_learnt() -> None:
+    settings = set(flatten(Config()))
+    assert {"model.context", "model.an.eps", "optim.orthogonality_weight"} <= MAKES_A_ROW
+    assert {"run.duration_images", "run.device", "data.source", "row"} <= MAY_CHANGE_ON_RESUME <= MAY_DIFFER
+    assert {"run.seed", "run.precision", "preset"} <= MAY_DIFFER - MAY_CHANGE_ON_RESUME
+    assert settings >= MAY_DIFFER | MAKES_A_ROW and not MAY_DIFFER & MAKES_A_ROW
+    must_agree = settings - MAY_DIFFER - MAKES_A_ROW
+    assert {"task", "model.width", "model.image_size", "run.batch_size", "optim.g_lr", "data.flip"} <= must_agree
+    assert marked("compare", "row") == MAKES_A_ROW
+
+
+def test_a_setting_of_a_row_that_is_changed_makes_it_none_and_others_do_not() -> None:
+    config = Config(family="small32", row="an")
+    assert override(config, ["run.batch_size=3", "model.an.num_entities=16"]).row == "an"
+    changed = override(config, ["model.an.num_entities=8"])
+    assert (changed.family, changed.row) == ("small32", "")
 
 
 def test_configuration_is_frozen() -> None:

@@ -29,6 +29,8 @@ INPAINTING: dict[str, tuple[str, ...]] = {
     "inpaint-smoke": ("an", "contextual", "none"),
 }
 
+NAMES = {"preset", "family", "row"}
+
 
 @pytest.mark.parametrize(
     "family", ["paper-imagenet128", "cifar10", "imagenette64", "imagenette128", "small32", "smoke"]
@@ -37,8 +39,8 @@ def test_a_family_has_every_row_and_rows_differ_in_what_they_say(family: str) ->
     base = flatten(PRESETS[f"{family}-an"][1])
     for row, expected in ROWS.items():
         values = flatten(PRESETS[f"{family}-{row}"][1])
-        assert values.pop("preset") == f"{family}-{row}"
-        assert values.keys() == base.keys() - {"preset"}
+        assert (values.pop("preset"), values.pop("family"), values.pop("row")) == (f"{family}-{row}", family, row)
+        assert values.keys() == base.keys() - {"preset", "family", "row"}
         assert {key: value for key, value in values.items() if value != base[key]} == expected, row
 
 
@@ -94,10 +96,10 @@ def test_small32_is_1000_steps_of_16_images_and_keeps_every_checkpoint() -> None
 
 def test_the_rows_of_smoke_are_smoke_but_for_the_number_of_entities() -> None:
     rows, single = flatten(PRESETS["smoke-an"][1]), flatten(PRESETS["smoke"][1])
-    assert {key for key in rows if rows[key] != single[key]} == {"preset", "model.an.num_entities"}
+    assert {key for key in rows if rows[key] != single[key]} == NAMES | {"model.an.num_entities"}
     single = flatten(PRESETS["inpaint-smoke"][1])
     rows = flatten(PRESETS["inpaint-smoke-an"][1])
-    assert {key for key in rows if rows[key] != single[key]} == {"preset"}
+    assert {key for key in rows if rows[key] != single[key]} == NAMES
 
 
 def test_demo_stops_within_five_minutes_and_smoke_is_tiny() -> None:
@@ -114,7 +116,8 @@ def test_the_arms_of_an_inpainting_family_differ_in_their_context_block_alone(fa
     for row in INPAINTING[family]:
         values = flatten(PRESETS[f"{family}-{row}"][1])
         block = row.removesuffix("-auto").removesuffix("-fixed")
-        assert values.pop("preset") == f"{family}-{row}" and values.pop("model.context") == block
+        assert (values.pop("preset"), values.pop("row")) == (f"{family}-{row}", row)
+        assert values.pop("model.context") == block
         if row in ("an-auto", "an-fixed"):
             assert values.pop("model.an.temperature") == {"an-auto": "auto", "an-fixed": None}[row]
         assert values.items() <= base.items(), row
@@ -124,7 +127,7 @@ def test_the_papers_presets_keep_its_tau_and_have_twins_with_the_layers_own() ->
     for row in (row for row in ROWS if row.startswith("an")):
         printed, twin = (flatten(PRESETS[f"paper-imagenet128-{row}{more}"][1]) for more in ("", "-auto"))
         assert printed["model.an.temperature"] == 0.1
-        assert {key for key in twin if twin[key] != printed[key]} == {"preset", "model.an.temperature"}
+        assert {key for key in twin if twin[key] != printed[key]} == {"preset", "row", "model.an.temperature"}
         assert twin["model.an.temperature"] == "auto"
     for name, (_, config) in PRESETS.items():
         is_paper = name.startswith("paper-") and not name.endswith("-auto")

@@ -56,6 +56,12 @@ class ConfigError(UserError):
     """A configuration that cannot be meant: the message names the key, what was got and what was expected."""
 
 
+# Marks of settings. Unmarked ones must agree where a run goes on, and where runs are compared.
+_ROW = {"compare": "row"}  # makes a row of a table: what is compared
+_FREE = {"compare": "free"}  # changes nothing of what is learnt, or is shown beside it
+_REPORTING = {"compare": "free", "resume": "free"}  # and may be another one when a run goes on
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -104,14 +110,17 @@ class ClassConditionalConfig:
     num_classes: int = 0  # 0: taken from the data set
     width: int = 64  # channels of the widest map's last block; every other width is a multiple of it
     latent_dim: int = 128
-    context: Context = "an"
-    an_blocks: tuple[int, ...] = (3,)  # up-blocks of G, counted from 1, that hold the context block (an or attention)
-    site: Literal["replace", "insert"] = "replace"  # AN in place of G's second conditional norm, or before it
+    context: Context = field(default="an", metadata=_ROW)
+    # Up-blocks of G, counted from 1, that hold the context block (an or attention).
+    an_blocks: tuple[int, ...] = field(default=(3,), metadata=_ROW)
+    # AN in place of G's second conditional norm, or before it.
+    site: Literal["replace", "insert"] = field(default="replace", metadata=_ROW)
     d_last_flat: bool = True  # keep D's last block, which does not downsample
-    g_spectral_norm: bool = True
-    d_spectral_norm: bool = True
-    head: Literal["projection", "auxiliary"] = "projection"  # D: projection of the label, or AC-GAN's classifier
-    an: AttentiveNormConfig = field(default_factory=AttentiveNormConfig)
+    g_spectral_norm: bool = field(default=True, metadata=_ROW)
+    d_spectral_norm: bool = field(default=True, metadata=_ROW)
+    # D: projection of the label, or AC-GAN's classifier.
+    head: Literal["projection", "auxiliary"] = field(default="projection", metadata=_ROW)
+    an: AttentiveNormConfig = field(default_factory=AttentiveNormConfig, metadata=_ROW)
 
     def __post_init__(self) -> None:
         sizes = (32, 64, 128, 256)
@@ -138,10 +147,11 @@ class InpaintingConfig:
 
     image_size: int = 256  # side of a training square in pixels: a multiple of 8, at least 32; inference takes any
     width: int = 32  # channels of the first convolution; every other width is a multiple of it
-    context: Literal["an", "an-wide", "contextual", "self_attention", "region", "none"] = (
-        "an"  # in the refinement stage
+    # In the refinement stage.
+    context: Literal["an", "an-wide", "contextual", "self_attention", "region", "none"] = field(
+        default="an", metadata=_ROW
     )
-    an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False))
+    an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False), metadata=_ROW)
 
     def __post_init__(self) -> None:
         _require(
@@ -187,7 +197,7 @@ class InpaintingTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = ""  # "builtin", a folder, a zip, or CIFAR-10's binary files
+    source: str = field(default="", metadata=_REPORTING)  # "builtin", a folder, a zip, or CIFAR-10's binary files
     # square: the centre square of each image. street-view: Paris StreetView's originals, whose width is kept too.
     fit: Literal["square", "street-view"] = "square"
     # Height in pixels at which images are kept; training cuts random squares of model.image_size. 0: model.image_size.
@@ -212,7 +222,7 @@ class OptimiserConfig:
     beta1: float = 0.0
     beta2: float = 0.999
     d_steps: int = 1  # discriminator updates per generator update
-    orthogonality_weight: float = 1e-3  # lambda_o of Eq. 1
+    orthogonality_weight: float = field(default=1e-3, metadata=_ROW)  # lambda_o of Eq. 1
     # The gate of a context block (rho of AN, that of attention) learns so many times as fast: docs/paper.md, row 9.
     gate_lr_scale: float = 1.0
     classifier_weight: float = 1.0  # of AC-GAN's cross-entropy
@@ -231,21 +241,24 @@ class OptimiserConfig:
 class RunConfig:
     """The clock is images: a step adds `batch_size` to it, whatever the number of discriminator steps."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=_FREE)
     batch_size: int = 64
-    duration_images: int = 6_400_000
-    max_minutes: float = 0.0  # stop cleanly after so many minutes of training; 0: no limit
-    log_every_images: int = 3_200
-    layout_every_images: int = 16_000  # entropy and usage of the layouts
-    validate_every_images: int = 16_000  # on the held-out images, where the task uses them
-    grid_every_images: int = 64_000
-    checkpoint_every_images: int = 64_000
-    keep_checkpoints: int = 2
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    duration_images: int = field(default=6_400_000, metadata=_REPORTING)
+    # Stop cleanly after so many minutes of training; 0: no limit.
+    max_minutes: float = field(default=0.0, metadata=_REPORTING)
+    log_every_images: int = field(default=3_200, metadata=_REPORTING)
+    layout_every_images: int = field(default=16_000, metadata=_REPORTING)  # entropy and usage of the layouts
+    # On the held-out images, where the task uses them.
+    validate_every_images: int = field(default=16_000, metadata=_FREE)
+    grid_every_images: int = field(default=64_000, metadata=_REPORTING)
+    checkpoint_every_images: int = field(default=64_000, metadata=_REPORTING)
+    keep_checkpoints: int = field(default=2, metadata=_REPORTING)
+    device: str = field(default="auto", metadata=_REPORTING)  # auto, cpu, cuda, cuda:1, mps
     # bfloat16: autocast, weights stay float32; auto: that, where the processor multiplies it natively.
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    tf32: bool = False  # NVIDIA's shorter mantissa in float32 convolutions and matrix products
-    channels_last: bool = False
+    precision: Literal["float32", "bfloat16", "auto"] = field(default="float32", metadata=_FREE)
+    # NVIDIA's shorter mantissa in float32 convolutions and matrix products.
+    tf32: bool = field(default=False, metadata=_FREE)
+    channels_last: bool = field(default=False, metadata=_FREE)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_images", "keep_checkpoints", "log_every_images", "layout_every_images"):
@@ -261,27 +274,15 @@ MODELS: dict[Task, type[ClassConditionalConfig | InpaintingConfig]] = {
     "inpainting": InpaintingConfig,
 }
 
-# What may differ when a run goes on: how long it is, how it reports, where it runs. All else makes another run.
-MAY_CHANGE_ON_RESUME = frozenset(
-    "run." + name
-    for name in (
-        "duration_images",
-        "max_minutes",
-        "log_every_images",
-        "layout_every_images",
-        "grid_every_images",
-        "checkpoint_every_images",
-        "keep_checkpoints",
-        "device",
-    )
-) | {"data.source"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run, resolved: what `--dry-run` prints and what the run directory keeps."""
 
-    preset: str = ""
+    preset: str = field(default="", metadata=_FREE)
+    # Of the tables: which presets it is one of, and which row of them; "" where these are other settings than theirs.
+    family: str = field(default="", metadata=_REPORTING)
+    row: str = field(default="", metadata=_REPORTING)
     task: Task = "class_conditional"
     model: ClassConditionalConfig | InpaintingConfig = field(default_factory=ClassConditionalConfig)  # the task's
     inpainting: InpaintingTaskConfig | None = None  # that task's own settings
@@ -299,6 +300,21 @@ class Config:
             f"data.stored_size is {self.data.stored_size}; expected 0 or at least model.image_size "
             f"({self.model.image_size}), of which squares are cut from it",
         )
+
+
+def marked(mark: Literal["compare", "resume"], value: str, cls: type = Config, prefix: str = "") -> frozenset[str]:
+    """Dotted names of the settings with a mark; a group's mark is that of all in it."""
+    hints: dict[str, Any] = typing.get_type_hints(cls)
+    names: set[str] = set()
+    for setting in dataclasses.fields(cls):
+        path, is_marked = prefix + setting.name, setting.metadata.get(mark) == value
+        groups = [option for option in _alternatives(hints[setting.name]) if dataclasses.is_dataclass(option)]
+        for group in groups:
+            below = {f"{path}.{leaf}" for leaf in flatten(typing.cast(type, group)())}
+            names |= below if is_marked else marked(mark, value, typing.cast(type, group), f"{path}.")
+        if is_marked and not groups:
+            names.add(path)
+    return frozenset(names)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -369,7 +385,12 @@ def override(config: T, settings: typing.Iterable[str]) -> T:
         *groups, leaf = path.split(".")
         hint = typing.get_type_hints(type(functools.reduce(getattr, groups, config)))[leaf]
         values[path] = _parse(text.strip(), hint, path)
-    return _with_values(config, values)
+    changed = _with_values(config, values)
+    if isinstance(changed, Config) and any(
+        values.get(path, leaves[path]) != leaves[path] for path in MAKES_A_ROW & leaves.keys()
+    ):
+        return typing.cast(T, dataclasses.replace(changed, row=""))
+    return changed
 
 
 def _with_values(config: T, values: dict[str, Any]) -> T:
@@ -469,3 +490,8 @@ def _describe(hint: Any) -> str:
         else " or ".join(_words((option,))) or names.get(option, str(option))
         for option in _alternatives(hint)
     )
+
+
+MAKES_A_ROW = marked("compare", "row")
+MAY_DIFFER = marked("compare", "free")  # where runs are compared
+MAY_CHANGE_ON_RESUME = marked("resume", "free")

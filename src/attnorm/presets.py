@@ -288,13 +288,13 @@ def _build() -> dict[str, tuple[str, Config]]:
     for family, base in FAMILIES.items():
         for row, (description, change) in rows_of(family).items():
             name = f"{family}-{row}"
-            presets[name] = (description, replace(change(base()), preset=name))
+            presets[name] = (description, replace(change(base()), preset=name, family=family, row=row))
     for family, (base, rows) in INPAINTING_FAMILIES.items():
         for row in rows:
             description, change = INPAINTING_ROWS[row]
             presets[f"{family}-{row}"] = (
                 f"inpainting: {description}",
-                replace(change(base()), preset=f"{family}-{row}"),
+                replace(change(base()), preset=f"{family}-{row}", family=family, row=row),
             )
     for single in (demo, smoke, inpaint_smoke):
         name = single.__name__.replace("_", "-")

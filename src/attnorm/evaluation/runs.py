@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnorm.checkpoint import Header, read_checkpoint
-from attnorm.config import ClassConditionalConfig, Config, ConfigError, flatten
+from attnorm.config import MAKES_A_ROW, MAY_DIFFER, ClassConditionalConfig, Config, ConfigError, flatten
 from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, ROWS
@@ -26,33 +26,6 @@ Score = dict[str, Any]  # a line of RUN/evaluation/metrics.jsonl, as `attnorm ev
 # By metric: digits after the point. Of these, where less is better.
 SCORE_DIGITS = {"frechet": 2, "intra-frechet": 2, "is1": 2, "is10": 2, "kid": 5, "precision": 3, "recall": 3}
 LESS_IS_BETTER = ("frechet", "intra-frechet", "kid")
-
-# Settings that make a row, or that change nothing of what is learnt; all others make another recipe.
-NOT_OF_THE_RECIPE = (
-    "preset",
-    "model.context",
-    "model.head",
-    "model.g_spectral_norm",
-    "model.d_spectral_norm",
-    "model.an",
-    "model.an_blocks",
-    "model.site",
-    "optim.orthogonality_weight",
-    "data.source",  # in its place, the fingerprint
-    "run.seed",
-    "run.duration_images",  # in its place, the images seen are shown
-    "run.max_minutes",
-    "run.log_every_images",
-    "run.layout_every_images",
-    "run.validate_every_images",
-    "run.grid_every_images",
-    "run.checkpoint_every_images",
-    "run.keep_checkpoints",
-    "run.device",
-    "run.precision",
-    "run.tf32",
-    "run.channels_last",
-)
 
 
 class Layout(NamedTuple):
@@ -123,11 +96,7 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """Every setting that runs of one table share."""
-        settings = {
-            key: value
-            for key, value in flatten(self.config).items()
-            if not any(key == name or key.startswith(f"{name}.") for name in NOT_OF_THE_RECIPE)
-        }
+        settings = {key: value for key, value in flatten(self.config).items() if key not in MAKES_A_ROW | MAY_DIFFER}
         return {**settings, "data": self.data.get("fingerprint", "")}
 
 
@@ -230,10 +199,17 @@ LABELS = {printed.row: printed.label for printed in (*TABLE_1, *TABLE_4)}  # of 
 
 
 def row_of(config: Config) -> str:
-    """The name in presets.ROWS of what these settings train, whatever their preset is called; "" for something else.
+    """The name in presets.ROWS of what these settings train; "" for something else.
 
     A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too; so is one whose
     tau is the layer's own or the paper's: `recipes_of` keeps these apart.
+    """
+    return config.row.removesuffix("-auto").removesuffix("-fixed") or _guessed_row(config)
+
+
+def _guessed_row(config: Config) -> str:
+    """From the settings, whatever their preset is called: runs of earlier versions do not say, nor do those in which a
+    setting of a row was changed.
     """
     bases = [Config()]
     bases += [base() for family, base in FAMILIES.items() if config.preset.startswith(f"{family}-")]
