@@ -1,0 +1,118 @@
+"""The report of `attnorm experiment diffusion`: one table with intervals over seeds, a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from attnorm.experiments.diffusion import ARMS, SITES
+from attnorm.experiments.regional_report import Mean, _table, mean_of
+from attnorm.figures import save_figure
+from attnorm.system.files import write_json, write_text
+
+REFERENCE = "an"  # the arm that the others are compared with
+
+
+def write_report(out: Path) -> list[Path]:
+    """report.md, report.json and curves.png in `out`, from its results; nothing where there are none."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+    if not results:
+        return []
+    about = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
+    arms = [summary for arm in ARMS if (summary := _summary(arm, results))]
+    write_text(out / "report.md", _markdown(arms, results, about))
+    plain = json.loads(json.dumps({**about, "arms": arms}), parse_constant=lambda name: None)  # JSON has no NaN
+    write_json(out / "report.json", plain)
+    save_figure(_curves(results), out / "curves.png")
+    return [out / "report.md", out / "report.json", out / "curves.png"]
+
+
+def _summary(arm: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Means over the seeds of an arm, and its score minus AN's over the seeds that both have."""
+    of_seed = {result["seed"]: result for result in results if result["arm"] == arm}
+    if not of_seed:
+        return None
+    reference = {result["seed"]: result["score"] for result in results if result["arm"] == REFERENCE}
+    differences = [result["score"] - reference[seed] for seed, result in of_seed.items() if seed in reference]
+    rows = list(of_seed.values())
+    layers = [site for row in rows for site in row.get("sites", [])]
+    return {
+        "arm": arm,
+        "score": mean_of([row["score"] for row in rows])._asdict(),
+        "minus_an": mean_of(differences)._asdict() if differences and arm != REFERENCE else None,
+        "milliseconds_a_step": sorted(row["milliseconds_a_step"] for row in rows)[len(rows) // 2],
+        "parameters": rows[0]["parameters"],
+        "entropy": mean_of([site["entropy"] for site in layers])._asdict() if layers else None,
+        "change": mean_of([site["change"] for site in layers])._asdict() if layers else None,
+    }
+
+
+def _markdown(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    protocol = about["protocol"]
+    seeds = len({result["seed"] for result in results})
+    least = min(arm["milliseconds_a_step"] for arm in arms)
+
+    def show(value: dict[str, Any] | None, digits: int = 5) -> str:
+        if value is None:
+            return ""
+        half = "" if math.isnan(value["half"]) else f" ± {value['half']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{half}"
+
+    rows = [
+        (
+            ARMS[arm["arm"]][0],
+            show(arm["score"]),
+            "" if arm["minus_an"] is None else _bold(Mean(**arm["minus_an"]), show(arm["minus_an"])),
+            f"{arm['milliseconds_a_step'] / least:.2f}",
+            f"{arm['parameters']:,}",
+            show(arm["entropy"], 2),
+            show(arm["change"], 3),
+        )
+        for arm in arms
+    ]
+    header = ("block", "loss", "minus AN's, paired", "CPU time a step", "parameters", "entropy", "change")
+    lines = [
+        "# A context block in a diffusion U-Net",
+        "",
+        f"EDM's denoising loss on {protocol['test_images']} held-out images at {protocol['test_levels']} levels of "
+        "noise, the same noises for all, averaged weights; mean ± 95% interval (Student's) over "
+        f"{seeds} seed(s); bold where the interval leaves out 0. A block follows {' and '.join(SITES)}, at maps of 16 "
+        "pixels, by `attnorm.insert_after`.",
+        "",
+        *_table(header, rows),
+        "",
+        "CPU time is of a training step, as a multiple of the quickest arm's (median over seeds). Entropy (1: uniform) "
+        "and change (what AN adds, as a share of its input) are means over both sites, at the middle level.",
+        "",
+        "![Loss against steps](curves.png)",
+        "",
+        f"`attnorm experiment diffusion --data {about['source']} --out DIR --scale {protocol['scale']}`: "
+        f"{protocol['steps']:,} steps of {protocol['batch_size']} images, width {protocol['width']}, Adam at "
+        f"{protocol['lr']:g}, {protocol['precision']}, {about['threads']} thread(s) of {about['processor']}, torch "
+        f"{about['torch']}, commit {results[0]['commit'] or 'unknown'}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bold(found: Mean, text: str) -> str:
+    text = text if text.startswith("-") else f"+{text}"
+    return f"**{text}**" if abs(found.mean) > found.half else text
+
+
+def _curves(results: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    for i, arm in enumerate(ARMS):
+        curves = [result["curve"] for result in results if result["arm"] == arm]
+        for j, curve in enumerate(curves):
+            steps, losses = zip(*curve, strict=True)
+            axes.plot(steps, losses, color=f"C{i}", alpha=0.6, linewidth=1, label=ARMS[arm][0] if j == 0 else None)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss on held-out images")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    return figure
