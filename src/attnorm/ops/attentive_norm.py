@@ -128,7 +128,7 @@ def unsupported_reason(
         module = importlib.import_module(MODULES[impl])
     except ImportError as error:
         return f"{error.name or error} is not installed"
-    said: str | None = module.obstacle(device, dtype, num_channels, num_entities, channels_last)
+    said: str | None = module.unsupported_reason(device, dtype, num_channels, num_entities, channels_last)
     return said
 
 

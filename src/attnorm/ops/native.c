@@ -456,7 +456,7 @@ typedef struct {
     int64_t images, channels, entities, pixels, filter_images, channels_last, half, threads;
     const void *x, *grad;
     const float *filters, *offset, *value_weight, *value_bias, *weight, *bias, *rho;
-    double temperature, eps;
+    double eps;
     /* Of the backward of the backward: the tangents of x and of the parameters, each NULL for 0 but the first. */
     const void *tangent;
     const float *filters_dot, *offset_dot, *value_weight_dot, *weight_dot, *bias_dot, *rho_dot;
@@ -487,8 +487,8 @@ typedef struct {
 typedef struct {
     float *centre, *shift;     /* of the image: xs [C], and W xs + bias [C] */
     float *start;              /* [K]: the logits at xs */
-    float *rows;               /* [C + K][C]: W over the filters times temperature * log2(e) */
-    float *turned;             /* backward: [C][C + K], the transpose of W over the filters, times temperature */
+    float *rows;               /* [C + K][C]: W over the filters times log2(e) */
+    float *turned;             /* backward: [C][C + K], the transpose of W over the filters */
     float *coefficients;       /* forward: [2C][K], rho a over rho b */
     float *x, *x_pm;           /* x - xs: [wide][line], [block][wide_line] */
     float *value, *layout;     /* v [C][line] and S [K][line] */
@@ -733,7 +733,7 @@ static float dot(const float *a, const float *b, long n) {
 static void enter_image_of_tangents(const layer *l, const tiles *t, long own, int first) {
     const double log2_e = 1.4426950408889634;
     long c = l->channels, k = l->entities, width = 2 * (c + k);
-    float scale = (float)(l->temperature * log2_e);
+    float scale = (float)log2_e;
     for (long i = 0; i < k; i++) {
         const float *filter = l->filters_dot ? l->filters_dot + (own * k + i) * c : NULL;
         double at_centre = l->offset_dot ? l->offset_dot[own * k + i] : 0;
@@ -743,7 +743,7 @@ static void enter_image_of_tangents(const layer *l, const tiles *t, long own, in
             t->rows_dot[(c + i) * c + j] = scale * value;
             t->turned[j * width + c + k + i] = value;
         }
-        t->start_dot[i] = (float)(at_centre * l->temperature * log2_e);
+        t->start_dot[i] = (float)(at_centre * log2_e);
     }
     if (!first) return;
     for (long i = 0; i < c; i++)
@@ -759,7 +759,7 @@ static void enter_image(const layer *l, const tiles *t, long image, int first) {
     const double log2_e = 1.4426950408889634;
     long c = l->channels, k = l->entities, p = l->pixels, own = l->filter_images > 1 ? image : 0;
     const float *filters = l->filters + own * k * c, *offset = l->offset + own * k;
-    float scale = (float)(l->temperature * log2_e);
+    float scale = (float)log2_e;
 
     for (long i = 0; i < c; i++) t->centre[i] = 0;
     long runs = p <= SAMPLES * SAMPLES ? 1 : SAMPLES, length = runs == 1 ? p : SAMPLES;
@@ -793,7 +793,7 @@ static void enter_image(const layer *l, const tiles *t, long image, int first) {
     for (long i = 0; i < k; i++) {
         double at_centre = offset[i];
         for (long j = 0; j < c; j++) at_centre += (double)filters[i * c + j] * t->centre[j];
-        t->start[i] = (float)(at_centre * l->temperature * log2_e);
+        t->start[i] = (float)(at_centre * log2_e);
     }
     if (first) memcpy(t->rows, l->value_weight, (size_t)(c * c) * 4);
     if (first || own) {
@@ -955,7 +955,6 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
     float *dv = t->slopes, *draw = dv + c * line;
     float *weight_sums = l->weight_sums + share * c * wide;
     float *filter_sums = l->filter_sums + unit * k * wide, *row_sums = l->row_sums + unit * k;
-    float temperature = (float)l->temperature;
     memset(filter_sums, 0, (size_t)(k * wide) * 4);
     memset(row_sums, 0, (size_t)k * 4);
     for (long pixel = from; pixel < to; pixel += l->block) {
@@ -972,8 +971,7 @@ static void second_pass_backward(const layer *l, const tiles *t, long share, lon
             vec common = {0};
             for (long i = 0; i < k; i++) common += load(s + i * layout.line) * load(draw + i * line + j);
             for (long i = 0; i < k; i++)
-                store(draw + i * line + j,
-                      temperature * load(s + i * layout.line) * (load(draw + i * line + j) - common));
+                store(draw + i * line + j, load(s + i * layout.line) * (load(draw + i * line + j) - common));
         }
         add_rows(draw, line, k, padded, row_sums);
         product(c, wide, count, dv, line, t->x_pm, l->wide_line, NULL, weight_sums, wide, weight_sums, wide);
@@ -1141,7 +1139,7 @@ static void second_pass_of_tangents(const layer *l, const tiles *t, long share, 
     const float *stacked = l->stacked + image * l->stacked_size, *stacked_dot = stacked + 4 * c * k;
     const float *mixing = stacked_dot + 7 * c * k, *start = mixing + 8 * c * k;
     float *g = t->operands, *dv_dot = t->slopes, *draw_dot = dv_dot + c * line, *draw = draw_dot + k * line;
-    float *dv = draw + k * line, temperature = (float)l->temperature;
+    float *dv = draw + k * line;
     float *weight_sums = l->weight_sums + share * c * wide, *filter_sums = l->filter_sums + unit * 2 * k * wide;
     float *first_sums = filter_sums + k * wide, *row_sums = l->row_sums + unit * 2 * k;
     memset(filter_sums, 0, (size_t)(2 * k * wide) * 4);
@@ -1177,9 +1175,9 @@ static void second_pass_of_tangents(const layer *l, const tiles *t, long share, 
             }
             for (long i = 0; i < k; i++) {
                 float *to_draw = draw + i * line + j, *to_dot = draw_dot + i * line + j;
-                vec ds = load(to_draw) - common, si = temperature * load(s + i * s_line);
+                vec ds = load(to_draw) - common, si = load(s + i * s_line);
                 store(to_draw, si * ds);
-                store(to_dot, temperature * load(s_dot + i * s_line) * ds + si * (load(to_dot) - common_dot));
+                store(to_dot, load(s_dot + i * s_line) * ds + si * (load(to_dot) - common_dot));
             }
         }
         add_rows(draw_dot, line, 2 * k, padded, row_sums);

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from attnorm.ops.regional_norm import SMALLEST_AREA
 from attnorm.system.files import default_cache_dir, write_atomically
+from attnorm.system.provenance import cpu_info
 
 _log = logging.getLogger("attnorm")
 _lock = threading.Lock()
@@ -50,7 +51,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("filter_images", "channels_last", "half", "threads")),
         *((name, ctypes.c_void_p) for name in ("x", "grad", "filters", "offset", "value_weight", "value_bias")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "rho")),
-        *((name, ctypes.c_double) for name in ("temperature", "eps")),
+        ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("tangent", "filters_dot", "offset_dot", "value_weight_dot")),
         *((name, ctypes.c_void_p) for name in ("weight_dot", "bias_dot", "rho_dot")),
         *((name, ctypes.c_void_p) for name in ("out", "area", "mean", "rstd", "dfilters", "doffset")),
@@ -62,7 +63,7 @@ class _Layer(ctypes.Structure):
     )
 
 
-def obstacle(
+def unsupported_reason(
     device: torch.device,
     dtype: torch.dtype,
     num_channels: int,
@@ -94,18 +95,17 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     rho: Tensor,
-    temperature: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 4 to 6 with weighted instance moments: rho * regional_norm(v, softmax(temperature * raw)) + x.
+    """Eq. 4 to 6 with weighted instance moments: rho * regional_norm(v, softmax(filters x + offset)) + x.
 
     Args:
         x: [N, C, H, W], float32 or bfloat16; the output has its dtype and layout, contiguous or channels_last.
-        filters, offset: raw = filters x + offset, [M, K, C] and [M, K].
+        filters, offset: of the logits of Eq. 4, tau and all, [M, K, C] and [M, K].
         value_weight, value_bias: v = value_weight x + value_bias, [C, C] and [C].
         weight, bias: beta and alpha of Eq. 5, [K, C].
         rho: Eq. 6, a scalar.
-        temperature, eps: tau of Eq. 4; what is added to the variance.
+        eps: What is added to the variance.
 
     Returns:
         out, and for `backward`, float32: area [N, K] (at least 1e-12), mean and rstd = 1 / sqrt(var + eps) [N, K, C].
@@ -122,7 +122,7 @@ def forward(
         return out, area.fill_(SMALLEST_AREA), mean.zero_(), rstd.fill_(eps**-0.5)
     arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
     results = {"out": out, "area": area, "mean": mean, "rstd": rstd}
-    _run("forward", x, channels_last, arguments, temperature, eps, results)
+    _run("forward", x, channels_last, arguments, eps, results)
     return out, area, mean, rstd
 
 
@@ -139,7 +139,6 @@ def backward(
     area: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    temperature: float,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`, whose arguments and results it takes; `grad` is that of its output.
@@ -159,7 +158,7 @@ def backward(
     else:
         moments = {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
         parts = {"grad": grad, "out": dx, **moments, **gradients}
-        _run("backward", x, channels_last, arguments, temperature, eps, parts)
+        _run("backward", x, channels_last, arguments, eps, parts)
     dfilters, doffset, dvalue_weight, dweight, dbias, drho = gradients.values()
     dvalue_bias = _floats(*value_bias.shape).zero_()
     return dx, dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho
@@ -185,7 +184,6 @@ def double_backward(
     area: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    temperature: float,
     eps: float = 1e-5,
 ) -> tuple[Tensor, ...]:
     """Gradients of <tangent, dx> + <filters_dot, dfilters> + ..., where dx, dfilters, ... are what `backward` returns.
@@ -216,7 +214,7 @@ def double_backward(
         parts = {name: _plain(part) for name, part in dots.items() if part is not None}
         parts |= {"grad": grad, "tangent": tangent, "out": dx, "dgrad": dgrad, **gradients}
         parts |= {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
-        _run("double_backward", x, channels_last, arguments, temperature, eps, parts)
+        _run("double_backward", x, channels_last, arguments, eps, parts)
     dfilters, doffset, dvalue_weight, *others = gradients.values()
     return dgrad, dx, dfilters, doffset, dvalue_weight, _floats(*value_bias.shape).zero_(), *others
 
@@ -232,7 +230,6 @@ def _run(
     x: Tensor,
     channels_last: bool,
     arguments: tuple[Tensor, ...],
-    temperature: float,
     eps: float,
     parts: dict[str, Tensor],
 ) -> None:
@@ -260,7 +257,6 @@ def _run(
         weight=weight,
         bias=bias,
         rho=rho,
-        temperature=temperature,
         eps=eps,
         team=_team(),
         **{name: part.data_ptr() for name, part in parts.items()},
@@ -369,9 +365,6 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _processor() -> bytes:
     """What -march=native depends on: a home directory may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
     kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
-    return "\n".join([platform.platform(), *sorted({line for line in lines if line.startswith(kinds)})]).encode()
+    lines = {line for line in cpu_info() if line.startswith(kinds)}
+    return "\n".join([platform.platform(), *sorted(lines)]).encode()

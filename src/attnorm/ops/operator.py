@@ -1,7 +1,7 @@
 """`torch.ops.attnorm.attentive_norm`: Eq. 4 to 6 as one operator that walks over x and keeps nothing of its size.
 
 Soft layout and regional normalization one after the other keep the layout, the value and half a dozen tensors more.
-Two implementations do without: `native` on a CPU (native.py), `triton` on a GPU (triton_kernels.py). Each has a
+Two implementations do without: `native` on a CPU (native.py), `triton` on a GPU (triton/). Each has a
 `forward`, a `backward` and a `double_backward` of the same contract; here they become an operator which compiles and
 differentiates like any of torch. What it computes is written in plain torch in `plain`, through which third derivatives
 go.
@@ -22,7 +22,7 @@ from attnorm.ops.dispatch import is_transformed, memory_format
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import soft_layout
 
-MODULES = {"native": "attnorm.ops.native", "triton": "attnorm.ops.triton_kernels"}
+MODULES = {"native": "attnorm.ops.native", "triton": "attnorm.ops.triton"}
 
 
 def plain(
@@ -73,7 +73,7 @@ def _forward(
         return _fake_forward(x, filters, offset, value_weight, value_bias, weight, bias, rho, eps, impl)
     kernels = importlib.import_module(MODULES[impl])
     parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(_dense(x), *parameters, 1.0, eps)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(_dense(x), *parameters, eps)
     return results
 
 
@@ -116,7 +116,7 @@ def _backward(
         return torch.empty_like(_dense(x)), *(torch.zeros_like(part) for part in parameters)  # type: ignore[return-value]
     grad = grad.to(x.dtype).contiguous(memory_format=memory_format(x))
     kernels = importlib.import_module(MODULES[impl])
-    dx, *gradients = kernels.backward(grad, _dense(x), *parameters, area, mean, rstd, 1.0, eps)
+    dx, *gradients = kernels.backward(grad, _dense(x), *parameters, area, mean, rstd, eps)
     # Cloned: an operator's results may share no memory.
     return dx, *(gradient.clone() for gradient in gradients)
 
@@ -174,7 +174,7 @@ def _double_backward(
     kernels = importlib.import_module(MODULES[impl])
     dots = (filters_dot, offset_dot, value_weight_dot, weight_dot, bias_dot, rho_dot)
     moments = (area, mean, rstd)
-    dgrad, dx, *gradients = kernels.double_backward(tangent, *dots, grad, _dense(x), *parameters, *moments, 1.0, eps)
+    dgrad, dx, *gradients = kernels.double_backward(tangent, *dots, grad, _dense(x), *parameters, *moments, eps)
     return dgrad, dx, *(gradient.clone() for gradient in gradients[:7])  # as in `_backward`
 
 
@@ -231,7 +231,7 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor |
     kind = (x.device, x.dtype, x.shape[1], filters.shape[1], memory_format(x) == torch.channels_last)
     kernels = importlib.import_module(MODULES[ctx.impl])
     create_graph = torch.is_grad_enabled()
-    if create_graph or is_transformed() or kernels.obstacle(*kind, order=2):
+    if create_graph or is_transformed() or kernels.unsupported_reason(*kind, order=2):
         with torch.enable_grad():
             parts = [_alone(part) for part in (grad, *inputs)]
             out, _layout = plain(*parts[1:], eps=ctx.eps)

@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attnorm.config import ConfigError
+from attnorm.system.provenance import cpu_info
 
 
 def find_device(name: str) -> torch.device:
@@ -38,8 +38,7 @@ def find_precision(
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    processor = Path("/proc/cpuinfo")
-    has_units = device.type == "cpu" and processor.exists() and "amx_bf16" in processor.read_text(encoding="utf-8")
+    has_units = device.type == "cpu" and any("amx_bf16" in line for line in cpu_info())
     return "bfloat16" if has_units else "float32"
 
 

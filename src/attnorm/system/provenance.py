@@ -25,9 +25,15 @@ def commit() -> str:
         return ""
 
 
+def cpu_info() -> list[str]:
+    """What the system says of the CPUs, line by line; nothing where it says nothing (it is Linux that does)."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def processor() -> str:
     """The CPU's model name."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = [line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()

@@ -1,4 +1,5 @@
-"""Attentive Normalization (Eq. 2-6) on a GPU: x is read twice and written once forward, x and grad twice each backward.
+"""The kernels of Attentive Normalization (Eq. 2-6): x is read twice and written once forward, x and grad twice each
+backward.
 
     statistics   x        -> area, sums of S v and S v^2 of each block        summarize  -> mean, rstd, coefficients
     apply        x        -> out = x + v * (scale S) + offset S
@@ -13,8 +14,6 @@ and for the backward of the backward, where x and the parameters move along tang
 The bias of the value projection shifts the mean of every region and drops out of Eq. 5: it has no part in this.
 The layout S and the value v are computed anew in each of the four passes: that is cheaper than to store them, since one
 pass over x in memory takes as long as some hundred operations a value. docs/performance.md draws it.
-
-Imported on demand: nothing else in the package needs triton.
 """
 
 # N batch, C channels, K entities (the paper's n), P = H*W pixels; J blocks of pixels an image, each walked in tiles of
@@ -23,22 +22,13 @@ Imported on demand: nothing else in the package needs triton.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 SMALLEST_AREA = tl.constexpr(1e-12)
 LOG2_E = tl.constexpr(1.4426950408889634)
-FEWEST = 16  # rows and columns of the smallest matrix product that the matrix units take
-MAX_CHANNELS = 256  # of a tile that fits one multiprocessor
-MAX_ENTITIES = 32
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -154,10 +144,9 @@ def _raw_and_value(
 
 
 @triton.jit
-def _softmax(raw, filter_offset, temperature, k, p, P, K: tl.constexpr, EXACT: tl.constexpr):
+def _softmax(raw, filter_offset, k, p, P, K: tl.constexpr, EXACT: tl.constexpr):
     """Eq. 4 down the entities of a tile; pixels beyond the image belong to nothing."""
-    scale = temperature * LOG2_E
-    logit = raw * scale + (filter_offset * scale)[:, None]
+    logit = raw * LOG2_E + (filter_offset * LOG2_E)[:, None]
     if not EXACT:
         logit = tl.where((k < K)[:, None], logit, float("-inf"))
     power = tl.exp2(logit - tl.max(logit, 0)[None, :])
@@ -168,9 +157,9 @@ def _softmax(raw, filter_offset, temperature, k, p, P, K: tl.constexpr, EXACT: t
 
 
 @triton.jit
-def _statistics(
+def statistics(
     x, filters, filter_offset, value_weight, area_out, total_out, square_out, shift_out, mean_out,
-    temperature, P, J, tiles, filters_stride,
+    P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +193,7 @@ def _statistics(
             x, filters, value_weight, f, rest, w, k, co, p, P,
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
-        s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+        s = _softmax(raw, o, k, p, P, K, EXACT)
         area += s
         v -= shift[:, None]
         s = _operand(s, INNER, PRECISION)
@@ -222,7 +211,7 @@ def _statistics(
 
 
 @triton.jit
-def _summarize(
+def summarize(
     area_in, total_in, square_in, shift_in, mean_in, weight, bias, rho,
     area_out, mean_out, rstd_out, centre_out, scale_out, offset_out,
     eps, P, J, block_pixels,
@@ -284,14 +273,14 @@ def _summarize(
 
 
 @triton.jit
-def _apply(
+def apply(
     x, filters, filter_offset, value_weight, centre, scale, offset, out,
-    temperature, P, J, tiles, filters_stride,
+    P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out = x + (v - centre) * (scale S) + offset S."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what `_statistics` read last is still in the cache
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what `statistics` read last is still in the cache
     n = program // J
     first = (program % J) * tiles * TILE
     tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
@@ -312,7 +301,7 @@ def _apply(
             x, filters, value_weight, f, rest, w, k, co, p, P,
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
-        s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
+        s = _operand(_softmax(raw, o, k, p, P, K, EXACT), INNER, PRECISION)
         v -= middle[:, None]
         y = v * _dot(a, s, None, PRECISION)
         y = _dot(b, s, y, PRECISION)
@@ -321,9 +310,9 @@ def _apply(
 
 
 @triton.jit
-def _sums(
+def sums(
     x, grad, filters, filter_offset, value_weight, area, mean, plain_out, weighted_out, centre_out,
-    temperature, P, J, tiles, filters_stride,
+    P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +340,7 @@ def _sums(
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
         g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST)
-        s = _operand(_softmax(raw, o, temperature, k, p, P, K, EXACT), INNER, PRECISION)
+        s = _operand(_softmax(raw, o, k, p, P, K, EXACT), INNER, PRECISION)
         v = (v - centre[:, None]) * g.to(tl.float32)
         plain = _over_pixels(_operand(g, INNER, PRECISION), s, plain, SPLIT, PRECISION)
         weighted = _over_pixels(_operand(v, INNER, PRECISION), s, weighted, SPLIT, PRECISION)
@@ -361,7 +350,7 @@ def _sums(
 
 
 @triton.jit
-def _differentiate(
+def differentiate(
     plain_in, weighted_in, area, mean, rstd, centre, weight, bias, rho,
     affine_out, scale_out, offset_out, slope_out, level_out, constant_out,
     eps, J,
@@ -369,7 +358,7 @@ def _differentiate(
     JP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """From the blocks' sums: this image's share of the gradients of beta, alpha and rho, and the coefficients of
-    dv = grad * (scale S) + (v - centre) * (slope S) + level S and of dS (see `_gradients`)."""
+    dv = grad * (scale S) + (v - centre) * (slope S) + level S and of dS (see `gradients`)."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     k = tl.arange(0, KP)
@@ -411,16 +400,16 @@ def _differentiate(
 
 
 @triton.jit
-def _gradients(
+def gradients(
     x, grad, filters, filter_offset, value_weight, x_centre, centre, scale, offset, slope, level, constant,
     dx, dv_out, shares_out,
-    temperature, P, J, tiles, filters_stride,
+    P, J, tiles, filters_stride,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
     KEEP_DV: tl.constexpr,
 ):  # fmt: skip
     """dx of one block, and its share of the gradients of filters, their offset and the value projection."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `_apply`
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply`
     n = program // J
     first = (program % J) * tiles * TILE
     tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
@@ -453,7 +442,7 @@ def _gradients(
             x, filters, value_weight, f, rest, w, k, co, p, P,
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
-        s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+        s = _softmax(raw, o, k, p, P, K, EXACT)
         inner = _operand(s, INNER, PRECISION)
         v -= middle[:, None]
         g_in = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST)
@@ -465,7 +454,7 @@ def _gradients(
         ds = 2 * ds
         ds = _dot(tl.trans(e), _operand(v * v, INNER, PRECISION), ds, PRECISION)
         ds = 0.5 * ds + fixed[:, None]
-        draw = temperature * s * (ds - tl.sum(s * ds, 0)[None, :])
+        draw = s * (ds - tl.sum(s * ds, 0)[None, :])
         d_offset += draw
 
         dv = g * _dot(a, inner, None, PRECISION)
@@ -510,7 +499,7 @@ def _gradients(
 @triton.jit
 def _value_layout_and_tangents(
     x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, middle, middle_dot,
-    f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+    f, rest, w, f_dot, rest_dot, w_dot, k, co, p, P,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, VALUE_DOT: tl.constexpr,
 ):  # fmt: skip
@@ -527,19 +516,19 @@ def _value_layout_and_tangents(
         x, filters_dot, value_weight_dot, f_dot, rest_dot, w_dot, k, co, p, P,
         C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
     )  # fmt: skip
-    s = _softmax(raw, o, temperature, k, p, P, K, EXACT)
+    s = _softmax(raw, o, k, p, P, K, EXACT)
     raw_dot += more + o_dot[:, None]
-    s_dot = temperature * s * (raw_dot - tl.sum(s * raw_dot, 0)[None, :])
+    s_dot = s * (raw_dot - tl.sum(s * raw_dot, 0)[None, :])
     if VALUE_DOT:
         v_dot += v_more - middle_dot[:, None]
     return v - middle[:, None], v_dot, s, s_dot
 
 
 @triton.jit
-def _tangents(
+def tangents(
     x, u, grad, filters, filter_offset, value_weight, filters_dot, filter_offset_dot, value_weight_dot, middle_dot,
     area, mean, sums_out, area_dot_out, centre_out,
-    temperature, P, J, tiles, filters_stride, table,
+    P, J, tiles, filters_stride, table,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
     VALUE_DOT: tl.constexpr,
@@ -579,7 +568,7 @@ def _tangents(
         p = first + tile * TILE + tl.arange(0, TILE)
         v, v_dot, s, s_dot = _value_layout_and_tangents(
             x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, centre, centre_dot,
-            f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+            f, rest, w, f_dot, rest_dot, w_dot, k, co, p, P,
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
         )  # fmt: skip
         g = _tile(grad, co, p, P, C, EXACT, CHANNELS_LAST).to(tl.float32)
@@ -622,14 +611,14 @@ def _merged(
 
 
 @triton.jit
-def _curve(
+def curve(
     sums, area_dot_in, area, mean, rstd, centre, weight, bias, rho, weight_dot, bias_dot, rho_dot,
     affine_out, tables_out, constants_out,
     eps, J, table, of_tables, of_constants,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
     JP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """As `_differentiate`, with the tangents of all that it finds: tables of scale, offset, slope and level, then of
+    """As `differentiate`, with the tangents of all that it finds: tables of scale, offset, slope and level, then of
     their tangents; two of constants."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -698,17 +687,17 @@ def _curve(
 
 
 @triton.jit
-def _curvatures(
+def curvatures(
     x, u, grad, filters, filter_offset, value_weight, filters_dot, filter_offset_dot, value_weight_dot, middle_dot,
     x_centre, centre, tables, constants, dgrad, dx, dv_out, dv_dot_out, shares_out,
-    temperature, P, J, tiles, filters_stride, of_tables, of_constants,
+    P, J, tiles, filters_stride, of_tables, of_constants,
     C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
     VALUE_DOT: tl.constexpr, KEEP_DV: tl.constexpr,
 ):  # fmt: skip
     """dgrad and dx of one block; its share of the gradients of filters and their offset, of the tangents of both and of
     the value projection."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `_apply`
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply`
     n = program // J
     first = (program % J) * tiles * TILE
     tiles = tl.minimum(tiles, tl.cdiv(P - first, TILE))
@@ -748,7 +737,7 @@ def _curvatures(
         p = first + tile * TILE + tl.arange(0, TILE)
         v, v_dot, s, s_dot = _value_layout_and_tangents(
             x, u, filters, value_weight, filters_dot, value_weight_dot, o, o_dot, middle, centre_dot,
-            f, rest, w, f_dot, rest_dot, w_dot, temperature, k, co, p, P,
+            f, rest, w, f_dot, rest_dot, w_dot, k, co, p, P,
             C, K, CP, KP, TILE, CHUNK, EXACT, CHANNELS_LAST, PRECISION, VALUE_DOT,
         )  # fmt: skip
         si = _operand(s, INNER, PRECISION)
@@ -799,8 +788,8 @@ def _curvatures(
 
         ds -= tl.sum(s * ds, 0)[None, :]  # what is left out, sum S' sum S dS, is 0: S' sums to 0
         ds_dot -= tl.sum(s_dot * ds + s * ds_dot, 0)[None, :]
-        draw = temperature * s * ds
-        draw_dot = temperature * (s_dot * ds + s * ds_dot)
+        draw = s * ds
+        draw_dot = s_dot * ds + s * ds_dot
         d_offset += draw_dot
         d_offset_dot += draw
         if not EXACT:
@@ -852,7 +841,7 @@ def _curvatures(
 
 
 @triton.jit
-def _add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.constexpr):
+def add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of J rows of LENGTH numbers for every image."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shares += tl.program_id(0).to(tl.int64) * J * LENGTH
@@ -865,7 +854,7 @@ def _add(shares, out, J, LENGTH: tl.constexpr, JP: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _outer(
+def outer(
     dv, x, x_centre, out, P, tiles_of_image, num_tiles, J,
     C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -884,598 +873,3 @@ def _outer(
         right = _operand(right - _vector(x_centre + n * C, ci, C)[:, None], left.dtype, PRECISION)
         sums = _dot(left, tl.trans(right), sums, PRECISION)
     tl.store(out + j * CP * CP + co[:, None] * CP + ci[None, :], sums)
-
-
-class Plan(NamedTuple):
-    """How one pass is cut up."""
-
-    tile: int  # pixels
-    chunk: int  # input channels multiplied at a time
-    warps: int
-    stages: int  # tiles in flight; 1 with chunks
-    programs: int  # aimed at, over all images
-    split: int = 1  # of the pixels among the warps where a product sums over pixels
-    square: bool = True  # whether the C x C gradient of the value projection stays in registers
-
-
-def _plans(channels: int, bits: int) -> dict[str, Plan]:
-    """How each pass is cut up, for a power of two of channels and the bits of a value of x."""
-    plans = _measured_plans(channels, bits)
-    # Not measured. Twice the tiles of the backward's passes are held at once.
-    for name, like in (("tangents", "sums"), ("curvatures", "gradients")):
-        plan = plans[like]
-        plans[name] = plan._replace(tile=max(plan.tile // 2, 32, 16 * plan.split), stages=1)
-    return plans
-
-
-def _measured_plans(channels: int, bits: int) -> dict[str, Plan]:
-    """What was fastest on an H100 at 32, 128 and 256 channels."""
-    outer = Plan(64, min(channels, 128), 4, 3, 264) if bits == 16 else Plan(32, min(channels, 128), 8, 3, 264)
-    if channels <= 32 and bits == 16:
-        return {
-            "statistics": Plan(128, channels, 4, 3, 264, split=4),
-            "apply": Plan(128, channels, 4, 3, 792),
-            "sums": Plan(128, channels, 4, 3, 264, split=4),
-            "gradients": Plan(64, channels, 4, 3, 264, split=4),
-            "outer": outer,
-        }
-    if channels <= 32:
-        return {
-            "statistics": Plan(128, channels, 4, 2, 396, split=4),
-            "apply": Plan(128, channels, 4, 2, 8192),
-            "sums": Plan(64, channels, 4, 3, 396, split=4),
-            "gradients": Plan(64, channels, 4, 3, 264, split=4),
-            "outer": outer,
-        }
-    if channels <= 128 and bits == 16:
-        first = Plan(64, channels, 4, 3, 264)
-        return {
-            "statistics": first,
-            "apply": first,
-            "sums": first,
-            "gradients": Plan(64, channels, 8, 1, 132),
-            "outer": outer,
-        }
-    if channels <= 128:
-        return {
-            "statistics": Plan(64, channels, 4, 2, 264),
-            "apply": Plan(128, channels, 8, 2, 132),
-            "sums": Plan(128, channels, 8, 2, 132),
-            "gradients": Plan(64, min(channels, 64), 8, 1, 132),
-            "outer": outer,
-        }
-    if bits == 16:
-        first = Plan(64, 256, 8, 2, 128)
-        return {
-            "statistics": first,
-            "apply": first,
-            "sums": first,
-            "gradients": Plan(64, 32, 8, 1, 128, square=False),
-            "outer": outer,
-        }
-    return {
-        "statistics": Plan(64, 64, 8, 1, 128),
-        "apply": Plan(64, 64, 8, 1, 128),
-        "sums": Plan(64, 64, 8, 1, 128),
-        "gradients": Plan(32, 64, 8, 1, 128, square=False),
-        "outer": outer,
-    }
-
-
-def _smaller(plan: Plan) -> Plan | None:
-    """The next plan that needs less of a multiprocessor."""
-    if plan.stages > 1:
-        return plan._replace(stages=1)
-    if plan.tile > 32 * max(plan.split // 2, 1):
-        return plan._replace(tile=plan.tile // 2)
-    if plan.square:
-        return plan._replace(square=False)
-    if plan.chunk > 16:
-        return plan._replace(chunk=plan.chunk // 2)
-    return None
-
-
-def obstacle(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_channels: int,
-    num_entities: int,
-    channels_last: bool,
-    *,
-    order: int = 1,
-) -> str | None:
-    """Why the kernels cannot run on such a feature map; None if they can. Of `order` 2 are those of second derivatives.
-
-    The first call for a kind of feature map compiles the kernels and compares them with the plain form.
-    """
-    if device.type != "cuda" and not INTERPRETED.value:
-        return f"x is on {device}; it runs on CUDA devices"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {dtype}; it takes float32, bfloat16 and float16"
-    most = MAX_ENTITIES if dtype != torch.float32 or num_channels <= 128 else FEWEST
-    if num_channels > MAX_CHANNELS or num_entities > most:
-        return (
-            f"{num_channels} channels and {num_entities} entities of {dtype}; a multiprocessor holds the tiles of at "
-            f"most {MAX_CHANNELS} and {most}"
-        )
-    if INTERPRETED.value:  # slow
-        return None
-    return disagreement(device, dtype, num_channels, num_entities, channels_last, _precision(dtype), second=order == 2)
-
-
-# ||got - expected|| / ||expected|| that is still rounding.
-ROUNDING = {"ieee": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2}
-
-
-@functools.cache
-def disagreement(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_channels: int,
-    num_entities: int,
-    channels_last: bool,
-    precision: str,
-    side: int | None = None,
-    *,
-    second: bool = False,
-) -> str | None:
-    """What the kernels, or those of the `second` order, get wrong on such feature maps, or None.
-
-    A compiler was seen to turn a right kernel into a wrong one for some tile sizes (docs/performance.md): no plan that
-    was right on one machine with one version of triton is trusted on another unseen. Both kinds of maps are tried,
-    whose pixels fill whole tiles and whose do not, large enough for every program to walk over several tiles.
-    """
-    side = side or (256 if num_channels <= 64 and not second else 128)
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        for odd in (0, 1):
-            shape = (2, num_channels, side - odd, side - odd)
-            found = _compare(shape, device, dtype, num_entities, channels_last, precision, second=second)
-            if found:
-                return (
-                    f"{found} on {device} with triton {triton.__version__} for {num_channels} channels and "
-                    f"{num_entities} entities of {dtype}"
-                )
-    return None
-
-
-def _compare(
-    shape: tuple[int, int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    num_entities: int,
-    channels_last: bool,
-    precision: str,
-    *,
-    second: bool = False,
-) -> str | None:
-    from attnorm.ops.regional_norm import regional_norm
-
-    generator = torch.Generator().manual_seed(0)
-    images, channels = shape[:2]
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device)
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x, noise = (draw(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
-    filters, offset = draw(images, num_entities, channels), draw(images, num_entities)
-    value_weight, value_bias = draw(channels, channels) / channels**0.5, draw(channels)
-    weight, bias = 1 + 0.1 * draw(num_entities, channels), draw(num_entities, channels)
-    rho = torch.tensor(0.7, device=device)
-    temperature, eps = 1.6 / channels**0.5, 1e-5  # a softmax that is neither flat nor hard
-    arguments = (x, filters, offset, value_weight, value_bias, weight, bias, rho)
-    out, area, mean, rstd = forward(*arguments, temperature, eps)
-    # Of a gradient that has nothing to do with the output, rho's may be all but zero (a sum of millions of products of
-    # either sign), and then be rounding alone; this one follows the output.
-    grad = noise + (out / 8).to(dtype)
-    names = ["x", "the filters", "their offset", "the value projection", "", "beta", "alpha", "rho"]
-    got: tuple[Tensor, ...]
-    if second:
-        names = ["the gradient", *names]
-        of_maps = (draw(*filters.shape), draw(*offset.shape), draw(*value_weight.shape))
-        dots = (*of_maps, draw(*weight.shape), draw(*bias.shape), draw())
-        got = double_backward(noise, *dots, grad, *arguments, area, mean, rstd, temperature, eps)
-    else:
-        got = backward(grad, *arguments, area, mean, rstd, temperature, eps)
-    with torch.enable_grad():
-        leaves = [part.detach().float().requires_grad_() for part in arguments]
-        flat = leaves[0].flatten(2)
-        soft = torch.softmax(temperature * torch.baddbmm(leaves[2][..., None], leaves[1], flat), 1)
-        v = (leaves[3] @ flat + leaves[4][:, None]).unflatten(2, shape[2:])
-        normalized = regional_norm(v, soft.unflatten(2, shape[2:]), leaves[5], leaves[6], eps=eps)
-        expected = leaves[7] * normalized + leaves[0]
-        exact_grad = grad.float().requires_grad_(second)
-        gradients = torch.autograd.grad(expected, leaves, exact_grad, create_graph=second)
-        if second:
-            cotangents = [noise.float(), *dots[:3], torch.zeros_like(value_bias), *dots[3:]]
-            gradients = torch.autograd.grad(gradients, [exact_grad, *leaves], cotangents)
-    pairs = [("the output", out, expected)]
-    for name, ours, theirs in zip(names, got[: len(names)], gradients, strict=True):
-        pairs += [(f"the gradient of {name}", ours, theirs)] if name else []  # the value's bias has none
-    allowed = ROUNDING[precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")]
-    for name, ours, theirs in pairs:
-        error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-        if not error <= allowed:
-            return f"{name} is off by {error:.1e}, more than {allowed:g}"
-    return None
-
-
-class _Pass(NamedTuple):
-    """One pass over a feature map, cut up by its plan."""
-
-    plan: Plan
-    grid: tuple[int]
-    blocks: int  # J, of an image
-    tiles: int  # of a block
-    options: dict[str, object]
-
-
-def _cut(plan: Plan, x: Tensor, num_entities: int) -> _Pass:
-    num_images, channels, height, width = x.shape
-    padded, padded_entities = _padded(channels), _padded(num_entities)
-    tiles_of_image = triton.cdiv(height * width, plan.tile)
-    tiles = triton.cdiv(tiles_of_image, min(max(plan.programs // num_images, 1), tiles_of_image))
-    blocks = triton.cdiv(tiles_of_image, tiles)
-    options: dict[str, object] = {
-        "C": channels,
-        "K": num_entities,
-        "CP": padded,
-        "KP": padded_entities,
-        "TILE": plan.tile,
-        "CHUNK": plan.chunk,
-        "EXACT": channels == padded and num_entities == padded_entities and height * width % plan.tile == 0,
-        "CHANNELS_LAST": _is_channels_last(x),
-        "PRECISION": _precision(x.dtype),
-        "INNER": tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
-        "SPLIT": plan.split,
-        "num_warps": plan.warps,
-        # Of nested loops none: with loads in flight there, Triton 3.6 was seen to overwrite what was still in use.
-        "num_stages": plan.stages if plan.chunk == padded else 1,
-    }
-    return _Pass(plan, (num_images * blocks,), blocks, tiles, options)
-
-
-_fits: dict[tuple[object, ...], Plan] = {}  # what was found to fit where the plan did not
-
-
-def _launch(name: str, x: Tensor, num_entities: int, run: Callable[[_Pass], None]) -> None:
-    """Run one pass by its plan, or by the first smaller one that the device has room for."""
-    padded = _padded(x.shape[1])
-    key = (name, padded, num_entities, x.dtype, _is_channels_last(x), _precision(x.dtype), x.device)
-    plan: Plan | None = _fits.get(key) or _plans(padded, 8 * x.element_size())[name]
-    while True:
-        assert plan is not None
-        try:
-            run(_cut(plan, x, num_entities))
-        except triton.OutOfResources:
-            plan = _smaller(plan)
-            if plan is None:
-                raise
-            _fits[key] = plan
-        else:
-            return
-
-
-def _merge(cut: _Pass) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and sizes of the kernel that merges what the blocks of every image left."""
-    sizes: dict[str, Any] = {name: cut.options[name] for name in ("C", "K", "CP", "KP")}
-    padded, padded_entities = sizes["CP"], sizes["KP"]
-    blocks = min(triton.next_power_of_2(cut.blocks), max(8192 // padded_entities, 1))
-    channels = min(padded, 8192 // (blocks * padded_entities))
-    return (cut.grid[0] // cut.blocks, padded // channels), sizes | {"JP": blocks, "BC": channels, "num_warps": 8}
-
-
-def _padded(count: int) -> int:
-    return max(int(triton.next_power_of_2(count)), FEWEST)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied as torch multiplies matrices: exactly unless TF32 is allowed there."""
-    # torch.get_float32_matmul_precision() raises once a program has used these newer settings.
-    setting = torch.backends.cuda.matmul.fp32_precision
-    if setting == "none":
-        setting = getattr(torch.backends, "fp32_precision", "none")
-    return "tf32" if dtype == torch.float32 and setting == "tf32" else "ieee"
-
-
-def _narrow(x: Tensor) -> torch.dtype:
-    """Of what is multiplied inside: float16 has not the range for squares and gradients."""
-    return torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-
-
-def _rounded(weight: Tensor, x: Tensor) -> Tensor:
-    """As the matrix units take it: once here rather than for every tile."""
-    if _precision(x.dtype) == "tf32":
-        return ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return weight.to(x.dtype)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def forward(
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    temperature: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `attnorm.ops.native.forward`, but that mean is that of v without its bias: (out, area, mean, rstd)."""
-    num_images, channels, height, width = x.shape
-    pixels, entities = height * width, filters.shape[1]
-    per_image = entities if filters.shape[0] > 1 else 0
-    padded, padded_entities = _padded(channels), _padded(entities)
-    value_weight = _rounded(value_weight, x)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    area, mean = empty(num_images, entities), empty(num_images, entities, channels)
-    rstd = torch.empty_like(mean)
-    centre = empty(num_images, padded)
-    scale, shifted = empty(2, num_images, padded, padded_entities, dtype=_narrow(x))
-    out = torch.empty_like(x)
-
-    def statistics(cut: _Pass) -> None:
-        areas, (totals, squares) = empty(*cut.grid, padded_entities), empty(2, *cut.grid, padded, padded_entities)
-        shifts, means = empty(2, *cut.grid, padded)
-        _statistics[cut.grid](
-            x, filters, offset, value_weight, areas, totals, squares, shifts, means,
-            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
-        )  # fmt: skip
-        grid, sizes = _merge(cut)
-        _summarize[grid](
-            areas, totals, squares, shifts, means, weight, bias, rho, area, mean, rstd, centre, scale, shifted,
-            eps, pixels, cut.blocks, cut.tiles * cut.plan.tile, **sizes,
-        )  # fmt: skip
-
-    def apply(cut: _Pass) -> None:
-        _apply[cut.grid](
-            x, filters, offset, value_weight, centre, scale, shifted, out,
-            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
-        )  # fmt: skip
-
-    with _on(x):
-        _launch("statistics", x, entities, statistics)
-        _launch("apply", x, entities, apply)
-    return out, area, mean, rstd
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    temperature: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, filters, offset, value_weight, value_bias, weight, bias and rho, as `attnorm.ops.native`."""
-    num_images, channels, height, width = x.shape
-    pixels, entities = height * width, filters.shape[1]
-    per_image = entities if filters.shape[0] > 1 else 0
-    padded, padded_entities = _padded(channels), _padded(entities)
-    value_weight = _rounded(value_weight, x)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    x_centre = _centre(x)
-    centre = empty(num_images, padded)
-    affine = empty(num_images, 3, entities, channels)
-    scale, shifted, slope, level = empty(4, num_images, padded, padded_entities, dtype=_narrow(x))
-    constant = empty(num_images, padded, padded_entities)
-    dx = torch.empty_like(x)
-    dv = dx
-    found: list[Tensor] = []  # d_filters, d_offset, d_value
-
-    def sums(cut: _Pass) -> None:
-        plain, weighted = empty(2, *cut.grid, padded, padded_entities)
-        _sums[cut.grid](
-            x, grad, filters, offset, value_weight, area, mean, plain, weighted, centre,
-            temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options,
-        )  # fmt: skip
-        grid, sizes = _merge(cut)
-        _differentiate[grid](
-            plain, weighted, area, mean, rstd, centre, weight, bias, rho,
-            affine, scale, shifted, slope, level, constant, eps, cut.blocks, **sizes,
-        )  # fmt: skip
-
-    def gradients(cut: _Pass) -> None:
-        nonlocal dv
-        square = cut.plan.square
-        dv = dx if square else torch.empty_like(x, dtype=_narrow(x))
-        # One row a block: gradients of the filters, of their offset and, where it fits, of the value projection.
-        lengths = [padded_entities * padded, padded_entities, padded * padded if square else 0]
-        shares = empty(*cut.grid, sum(lengths))
-        _gradients[cut.grid](
-            x, grad, filters, offset, value_weight, x_centre, centre, scale, shifted, slope, level, constant,
-            dx, dv, shares, temperature, pixels, cut.blocks, cut.tiles, per_image, **cut.options, KEEP_DV=not square,
-        )  # fmt: skip
-        of_images = _added(shares, num_images)
-        of_batch = _added(of_images, 1) if num_images > 1 else of_images
-        d_filters, d_offset, _ = (of_images if per_image else of_batch).split(lengths, 1)
-        found[:] = [d_filters, d_offset, of_batch[0, lengths[0] + lengths[1] :]]
-        if not square:
-            _launch("outer", x, entities, outer)
-
-    def outer(cut: _Pass) -> None:
-        found[2] = _value_gradient(cut, dv, x, x_centre)
-
-    with _on(x):
-        _launch("sums", x, entities, sums)
-        _launch("gradients", x, entities, gradients)
-        d_weight, d_bias, d_rho = (_added(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
-    d_filters, d_offset, d_value = found
-    return (
-        dx,
-        d_filters.view(-1, padded_entities, padded)[:, :entities, :channels],
-        d_offset[:, :entities],
-        d_value.view(padded, padded)[:channels, :channels],
-        torch.zeros_like(value_bias),
-        d_weight,
-        d_bias,
-        d_rho.sum(),
-    )
-
-
-def double_backward(
-    tangent: Tensor,
-    filters_dot: Tensor | None,
-    offset_dot: Tensor | None,
-    value_weight_dot: Tensor | None,
-    weight_dot: Tensor | None,
-    bias_dot: Tensor | None,
-    rho_dot: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    temperature: float,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """As `attnorm.ops.native.double_backward`."""
-    num_images, channels, height, width = x.shape
-    pixels, entities = height * width, filters.shape[1]
-    per_image = entities if filters.shape[0] > 1 else 0
-    padded, padded_entities = _padded(channels), _padded(entities)
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    tangent, grad = (part.to(x.dtype).contiguous(memory_format=layout) for part in (tangent, grad))
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    def given(dot: Tensor | None, part: Tensor) -> Tensor:
-        return torch.zeros_like(part, dtype=torch.float32) if dot is None else dot.float().contiguous()
-
-    x_centre = _centre(x)
-    moves = value_weight_dot is not None
-    filters_dot, offset_dot = given(filters_dot, filters), given(offset_dot, offset)
-    weight_dot, bias_dot, rho_dot = given(weight_dot, weight), given(bias_dot, bias), given(rho_dot, rho)
-    value_weight = _rounded(value_weight, x)
-    value_weight_dot = value_weight if value_weight_dot is None else _rounded(value_weight_dot.contiguous(), x)
-    # The tangent of the shift of v drops out: only that of x - x_centre counts.
-    middle_dot = x_centre @ value_weight_dot.float().T
-
-    centre = empty(num_images, padded)
-    affine = empty(num_images, 3, entities, channels)
-    tables = empty(8, num_images, padded, padded_entities, dtype=_narrow(x))
-    constants = empty(2, num_images, padded, padded_entities)
-    dgrad, dx = torch.empty_like(x), torch.empty_like(x)
-    dv = dv_dot = dx
-    found: list[Tensor] = []  # d_filters, d_filters_dot, d_offset, d_offset_dot, d_value
-    parameters = (filters, offset, value_weight, filters_dot, offset_dot, value_weight_dot, middle_dot)
-
-    def tangents(cut: _Pass) -> None:
-        sums, area_dot = empty(6, *cut.grid, padded, padded_entities), empty(*cut.grid, padded_entities)
-        _tangents[cut.grid](
-            x, tangent, grad, *parameters, area, mean, sums, area_dot, centre,
-            temperature, pixels, cut.blocks, cut.tiles, per_image, sums[0].numel(), **cut.options, VALUE_DOT=moves,
-        )  # fmt: skip
-        grid, sizes = _merge(cut)
-        _curve[grid](
-            sums, area_dot, area, mean, rstd, centre, weight, bias, rho, weight_dot, bias_dot, rho_dot,
-            affine, tables, constants, eps, cut.blocks, sums[0].numel(), tables[0].numel(), constants[0].numel(),
-            **sizes,
-        )  # fmt: skip
-
-    def curvatures(cut: _Pass) -> None:
-        nonlocal dv, dv_dot
-        square = cut.plan.square
-        if not square:
-            dv, dv_dot = (torch.empty_like(x, dtype=_narrow(x)) for _ in range(2))
-        lengths = [padded_entities * padded] * 2 + [padded_entities] * 2 + [padded * padded if square else 0]
-        shares = empty(*cut.grid, sum(lengths))
-        _curvatures[cut.grid](
-            x, tangent, grad, *parameters, x_centre, centre, tables, constants, dgrad, dx, dv, dv_dot, shares,
-            temperature, pixels, cut.blocks, cut.tiles, per_image, tables[0].numel(), constants[0].numel(),
-            **cut.options, VALUE_DOT=moves, KEEP_DV=not square,
-        )  # fmt: skip
-        of_images = _added(shares, num_images)
-        of_batch = _added(of_images, 1) if num_images > 1 else of_images
-        found[:] = (of_images if per_image else of_batch).split(lengths, 1)
-        found[4] = of_batch[0, sum(lengths[:4]) :]
-        if not square:
-            _launch("outer", x, entities, outer)
-
-    def outer(cut: _Pass) -> None:
-        found[4] = _value_gradient(cut, dv_dot, x, x_centre)
-        found[4] += _value_gradient(cut, dv, tangent, torch.zeros_like(x_centre))
-
-    with _on(x):
-        _launch("tangents", x, entities, tangents)
-        _launch("curvatures", x, entities, curvatures)
-        d_weight, d_bias, d_rho = (_added(affine, 1) if num_images > 1 else affine).view(3, entities, channels)
-    d_filters, d_filters_dot = (part.view(-1, padded_entities, padded)[:, :entities, :channels] for part in found[:2])
-    return (
-        dgrad,
-        dx,
-        d_filters,
-        found[2][:, :entities],
-        found[4].view(padded, padded)[:channels, :channels],
-        torch.zeros_like(value_bias),
-        d_weight,
-        d_bias,
-        d_rho.sum(),
-        d_filters_dot,
-        found[3][:, :entities],
-    )
-
-
-def _centre(x: Tensor) -> Tensor:
-    """The mean of a sample of the pixels of every image, [N, C]."""
-    flat = x.flatten(2)
-    return flat[:, :, :: max(flat.shape[2] // 64, 1)].mean(2, dtype=torch.float32)
-
-
-def _added(rows: Tensor, images: int) -> Tensor:
-    """The sum of the rows of every image."""
-    count, length = rows.shape[0] // images, rows[0].numel()
-    sums = torch.empty(images, length, device=rows.device, dtype=torch.float32)
-    block = 32 if count > 64 else 128
-    blocks = min(triton.next_power_of_2(count), 8192 // block)
-    _add[(images, triton.cdiv(length, block))](rows, sums, count, LENGTH=length, JP=blocks, BLOCK=block)
-    return sums
-
-
-def _value_gradient(cut: _Pass, dv: Tensor, x: Tensor, x_centre: Tensor) -> Tensor:
-    """dv (x - x_centre)^T over all pixels of the batch, where one program cannot hold it."""
-    num_images, pixels, padded = x.shape[0], x.shape[2] * x.shape[3], cut.options["CP"]
-    assert isinstance(padded, int)
-    side, tiles_of_image = cut.plan.chunk, triton.cdiv(pixels, cut.plan.tile)
-    tiles = tiles_of_image * num_images
-    blocks = min(max(cut.plan.programs // (padded // side) ** 2, 1), tiles)
-    shares = torch.empty(blocks, padded, padded, device=x.device, dtype=torch.float32)
-    names = ("C", "CP", "TILE", "EXACT", "CHANNELS_LAST", "PRECISION", "num_warps", "num_stages")
-    _outer[(blocks, padded // side, padded // side)](
-        dv, x, x_centre, shares, pixels, tiles_of_image, tiles, blocks, SIDE=side,
-        **{name: cut.options[name] for name in names},
-    )  # fmt: skip
-    return _added(shares, 1)[0]
