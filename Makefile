@@ -1,6 +1,8 @@
 # Both commands do all their own set-up: a virtual environment in .venv, then the work.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run the tests, each on one thread; 0 for this one alone.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test
@@ -24,7 +26,7 @@ test: .venv/.installed
 	@echo "== Types"
 	@$(BIN)/mypy
 	@echo "== Tests"
-	@$(BIN)/python -m pytest --durations=20
+	@$(BIN)/python -m pytest --durations=20 -n $(JOBS) --dist loadfile
 
 # constraints.txt holds a set of releases that works together; pyproject.toml says what may differ from it.
 .venv/.installed: pyproject.toml constraints.txt

@@ -20,9 +20,11 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is decoded, and made of real images, stays out of the user's cache."""
+    """What is built, decoded, and made of real images stays out of the user's cache; xdist's workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATTNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ATTNORM_CACHE", str((base.parent if is_worker else base) / "attnorm-cache"))
         yield
 
 
