@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from attnorm.data import builtin
-from attnorm.data.builtin import builtin_images, builtin_photographs
-from attnorm.data.images import load_images
+from attnorm.data.builtin import builtin_photographs
+from attnorm.data.images import builtin_images, load_images
 
 
 @pytest.fixture(autouse=True)

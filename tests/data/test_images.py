@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from attnorm.data import cache, sources
+from attnorm.data import decode_cache as cache
 from attnorm.data import images as module
+from attnorm.data import sources
 from attnorm.data.images import (
     ImageSet,
     cut_centres,

@@ -17,8 +17,8 @@ from attnorm.config import ConfigError, UserError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnorm.data.photographs import Photograph
     from attnorm.inference import Inpainter
+    from attnorm.inference.photo_files import Photograph
 
 
 def inpaint(
@@ -63,8 +63,8 @@ def inpaint(
         dry_run: Say what would be done, check every file, and write nothing.
         overwrite: Replace a file that is there, or write into a folder that is not empty.
     """
-    from attnorm.data.photographs import output_format, pair_files, read_with_mask
     from attnorm.inference import Inpainter
+    from attnorm.inference.photo_pairs import output_format, pair_files, read_with_mask
 
     left_out: list[str] = []
     if images is not None:
@@ -124,7 +124,7 @@ def inpaint(
 
 def _targets(out: Path, pairs: Sequence[tuple[Path, Path]], lossless: bool) -> list[Path]:
     """Where each image is written; UserError where two would be one file."""
-    from attnorm.data.photographs import lossless_name
+    from attnorm.inference.photo_pairs import lossless_name
 
     taken: dict[Path, Path] = {}
     for source, _ in pairs:

@@ -9,12 +9,12 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
-from attnorm.data.images import ImageSet, fingerprint
+from attnorm.data.decode_cache import Decoded, fingerprint
 
 _VIEWS = 256  # a class
 _SEED = 2020
 _JITTER = 0.1  # how far a subject may be off its view's centre, in sides of the view
-_NOTE = (
+NOTE = (
     f"Each class is {_VIEWS} views (crops at several scales and places) of one single photograph: "
     "a generator can only memorise them, and scores on them say nothing about variety."
 )
@@ -64,8 +64,8 @@ def builtin_photographs() -> dict[str, np.ndarray]:
     return {name: np.array(_open(photograph.file)) for name, photograph in _PHOTOGRAPHS.items()}
 
 
-def builtin_images(image_size: int) -> ImageSet:
-    """The built-in data set at `image_size` pixels: the same 256 views of each photograph every time.
+def builtin_views(image_size: int) -> Decoded:
+    """Square views of `image_size` pixels: the same 256 of each photograph every time.
 
     Raises:
         ValueError: If `image_size` is not positive or the installed scikit-image lacks a photograph.
@@ -75,7 +75,7 @@ def builtin_images(image_size: int) -> ImageSet:
     classes = tuple(sorted(_PHOTOGRAPHS))
     images = np.stack([view for name in classes for view in _views(_PHOTOGRAPHS[name], image_size)])
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), _VIEWS)
-    return ImageSet(images, labels, classes, "builtin", fingerprint(images, labels, classes), note=_NOTE)
+    return Decoded(images, labels, classes, (), fingerprint(images, labels, classes))
 
 
 def _views(photograph: _Photograph, image_size: int) -> list[np.ndarray]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnorm.data.cache import Fit, load_decoded
-from attnorm.data.cache import fingerprint as fingerprint
+from attnorm.data import builtin
+from attnorm.data.decode_cache import Fit, load_decoded
+from attnorm.data.decode_cache import fingerprint as fingerprint
 from attnorm.system.randomness import permutation
 
 
@@ -156,15 +157,21 @@ def load_images(
     if source == "builtin":
         if fit != "square":
             raise ValueError("the built-in photographs are not Paris StreetView; name its folder, or fit=square")
-        from attnorm.data.builtin import builtin_images
-
         return builtin_images(image_size)
-
     if max_memory_bytes is None:
         max_memory_bytes = _available_memory() // 2
     decoded = load_decoded(str(source), image_size, fit, cache_dir, max_memory_bytes, progress)
     note = _street_view_note(decoded.images) if fit == "street-view" else ""
     return ImageSet(source=str(source), note=note, **vars(decoded))
+
+
+def builtin_images(image_size: int) -> ImageSet:
+    """The built-in data set at `image_size` pixels: the same 256 views of each photograph every time.
+
+    Raises:
+        ValueError: If `image_size` is not positive or the installed scikit-image lacks a photograph.
+    """
+    return ImageSet(source="builtin", note=builtin.NOTE, **vars(builtin.builtin_views(image_size)))
 
 
 def _street_view_note(images: np.ndarray) -> str:

@@ -18,13 +18,8 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.data.photographs import (
-    Photograph,
-    output_format,
-    pair_files,
-    read_photograph,
-    read_with_mask,
-)
+from attnorm.inference.photo_files import Photograph, read_photograph
+from attnorm.inference.photo_pairs import output_format, pair_files, read_with_mask
 
 HEIGHT, WIDTH = 11, 14
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
