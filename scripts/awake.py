@@ -188,7 +188,7 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
         seed_step(seed, state.images_seen)
         for index, phase in enumerate(task.phases(state.images_seen)):
             batch = stream.batch(task.position(state.images_seen) + index * config.run.batch_size)
-            trainer.run_phase(phase, state, batch, precision)
+            trainer.run_phase(phase, state, batch, precision=precision)
         state.finish_step(config.run.batch_size)
     return {
         "preset": preset,

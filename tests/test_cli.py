@@ -653,13 +653,6 @@ def test_a_device_without_memory_is_said_in_a_line(
         cli.main(["presets"])
 
 
-def test_training_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "--preset", "smoke", "--out", str(tmp_path / "run")])
-    assert caught.value.code == 2 and not (tmp_path / "run").exists()
-
-
 def test_every_class_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", -1.0)
     with terminal.progress_bar() as progress:

@@ -74,6 +74,7 @@ class Header:
     seconds: float  # of training, all legs together
     note: str = ""  # what a reader of the results must know of the data
     threads: int = 0  # of torch, in the process that wrote it: another number rounds otherwise; 0: not known
+    processes: int = 1  # that trained together
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
@@ -87,6 +88,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -
             "seconds": header.seconds,
             "note": header.note,
             "threads": header.threads,
+            "processes": header.processes,
             "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
         }
     )
@@ -147,6 +149,7 @@ def _read_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
             seconds=float(values["seconds"]),
             note=values.get("note", ""),
             threads=values.get("threads", 0),
+            processes=values.get("processes", 1),
         )
         if not all(isinstance(text, str) for text in (*header.classes, header.note)):
             raise TypeError("classes and note are not text")

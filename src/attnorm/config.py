@@ -259,11 +259,17 @@ class RunConfig:
     # NVIDIA's shorter mantissa in float32 convolutions and matrix products.
     tf32: bool = field(default=False, metadata=_FREE)
     channels_last: bool = field(default=False, metadata=_FREE)
+    # A batch is made in so many parts, one after another, in every process: the gradient is the whole batch's, with the
+    # memory of a part. Batch norm and AN's running moments see a part at a time.
+    accumulate: int = field(default=1, metadata=_REPORTING)
+    # How many processes share the moments of batch norm: 0: all, as one process would have them; 1: each has its own.
+    batch_norm_group: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "duration_images", "keep_checkpoints", "log_every_images", "layout_every_images"):
-            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("grid_every_images", "checkpoint_every_images", "validate_every_images"):
+        size = self.batch_norm_group
+        _require(size >= 0, f"run.batch_norm_group is {size}; expected 0 (all processes) or more")
+        kinds = [f"{kind}_every_images" for kind in ("log", "layout", "grid", "checkpoint", "validate")]
+        for name in ("accumulate", "batch_size", "duration_images", "keep_checkpoints", *kinds):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
         _require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
         require_seed("run.seed", self.seed)

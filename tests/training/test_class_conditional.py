@@ -311,7 +311,7 @@ def test_gradients_are_float32_under_bfloat16() -> None:
     batch = random_batch(3, 32)
     batch = Batch(batch.images.to(memory_format=torch.channels_last), batch.labels)
     for phase in task.phases(0):
-        loss, _ = run_phase(phase, task.state, batch, "bfloat16")
+        loss, _ = run_phase(phase, task.state, batch, precision="bfloat16")
         assert loss.isfinite() and loss.dtype == torch.float32
         for name, parameter in task.state.networks[phase.network].named_parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
@@ -325,7 +325,7 @@ def test_bfloat16_rounds_and_float32_does_not() -> None:
     for precision in ("float32", "bfloat16"):
         task = tiny_task()
         torch.manual_seed(1)
-        losses[precision] = run_phase(task.phases(0)[0], task.state, random_batch(3, 32), precision)[0].item()
+        losses[precision] = run_phase(task.phases(0)[0], task.state, random_batch(3, 32), precision=precision)[0].item()
     assert losses["float32"] != losses["bfloat16"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 

@@ -234,7 +234,7 @@ def test_gradients_are_float32_and_finite_under_bfloat16() -> None:
     batch = random_batch()
     batch = Batch(batch.images.to(memory_format=torch.channels_last), batch.labels)
     for phase in (*task.phases(0), *task.phases(8)):
-        loss, _ = run_phase(phase, task.state, batch, "bfloat16")
+        loss, _ = run_phase(phase, task.state, batch, precision="bfloat16")
         assert loss.isfinite() and loss.dtype == torch.float32
         for name, parameter in task.state.networks[phase.network].named_parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
@@ -248,7 +248,7 @@ def test_the_penalty_is_computed_in_float32_under_bfloat16() -> None:
         task = tiny_task("model.context=none")
         task.generator = Truth(random_batch().images)
         torch.manual_seed(5)
-        _, logged = run_phase(task.phases(8)[0], task.state, random_batch(), precision)
+        _, logged = run_phase(task.phases(8)[0], task.state, random_batch(), precision=precision)
         penalties[precision] = logged["critic/gradient_penalty"].item()
     assert penalties["bfloat16"] == penalties["float32"]
 

@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0) from None
     except (UserError, OSError) as error:
         text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        console.quiet = False  # as one of several processes was
         console.print(f"attnorm: {text}", style="red")
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError) as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,13 +15,15 @@ from attnorm.cli.terminal import (
     console,
     describe_os_error,
     read_images,
-    require_one_process,
     require_outside,
     require_writable,
     screen,
 )
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, did_you_mean
 from attnorm.presets import PRESETS
+
+if TYPE_CHECKING:
+    from attnorm.system.process_group import ProcessGroup
 
 
 def train(
@@ -57,26 +61,50 @@ def train(
         raise ConfigError(
             f"--data is missing: the preset {preset} needs a folder, a zip, CIFAR-10's files or 'builtin'"
         )
-    require_one_process("train")
+    from attnorm.run_directory import RunDirectory
+    from attnorm.system.process_group import is_loss_of_a_process, process_group
+
     require_outside(out, config.data.source)
-    _train(config, out)
+    with process_group() as group:
+        try:
+            _train(config, out, group)
+        except RuntimeError as error:
+            if group.count == 1 or not is_loss_of_a_process(error):
+                raise
+            if group.says("that one is lost"):
+                console.quiet = False
+                kept = RunDirectory(out).checkpoints()
+                console.print(
+                    "attnorm: another process of this training was lost; the last checkpoint is "
+                    f"{kept[-1] if kept else 'none'}; the same command goes on from there",
+                    style="red",
+                )
+            sys.stderr.flush()
+            os._exit(1)  # without a word to those that are gone
 
 
-def _train(config: Config, out: Path) -> None:
+def _train(config: Config, out: Path, group: ProcessGroup) -> None:
     from attnorm.run_directory import RunDirectory
     from attnorm.training.resume import require_trainable
     from attnorm.training.trainer import TrainingError
     from attnorm.training.trainer import train as run_training
 
-    require_trainable(config, out)  # before minutes of decoding
-    require_writable(out)
-    images = read_images(config)
+    def check() -> None:  # before minutes of decoding
+        require_trainable(config, out, group)
+        require_writable(out)
+
+    group.together(check)
+    console.quiet = group.rank > 0  # it says what the others would say too
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # who decodes on this machine, for all that are on it
+    images = group.together(lambda: read_images(config) if is_first_here else None)
+    images = group.together(lambda: images or read_images(config))
     try:
-        outcome = run_training(config, images, out, console=console)
+        outcome = run_training(config, images, out, console=console, group=group)
     except TrainingError as error:
         console.print(f"attnorm: {error}", style="red")
         raise SystemExit(1) from None
     except OSError as error:
+        console.quiet = False
         if not (out / "config.json").is_file():
             raise
         kept = RunDirectory(out).checkpoints()
@@ -86,7 +114,8 @@ def _train(config: Config, out: Path) -> None:
             f"attnorm: training stopped: {why}; {last}; the same command goes on when that is mended", style="red"
         )
         raise SystemExit(1) from None
-    print(f"{outcome.reason} at {outcome.images_seen:,} images; checkpoint {outcome.checkpoint}")
+    if group.rank == 0:
+        print(f"{outcome.reason} at {outcome.images_seen:,} images; checkpoint {outcome.checkpoint}")
     if outcome.reason == "interrupted":
         console.print("The same command goes on from here.")
         raise SystemExit(130)

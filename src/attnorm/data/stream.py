@@ -10,21 +10,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnorm.config import Config
+from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet, cut_squares, held_out_indices, shuffled_indices, to_float
-from attnorm.system.randomness import seed_of
+from attnorm.system.randomness import BatchPart, seed_of
 
 
 class Batch(NamedTuple):
     images: Tensor  # float32 [N, 3, S, S] in [-1, 1]
     labels: Tensor  # int64 [N]
     position: int = 0  # of the first image in the stream of training images
+    part: BatchPart | None = None  # which of the images of an update these are; None: all
+
+
+def parts_of_batch(size: int, *, rank: int = 0, processes: int = 1, accumulate: int = 1) -> list[BatchPart | None]:
+    """The parts of a batch that a process makes, one after another: `accumulate` of equal size, side by side.
+
+    Raises:
+        ConfigError: the batch cannot be divided so.
+    """
+    count = processes * accumulate
+    if size % count:
+        raise ConfigError(
+            f"run.batch_size is {size}; expected a multiple of {count}, as {processes} process(es) make it in "
+            f"{accumulate} part(s) each (run.accumulate)"
+        )
+    if count == 1:
+        return [None]
+    own = size // count
+    numbers = range(rank * accumulate, (rank + 1) * accumulate)
+    return [BatchPart(own * number, own * (number + 1), size) for number in numbers]
 
 
 class Stream:
     """The endless stream of training images: shuffled epochs, squares cut at random, mirrored if that is set.
 
-    It depends on seed and position alone, so that runs of different models see the same images.
+    It depends on seed and position alone, so that runs of different models see the same images, and so does a run
+    whatever the number of its processes.
     """
 
     def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
@@ -32,24 +53,25 @@ class Stream:
         everything = np.arange(len(images))
         self.indices = np.delete(everything, held_out_indices(len(images), config.data.held_out_every))
 
-    def batch(self, position: int) -> Batch:
-        """The images from `position` on."""
+    def batch(self, position: int, part: BatchPart | None = None) -> Batch:
+        """The batch that begins at `position`, or a part of it; what is drawn at random is drawn for all of it."""
         settings, side = self.config.run, self.config.model.image_size
         size = settings.batch_size
-        order = shuffled_indices(len(self.indices), position, size, seed=settings.seed)
+        own = slice(0, size) if part is None else slice(part.start, part.stop)
+        order = shuffled_indices(len(self.indices), position + own.start, own.stop - own.start, seed=settings.seed)
         random = torch.Generator().manual_seed(seed_of(settings.seed, position, 0, 1))  # not one of a step's
         pixels, labels = (self._to_device(part) for part in self.images.batch(self.indices[order]))
         room = [length - side for length in pixels.shape[2:]]
         if any(room):
-            tops, lefts = (self._to_device(torch.randint(most + 1, (size,), generator=random)) for most in room)
+            tops, lefts = (self._to_device(torch.randint(most + 1, (size,), generator=random)[own]) for most in room)
             pixels = cut_squares(pixels, tops, lefts, side)
         real = to_float(pixels)
         if self.config.data.flip:
-            mirrored = self._to_device(torch.rand(size, generator=random) < 0.5)
+            mirrored = self._to_device(torch.rand(size, generator=random)[own] < 0.5)
             real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
         if settings.channels_last:
             real = real.to(memory_format=torch.channels_last)
-        return Batch(real, labels, position)
+        return Batch(real, labels, position + own.start, part)
 
     def _to_device(self, part: Tensor) -> Tensor:
         if self.device.type == "cuda":  # pinned, so that the copy need not wait for the work that is queued

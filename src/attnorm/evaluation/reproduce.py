@@ -445,7 +445,7 @@ def _time_run(config: Config, images: ImageSet, device: torch.device) -> dict[st
 
     def step(task: ClassConditionalTask | InpaintingTask, seen: int) -> None:
         for index, phase in enumerate(task.phases(seen)):
-            run_phase(phase, task.state, stream.batch(seen + index * count), precision)
+            run_phase(phase, task.state, stream.batch(seen + index * count), precision=precision)
         task.state.finish_step(count)
 
     if config.inpainting is not None:

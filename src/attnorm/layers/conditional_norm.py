@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnorm.layers.batch_norm import BatchNorm2d
+
 
 class ConditionalBatchNorm2d(nn.Module):
     """Batch norm without affine, then gamma_y * x + beta_y, from tables that start at 1 and 0.
@@ -16,7 +18,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.norm = BatchNorm2d(num_features, affine=False)
         self.gamma = nn.Embedding(num_classes, num_features)
         self.beta = nn.Embedding(num_classes, num_features)
         nn.init.ones_(self.gamma.weight)

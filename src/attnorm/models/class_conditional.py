@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from attnorm.config import ClassConditionalConfig
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.layers.batch_norm import BatchNorm2d
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 from attnorm.layers.residual import DownBlock, UpBlock
 from attnorm.layers.self_attention import SelfAttention2d
@@ -52,7 +53,7 @@ class Generator(nn.Module):
                 after=SelfAttention2d(after) if has_context and config.context == "self_attention" else None,
             )
             self.blocks.append(block)
-        self.norm = nn.BatchNorm2d(channels[-1])
+        self.norm = BatchNorm2d(channels[-1])
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
         _initialize(self, with_spectral_norm=config.g_spectral_norm)
 

@@ -45,6 +45,11 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in at least float32."""
+    return x.to(at_least_float32(x))
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The order of the values of a feature map [N, C, H, W], which every operation and block hands on: channels_last
     where only that fits its strides, else contiguous."""

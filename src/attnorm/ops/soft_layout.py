@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnorm.ops.dispatch import at_least_float32, is_transformed
+from attnorm.system.randomness import draw_for_images
 
 
 def soft_layout(x: Tensor, filters: Tensor, offset: Tensor) -> Tensor:
@@ -109,6 +110,8 @@ def draw_positions(
     """
     count = ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     rows = 1 if shared else x.shape[0]
+    # A generator of one's own, and positions of the whole batch, are the same however the batch is divided.
+    for_images = draw_for_images if generator is None and not shared else lambda rows, draw: draw(rows)
     # Not even None may be handed on: torch.compile takes a generator for maps of one size only.
     settings: dict[str, Any] = (
         {"device": x.device} if generator is None else {"device": generator.device, "generator": generator}
@@ -116,15 +119,16 @@ def draw_positions(
     if count >= max(4096, 64 * num_entities):
         # A row of that many candidates repeats itself so rarely that the first distinct ones of twice as many are
         # enough for certain (fewer than n of 2n: below 1e-30), and nothing of the size of the map is sorted.
-        drawn = torch.randint(count, (rows, 2 * num_entities), **settings)
+        drawn = for_images(rows, lambda rows: torch.randint(count, (rows, 2 * num_entities), **settings))
         repeats = (drawn[:, :, None] == drawn[:, None, :]).tril(-1).any(2)
         order = repeats.to(torch.uint8).argsort(dim=1, stable=True)
         positions = drawn.gather(1, order[:, :num_entities])
     elif num_entities <= count:
         # The largest of independent uniform numbers stand at a uniformly drawn subset.
-        positions = torch.rand(rows, count, **settings).topk(num_entities, dim=1).indices
+        random = for_images(rows, lambda rows: torch.rand(rows, count, **settings))
+        positions = random.topk(num_entities, dim=1).indices
     else:
-        positions = torch.randint(count, (rows, num_entities), **settings)
+        positions = for_images(rows, lambda rows: torch.randint(count, (rows, num_entities), **settings))
     return positions.to(x.device).expand(x.shape[0], -1)
 
 

@@ -6,7 +6,9 @@ its Generator makes of that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,56 @@ def seed_of(*numbers: int) -> int:
 def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
     """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
     torch.manual_seed(seed_of(seed, images_seen, rank))
+
+
+class BatchPart(NamedTuple):
+    """Images `start` to `stop` - 1 of a batch of `total`: what one process makes of it in one pass."""
+
+    start: int
+    stop: int
+    total: int
+
+
+_part: BatchPart | None = None
+
+
+@contextlib.contextmanager
+def drawing_for(part: BatchPart | None) -> Iterator[None]:
+    """In the block `draw_for_images` draws for a part of a batch; None: for a whole one."""
+    global _part
+    before, _part = _part, part
+    try:
+        yield
+    finally:
+        _part = before
+
+
+def draw_for_images(count: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """`draw(count)`, random numbers for `count` images: a row for each.
+
+    For a part of a batch they are drawn for the whole batch, and its own rows are taken: so an image has the same
+    numbers however the batch is divided over processes and passes, as long as their generators are seeded alike. The
+    count may be a multiple of the part's: real and generated images in one pass.
+    """
+    if _part is None:
+        return draw(count)
+    own = _part.stop - _part.start
+    assert count % own == 0, (count, _part)
+    whole = draw(count // own * _part.total)
+    return whole.unflatten(0, (-1, _part.total))[:, _part.start : _part.stop].flatten(0, 1)
+
+
+def mark_place(device: torch.device) -> Callable[[], None]:
+    """A function that sets torch's generators back to where they are now: what was drawn is drawn again."""
+    on_cpu = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return rewind
 
 
 def seed_weights(seed: int) -> None:

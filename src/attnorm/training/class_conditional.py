@@ -16,6 +16,8 @@ from attnorm.data.images import ImageSet
 from attnorm.data.stream import Batch
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.ops.dispatch import widened
+from attnorm.system.randomness import draw_for_images
 from attnorm.training.losses import (
     classifier_loss,
     hinge_discriminator_loss,
@@ -72,7 +74,9 @@ class ClassConditionalTask:
         return [*[discriminate] * self.config.optim.d_steps, Phase("generator", self._generator_loss)]
 
     def _latents(self, labels: Tensor) -> Tensor:
-        return torch.randn(len(labels), self.model.latent_dim, device=labels.device)
+        return draw_for_images(
+            len(labels), lambda count: torch.randn(count, self.model.latent_dim, device=labels.device)
+        )
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -80,7 +84,7 @@ class ClassConditionalTask:
         # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
         both = torch.cat([batch.images, fake.to(batch.images.dtype)])
         score, class_logits = self.discriminator(both, batch.labels.repeat(2))
-        real_score, fake_score = score.float().chunk(2)
+        real_score, fake_score = widened(score).chunk(2)
         adversarial = hinge_discriminator_loss(real_score, fake_score)
         orthogonality = orthogonality_loss(self.discriminator)
         loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
@@ -98,7 +102,7 @@ class ClassConditionalTask:
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         fake = self.generator(self._latents(batch.labels), batch.labels)  # only the labels of the batch are used
         score, class_logits = self.discriminator(fake, batch.labels)
-        adversarial = hinge_generator_loss(score.float())
+        adversarial = hinge_generator_loss(widened(score))
         orthogonality = orthogonality_loss(self.generator)
         loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
         logged = {"generator/loss": adversarial, "generator/orthogonality": orthogonality}

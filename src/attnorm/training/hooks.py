@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from torch import Tensor
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config, RunConfig
 from attnorm.data.images import ImageSet
-from attnorm.data.stream import Stream
+from attnorm.data.stream import Stream, parts_of_batch
 from attnorm.run_directory import RunDirectory
+from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step
 from attnorm.training.logger import Logger
 from attnorm.training.task import Task
 
 UNIFORM_LAYOUT = 0.98  # normalised entropy above which AN is instance normalization in all but name
+
+
+NONE = torch.iinfo(torch.int64).max  # a step that never comes
 
 
 class TrainingError(RuntimeError):
@@ -35,8 +39,9 @@ class Training:
     task: Task
     stream: Stream
     run: RunDirectory
-    logger: Logger
-    first_bad_step: Tensor  # whose loss was not finite, 0: none; on the device, and read only when something is due
+    group: ProcessGroup
+    logger: Logger | None  # the first process's
+    first_bad_step: Tensor  # whose loss was not finite, or NONE; on the device, and read only when something is due
     logged: dict[str, Tensor] = field(default_factory=dict)  # what the phases of the last step returned
     uniform_for: Counter[str] = field(default_factory=Counter)  # how many times in a row a layout was found uniform
 
@@ -44,9 +49,13 @@ class Training:
     def images_seen(self) -> int:
         return self.task.state.images_seen
 
+    @property
+    def batch_size(self) -> int:
+        return self.config.run.batch_size
+
     def failure(self, what: str, step: int) -> TrainingError:
         kept = self.run.checkpoints()
-        seen = step * self.config.run.batch_size
+        seen = step * self.batch_size
         return TrainingError(
             f"{what} step {step} (images seen: {seen:,}); last good checkpoint: {kept[-1] if kept else 'none'}. "
             "Try a lower learning rate (optim.g_lr, optim.d_lr) or precision float32 in a new run"
@@ -71,35 +80,52 @@ def hooks_of(settings: RunConfig) -> list[Hook]:
     ]
 
 
+def run_hooks(hooks: Iterable[Callable[[Training], None]], training: Training) -> None:
+    """The first process does what is due; the others wait for it, and take over what a validation has decided."""
+    for run in hooks:
+        training.group.together(lambda run=run: run(training) if training.logger else None)  # type: ignore[misc]
+    training.group.from_first([*training.task.state.numbers.values()])
+
+
 def due(hooks: Sequence[Hook], images_seen: int, batch_size: int) -> list[Hook]:
     """Those that the step which has just ended, of `batch_size` images, brought to their turn."""
     return [hook for hook in hooks if images_seen // hook.every != (images_seen - batch_size) // hook.every]
 
 
 def require_finite(training: Training) -> None:
-    """Raises TrainingError where a loss of the steps so far was not finite."""
-    step = int(training.first_bad_step.item())
-    if step:
+    """Raises TrainingError, in every process, where a loss of the steps so far was not finite in one."""
+    step = int(training.group.smallest(training.first_bad_step).item())
+    if step != NONE:
         raise training.failure("a loss was not finite at", step)
 
 
+def require_equal(training: Training) -> None:
+    """Raises TrainingError where the processes no longer have the same weights: they are all updated alike."""
+    group = training.group
+    if group.count == 1:
+        return
+    parameters = [p for network in training.task.state.networks.values() for p in network.parameters()]
+    total = torch.stack([parameter.detach().double().sum() for parameter in parameters]).sum()
+    if group.smallest(total).item() != -group.smallest(-total).item():
+        raise training.failure("the processes' weights differ after", training.images_seen // training.batch_size)
+
+
 def log_losses(training: Training) -> None:
+    assert training.logger
     state = training.task.state
-    training.logger.log(
-        state.images_seen,
-        {
-            **{name: value.item() for name, value in training.logged.items()},
-            "step": state.images_seen // training.config.run.batch_size,
-            "seconds": state.seconds,
-            "images_per_second": training.logger.speed,
-        },
-    )
+    values: dict[str, Any] = {name: value.item() for name, value in training.logged.items()}
+    values["step"] = state.images_seen // training.batch_size
+    values |= {"seconds": state.seconds, "images_per_second": training.logger.speed}
+    training.logger.log(state.images_seen, values)
 
 
 def log_layouts(training: Training) -> None:
-    """What the layouts look like on the next batch; says so where one stays uniform."""
-    seed_step(training.config.run.seed, training.images_seen)
-    batch = training.stream.batch(training.task.position(training.images_seen))
+    """What the layouts look like on the next batch, or on its first part; says so where one stays uniform."""
+    assert training.logger
+    settings = training.config.run
+    part = parts_of_batch(settings.batch_size, processes=training.group.count, accumulate=settings.accumulate)[0]
+    seed_step(settings.seed, training.images_seen)
+    batch = training.stream.batch(training.task.position(training.images_seen), part)
     statistics = training.task.layout_statistics(batch)
     if statistics:
         training.logger.log(training.images_seen, statistics)
@@ -115,13 +141,26 @@ def log_layouts(training: Training) -> None:
 
 
 def log_validation(training: Training) -> None:
+    assert training.logger
     values = training.task.validate(training.images_seen)
     if values:
         training.logger.log(training.images_seen, values)
 
 
 def save_samples(training: Training) -> None:
+    assert training.logger
     training.logger.save_grid(training.images_seen, training.task.sample_grid(), columns=8)
+
+
+def save_missing(training: Training) -> None:
+    """The last checkpoint, unless it has just been due."""
+    if not training.run.checkpoint_file(training.images_seen).exists():
+        save(training)
+
+
+def save_missing_samples(training: Training) -> None:
+    if not training.run.sample_file(training.images_seen).exists():
+        save_samples(training)
 
 
 def save(training: Training) -> None:
@@ -131,8 +170,15 @@ def save(training: Training) -> None:
     # A loss may be finite and its gradient not: no later step would mend the weights.
     bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if bad is not None:
-        raise training.failure(f"{bad} is not finite after", state.images_seen // config.run.batch_size)
-    images = training.images
-    header = Header(config, images.classes, state.images_seen, state.seconds, images.note, torch.get_num_threads())
+        raise training.failure(f"{bad} is not finite after", state.images_seen // training.batch_size)
+    header = Header(
+        config,
+        training.images.classes,
+        state.images_seen,
+        state.seconds,
+        training.images.note,
+        torch.get_num_threads(),
+        training.group.count,
+    )
     save_checkpoint(run.checkpoint_file(state.images_seen), tensors, header)
     run.keep_last(config.run.keep_checkpoints)

@@ -17,7 +17,9 @@ from attnorm.data.masks import DrawnMask, free_form_mask, rectangle_mask
 from attnorm.data.stream import Batch
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Critic, InpaintingGenerator, crop_around, paste
+from attnorm.ops.dispatch import widened
 from attnorm.system.devices import no_autocast
+from attnorm.system.randomness import draw_for_images
 from attnorm.training.losses import (
     gradient_penalty,
     orthogonality_loss,
@@ -164,7 +166,7 @@ class InpaintingTask:
         filled = self.generator(batch.images, masks)
         fake = paste(batch.images, filled.refined, masks)
         scores = self.critic(fake, crop_around(fake, corners, self.image_size // 2))
-        adversarial = torch.stack([wasserstein_generator_loss(score.float()) for score in scores]).sum()
+        adversarial = torch.stack([wasserstein_generator_loss(widened(score)) for score in scores]).sum()
         return self._weighted(reconstruction_loss(filled, batch.images), adversarial)
 
     def _weighted(self, reconstruction: Tensor, adversarial: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,11 +187,11 @@ class InpaintingTask:
             fake = paste(batch.images, self.generator(batch.images, masks).refined, masks)
         both = torch.cat([batch.images, fake.to(batch.images.dtype)])
         scores = self.critic(both, crop_around(both, corners.repeat(2, 1), side))
-        distance = -torch.stack([wasserstein_critic_loss(*score.float().chunk(2)) for score in scores]).sum()
+        distance = -torch.stack([wasserstein_critic_loss(*widened(score).chunk(2)) for score in scores]).sum()
 
         with no_autocast(both):  # the gradient of a gradient keeps its precision
             real, fake = both.chunk(2)
-            shares = torch.rand(len(real), 1, 1, 1, device=real.device)
+            shares = draw_for_images(len(real), lambda count: torch.rand(count, 1, 1, 1, device=real.device))
             mixed = shares * fake + (1 - shares) * real
             # Leaves of their own, so that each critic answers for what it was shown.
             crops = crop_around(mixed, corners, side).requires_grad_()
@@ -203,7 +205,7 @@ class InpaintingTask:
     def _held_out_batches(self, count: int) -> Iterator[tuple[Tensor, Holes]]:
         """The first `count` held-out images with their masks, as many at a time as in training."""
         device = next(self.generator.parameters()).device
-        size = self.config.run.batch_size
+        size = max(1, self.config.run.batch_size // self.config.run.accumulate)
         for start in range(0, min(count, len(self.held_out)), size):
             pixels = self.held_out[start : min(start + size, count)]
             images = to_float(pixels.to(device))

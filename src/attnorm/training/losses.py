@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.ops.dispatch import widened
 
 
 def hinge_generator_loss(fake_scores: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def reconstruction_loss(stages: Sequence[Tensor], truth: Tensor) -> Tensor:
     """First term of Eq. 9 without its weight: mean |x - truth| over the whole image, averaged over the outputs x of the
     stages; all [N, 3, H, W].
     """
-    return torch.stack([F.l1_loss(stage.float(), truth) for stage in stages]).mean()
+    return torch.stack([F.l1_loss(widened(stage), truth) for stage in stages]).mean()
 
 
 def wasserstein_generator_loss(fake_scores: Tensor) -> Tensor:
@@ -60,4 +61,4 @@ def orthogonality_loss(network: nn.Module) -> Tensor:
 
 def classifier_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     """AC-GAN: cross-entropy of the auxiliary classifier; logits [N, Y], labels int64 [N]."""
-    return F.cross_entropy(class_logits.float(), labels)
+    return F.cross_entropy(widened(class_logits), labels)

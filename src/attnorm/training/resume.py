@@ -11,18 +11,25 @@ from attnorm import config as configuration
 from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError
 from attnorm.data.images import ImageSet
+from attnorm.data.stream import parts_of_batch
 from attnorm.run_directory import RunDirectory
-from attnorm.system.devices import find_device
+from attnorm.system.process_group import ProcessGroup, find_own_device
 from attnorm.training.state import TrainingState
 
 
-def require_trainable(config: Config, out: Path) -> None:
-    """What can be told before the data are read: device, place, and settings of a run that is there.
+def require_trainable(config: Config, out: Path, group: ProcessGroup = ProcessGroup()) -> None:  # noqa: B008
+    """What can be told before the data are read: device, place, processes, and settings of a run that is there.
 
     Raises:
         ConfigError, CheckpointError: as `train` would.
     """
-    find_device(config.run.device)
+    find_own_device(config.run.device)
+    parts_of_batch(config.run.batch_size, processes=group.count, accumulate=config.run.accumulate)
+    if group.count % (config.run.batch_norm_group or group.count):
+        raise ConfigError(
+            f"run.batch_norm_group is {config.run.batch_norm_group}: {group.count} processes are no multiple of it; "
+            "expected 0 for all of them, or a number that does"
+        )
     run = RunDirectory(out)
     run.require_free_or_run()
     if run.checkpoints():
@@ -51,8 +58,8 @@ def effective_settings(config: Config) -> dict[str, Any]:
     return settings | {"model.an.temperature": config.model.temperature}
 
 
-def open_run(run: RunDirectory, config: Config, images: ImageSet, state: TrainingState) -> list[str]:
-    """Creates the run directory, or brings `state` to its last good checkpoint; what is to be said of that.
+def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path | None, list[str]]:
+    """Creates the run directory, or finds its last good checkpoint; and what is to be said of that.
 
     Raises:
         ConfigError, CheckpointError: it belongs to other settings or data, or cannot be used.
@@ -67,7 +74,7 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet, state: Trainin
     said = run.set_aside_damaged()
     if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
         run.create(config, data)
-        return said
+        return None, said
     require_same_settings(run, config)
     _, old_data = run.read()
     if old_data["fingerprint"] != data["fingerprint"]:
@@ -75,10 +82,15 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet, state: Trainin
             f"{run.path} was trained on other data ({old_data['num_images']} images of {old_data['source']}, now "
             f"{data['num_images']} of {data['source']}); give the same data, or another --out"
         )
-    return [*said, *_load(run.checkpoints()[-1], state)]
+    return run.checkpoints()[-1], said
 
 
-def _load(checkpoint: Path, state: TrainingState) -> list[str]:
+def load_state(checkpoint: Path, state: TrainingState, *, processes: int = 1) -> list[str]:
+    """Brings `state` to a checkpoint; what is to be said: why what follows is not, bit for bit, as without a stop.
+
+    Raises:
+        CheckpointError: it cannot be used, or is of other networks.
+    """
     tensors, header = read_checkpoint(checkpoint)
     try:
         state.load_tensors(tensors)
@@ -86,6 +98,11 @@ def _load(checkpoint: Path, state: TrainingState) -> list[str]:
         raise CheckpointError(f"{checkpoint} does not fit its run: {error}") from error
     state.images_seen, state.seconds = header.images_seen, header.seconds
     threads = torch.get_num_threads()
+    if header.processes != processes:
+        return [
+            f"the run went so far in {header.processes} process(es) and goes on in {processes}: the same images and "
+            "random numbers, but sums in another order, so not to the last bit as without a stop"
+        ]
     if header.threads in (0, threads):
         return []
     return [

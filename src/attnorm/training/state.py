@@ -5,11 +5,15 @@ Random numbers are not part of it: every step draws from a generator seeded with
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from attnorm.layers.batch_norm import BatchNorm2d
 
 
 class ExponentialAverage:
@@ -35,6 +39,24 @@ class ExponentialAverage:
         torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
         for name in ours.keys() - set(averaged):
             ours[name].copy_(theirs[name])
+
+
+@contextlib.contextmanager
+def singular_vectors_at_rest(networks: Iterable[nn.Module], *, at_rest: bool = True) -> Iterator[None]:
+    """In the block spectral norm makes no power iteration: the parts of an update all see the weights of its first."""
+    norms = [
+        module
+        for network in networks
+        for module in network.modules()
+        if at_rest and module.training and isinstance(module, parametrizations._SpectralNorm)
+    ]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def _is_singular_vector(name: str) -> bool:
@@ -79,6 +101,17 @@ class TrainingState:
                 for key, value in optimiser.state.get(parameter, {}).items():
                     out[f"optimiser.{name}.{parameter_name}.{key}"] = torch.as_tensor(value)
         return out
+
+    def moments_of_a_part(self) -> list[Tensor]:
+        """Running moments that a process makes of its own images alone: those of normalization over a batch."""
+        return [
+            buffer
+            for network in self.networks.values()
+            for module in network.modules()
+            if not (isinstance(module, BatchNorm2d) and module.is_shared and module.group is None)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in ("running_mean", "running_var")
+        ]
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`: raises RuntimeError where names or shapes differ."""

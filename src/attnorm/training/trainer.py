@@ -1,46 +1,57 @@
-"""One training loop for all tasks. Its clock is images.
+"""One training loop for all tasks, in one process or in several. Its clock is images.
 
-A run that was stopped goes on bit for bit, on the same machine with the same number of threads.
+A run that was stopped goes on bit for bit, on the same machine with as many threads and processes. Several processes
+make each batch together: every one has its own part of the images, gradients are averaged in one message after each
+backward pass, and so the weights, and all else that a checkpoint holds, stay the same in all of them. That is done by
+hand, without DistributedDataParallel: it is exact for a gradient of a gradient, for several parts in a row and for
+networks that a phase leaves alone, and at the size of these networks the message is short beside a step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
 from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet
-from attnorm.data.stream import Batch, Stream
+from attnorm.data.stream import Batch, Stream, parts_of_batch
+from attnorm.layers.batch_norm import share_moments
 from attnorm.run_directory import RunDirectory
-from attnorm.system.devices import find_device, find_precision, temporary_tf32
+from attnorm.system.devices import find_precision, temporary_tf32
 from attnorm.system.files import file_lock
-from attnorm.system.randomness import seed_step, seed_weights
+from attnorm.system.process_group import ProcessGroup, find_own_device
+from attnorm.system.randomness import BatchPart, drawing_for, mark_place, seed_step, seed_weights
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.hooks import (
+    NONE,
     Training,
     due,
     hooks_of,
     log_layouts,
     log_validation,
+    require_equal,
     require_finite,
-    save,
+    run_hooks,
+    save_missing,
+    save_missing_samples,
     save_samples,
 )
 from attnorm.training.hooks import TrainingError as TrainingError
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
-from attnorm.training.resume import open_run
-from attnorm.training.state import TrainingState
+from attnorm.training.resume import load_state, open_run
+from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
 TASKS: dict[str, type[Task]] = {"class_conditional": ClassConditionalTask, "inpainting": InpaintingTask}
@@ -55,28 +66,50 @@ class Outcome:
     checkpoint: Path
 
 
-def train(config: Config, images: ImageSet, out: Path, *, console: Console | None = None) -> Outcome:
+def train(
+    config: Config,
+    images: ImageSet,
+    out: Path,
+    *,
+    console: Console | None = None,
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
+) -> Outcome:
     """Trains from the start, or from the last checkpoint where `out` is a run of the same configuration and data.
+
+    Args:
+        group: The processes that train together; each of them calls this with the same arguments, and `out` is one
+            folder for all of them.
 
     Raises:
         ConfigError, CheckpointError: `out` belongs to another run, or to something else, or is being trained already.
         TrainingError: a loss stopped being a number.
+        RuntimeError: another process is gone (`is_loss_of_a_process`).
+        SystemExit: another process has raised an error.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=group.rank > 0)
     config = resolve(config, images)
-    run = RunDirectory(out)
-    device = find_device(config.run.device)
-    with temporary_tf32(config.run.tf32):
+    settings, run = config.run, RunDirectory(out)
+    parts = parts_of_batch(settings.batch_size, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
+    device = find_own_device(config.run.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    with temporary_tf32(config.run.tf32), contextlib.ExitStack() as stack:
         seed_weights(config.run.seed)
         task = make_task(config, images, device)
-        with file_lock(out):
-            for said in open_run(run, config, images, task.state):
-                console.print(said, highlight=False, soft_wrap=True, markup=False)
-            # What checkpoints say of the run is how and where it was really made.
-            precision = find_precision(config.run.precision, device)
-            config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
-            _announce(config, task.state.images_seen, device, console)
-            return _loop(config, images, task, run, device, console)
+        _share_batch_norm(config, task, group)
+        is_first = group.rank == 0
+        group.together(lambda: stack.enter_context(file_lock(out)) if is_first else None)
+        checkpoint, said = group.together(lambda: open_run(run, config, images) if is_first else (None, []))
+        name = group.text_of_first("" if checkpoint is None else str(checkpoint))
+        if name:
+            said += group.together(lambda: load_state(Path(name), task.state, processes=group.count))
+        for text in said:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+        # What checkpoints say of the run is how and where it was really made.
+        precision = find_precision(config.run.precision, device)
+        config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
+        _announce(config, task.state.images_seen, device, group, console)
+        return _loop(config, images, task, run, device, console, group, parts)
 
 
 def resolve(config: Config, images: ImageSet) -> Config:
@@ -95,91 +128,142 @@ def make_task(config: Config, images: ImageSet, device: torch.device) -> Task:
     return TASKS[config.task].for_images(config, images, device)
 
 
-def _announce(config: Config, images_seen: int, device: torch.device, console: Console) -> None:
+def _share_batch_norm(config: Config, task: Task, group: ProcessGroup) -> None:
+    size = config.run.batch_norm_group or group.count
+    if size == 1:
+        return
+    own: dist.ProcessGroup | None = None
+    for start in range(0, group.count, size) if size < group.count else ():  # every process has to make all of them
+        made = dist.new_group(list(range(start, start + size)))
+        if start <= group.rank < start + size:
+            assert isinstance(made, dist.ProcessGroup)
+            own = made
+    for network in task.state.networks.values():
+        share_moments(network, own)
+
+
+def _announce(config: Config, images_seen: int, device: torch.device, group: ProcessGroup, console: Console) -> None:
     at = f", from {images_seen:,} images on" if images_seen else ""
-    console.print(f"training on {device} in {config.run.precision}{at}", highlight=False)
+    where = f"{device}" if group.count == 1 else f"{group.count} processes, {device.type},"
+    console.print(f"training on {where} in {config.run.precision}{at}", highlight=False)
     if device.type == "cuda" and config.model.context.startswith("an") and config.model.an.impl in ("auto", "triton"):
         console.print("the first step waits, up to a few minutes, where AN's kernels have not been compiled here yet")
 
 
 def _loop(
-    config: Config, images: ImageSet, task: Task, run: RunDirectory, device: torch.device, console: Console
+    config: Config,
+    images: ImageSet,
+    task: Task,
+    run: RunDirectory,
+    device: torch.device,
+    console: Console,
+    group: ProcessGroup,
+    parts: list[BatchPart | None],
 ) -> Outcome:
     settings, state = config.run, task.state
     stream, hooks = Stream(config, images, device), hooks_of(settings)
-    saved_at = state.images_seen if run.checkpoints() else None
-    with _stop_on_signals() as stop, Logger(run, settings, resumed_at=saved_at, console=console) as logger:
-        no_step = torch.zeros((), dtype=torch.int64, device=device)
-        training = Training(config, images, task, stream, run, logger, first_bad_step=no_step)
+    own_moments = state.moments_of_a_part() if group.count > 1 else []
+    is_stopped = is_out_of_time = False
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_signals())
+        logger = None
+        if group.rank == 0:
+            resumed_at = state.images_seen if run.checkpoints() else None
+            logger = stack.enter_context(Logger(run, settings, resumed_at=resumed_at, console=console))
+        no_step = torch.tensor(NONE, device=device)
+        training = Training(config, images, task, stream, run, group, logger, first_bad_step=no_step)
 
         # What there is before the first step.
         if state.images_seen == 0:
-            for show in (log_layouts, log_validation, save_samples):
-                show(training)
+            run_hooks((log_layouts, log_validation, save_samples), training)
 
         clock = time.perf_counter()
-        while state.images_seen < settings.duration_images and not stop and not _is_out_of_time(config, state):
+        while state.images_seen < settings.duration_images:
+            # All processes end at the same step.
+            is_stopped, is_out_of_time = group.any_of(bool(stop), 0 < settings.max_minutes * 60 <= state.seconds)
+            if is_stopped or is_out_of_time:
+                break
+
             # Every random number of a step is a function of (seed, images seen).
             step = state.images_seen // settings.batch_size + 1
             seed_step(settings.seed, state.images_seen)
 
-            # One update a phase, each on a batch of its own.
+            # One update a phase, each on a batch of its own, of which this process has its parts.
             training.logged = {}
             for index, phase in enumerate(task.phases(state.images_seen)):
-                batch = stream.batch(task.position(state.images_seen) + index * settings.batch_size)
-                loss, values = run_phase(phase, state, batch, settings.precision)
-                is_first_bad = (training.first_bad_step == 0) & ~loss.isfinite()
-                training.first_bad_step = torch.where(is_first_bad, step, training.first_bad_step)
+                position = task.position(state.images_seen) + index * settings.batch_size
+                batches = [stream.batch(position, part) for part in parts]
+                loss, values = run_phase(phase, state, *batches, precision=settings.precision, group=group)
+                earlier = training.first_bad_step
+                training.first_bad_step = earlier.where(loss.isfinite(), earlier.clamp_max(step))
                 training.logged |= values
+            group.average(own_moments)
             state.finish_step(settings.batch_size)
 
             # Time, in which pictures, saves and a GPU's queue are included.
             now = time.perf_counter()
             seconds, clock = now - clock, now
             state.seconds += seconds
-            logger.advance(state.images_seen, seconds, state.seconds)
+            if logger:
+                logger.advance(state.images_seen, seconds, state.seconds)
 
             # What is due, once nothing that it would show or save is broken.
             waiting = due(hooks, state.images_seen, settings.batch_size)
             if waiting:
                 require_finite(training)
-            for hook in waiting:
-                hook.run(training)
+                require_equal(training)
+                group.average([*training.logged.values()])
+                run_hooks((hook.run for hook in waiting), training)
 
         # The end: what there is, is kept.
         require_finite(training)
-        if not run.checkpoint_file(state.images_seen).exists():
-            save(training)
-        if not stop and not run.sample_file(state.images_seen).exists():
-            save_samples(training)
+        run_hooks([save_missing] if is_stopped else [save_missing, save_missing_samples], training)
 
     finished = state.images_seen >= settings.duration_images
     reason: Literal["finished", "out of time", "interrupted"] = (
-        "finished" if finished else "interrupted" if stop else "out of time"
+        "finished" if finished else "interrupted" if is_stopped else "out of time"
     )
-    return Outcome(reason, state.images_seen, run.checkpoints()[-1])
-
-
-def _is_out_of_time(config: Config, state: TrainingState) -> bool:
-    return 0 < config.run.max_minutes * 60 <= state.seconds
+    return Outcome(reason, state.images_seen, run.checkpoint_file(state.images_seen))
 
 
 def run_phase(
-    phase: Phase, state: TrainingState, batch: Batch, precision: str = "float32"
+    phase: Phase,
+    state: TrainingState,
+    *batches: Batch,
+    precision: str = "float32",
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One optimiser update; returns the loss and the values to log, all detached."""
+    """One optimiser update on a batch, or on all parts of one that fall to this process.
+
+    Returns the mean over these parts of the loss, and of the values to log; all detached. The gradient is the mean over
+    all processes' parts: as every loss is a mean over images, that of the whole batch.
+    """
     for name, network in state.networks.items():
         network.requires_grad_(name == phase.network)  # no gradients for weights that this phase does not change
-    optimiser = state.optimisers[phase.network]
+    optimiser, device = state.optimisers[phase.network], batches[0].images.device
     optimiser.zero_grad(set_to_none=True)
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        loss, logged = phase.loss(batch)
-    loss.backward()
+    rewind = mark_place(device) if len(batches) > 1 else None
+    losses: list[Tensor] = []
+    logged: dict[str, list[Tensor]] = {}
+    for number, batch in enumerate(batches):
+        if rewind:  # each part takes its own of the random numbers of the whole batch
+            rewind()
+        with (
+            drawing_for(batch.part),
+            singular_vectors_at_rest(state.networks.values(), at_rest=number > 0),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            loss, values = phase.loss(batch)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach())
+        for name, value in values.items():
+            logged.setdefault(name, []).append(value.detach())
+    group.average([p.grad for p in state.networks[phase.network].parameters() if p.grad is not None])
     optimiser.step()
-    return loss.detach(), {name: value.detach() for name, value in logged.items()}
+    return torch.stack(losses).mean(), {name: torch.stack(parts).mean() for name, parts in logged.items()}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_on_signals() -> Iterator[list[Any]]:
     """A list that stops being empty at the first Ctrl-C or SIGTERM; a second one ends the program at once."""
     received: list[Any] = []
