@@ -15,6 +15,7 @@ from attnorm import cli
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet
 from attnorm.experiments import diffusion
+from attnorm.experiments.diffusion_report import write_report
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
 
@@ -95,7 +96,7 @@ def test_the_command_trains_what_is_missing_and_reports(
     assert again["curve"] == before["curve"] and again["sites"] == before["sites"]
     assert all(path.read_bytes() == content for path, content in kept.items() if path != one)
     with pytest.raises(ConfigError, match="results of another data; choose"):
-        diffusion.run(tmp_path, replace(data, fingerprint="0" * 64), scale="smoke")
+        diffusion.run(tmp_path, replace(data, fingerprint="0" * 64), write_report, scale="smoke")
     report = json.loads((tmp_path / "report.json").read_text())
     scores = {arm: [json.loads((tmp_path / f"results/{arm}-seed{s}.json").read_text())["score"] for s in (0, 1)]
               for arm in ("an", "none")}  # fmt: skip

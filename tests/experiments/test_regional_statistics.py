@@ -15,6 +15,7 @@ from attnorm import cli
 from attnorm.config import ConfigError
 from attnorm.experiments import regional_report as report
 from attnorm.experiments import regional_statistics as experiment
+from attnorm.experiments.regional_report import write_report
 from attnorm.experiments.regional_statistics import ARMS, BASE, CELL, REACH, Setting
 
 
@@ -138,9 +139,9 @@ def test_the_command_goes_on_where_it_stopped_and_says_so(
         assert again[key] == kept[key]
     assert all(path.read_bytes() == content for path, content in written.items() if path != lost)
     with pytest.raises(ConfigError, match="another protocol or scale; choose another --out"):
-        experiment.run(out, scale="full", arms=["none"])
+        experiment.run(out, write_report, scale="full", arms=["none"])
     with pytest.raises(ConfigError, match="got scale 'smoke', arms nothing; expected one of full, smoke"):
-        experiment.run(out, scale="smoke", arms=["nothing"])
+        experiment.run(out, write_report, scale="smoke", arms=["nothing"])
 
 
 def row(arm: str, seed: int, error: float, **setting: int) -> dict[str, Any]:

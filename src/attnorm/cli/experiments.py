@@ -35,7 +35,7 @@ def experiment(
 
     from attnorm.config import ClassConditionalConfig, Config, ConfigError, DataConfig
     from attnorm.evaluation.reproduce import in_words
-    from attnorm.experiments import diffusion, regional_statistics
+    from attnorm.experiments import diffusion, diffusion_report, regional_report, regional_statistics
 
     require_one_process("experiment")
     torch.set_num_threads(1)
@@ -51,10 +51,10 @@ def experiment(
         images = terminal.read_images(
             Config(model=ClassConditionalConfig(image_size=diffusion.IMAGE_SIZE), data=DataConfig(source=data))
         )
-        written = diffusion.run(out, images, scale=scale, arms=named, progress=tell)
+        written = diffusion.run(out, images, diffusion_report.write_report, scale=scale, arms=named, progress=tell)
     else:
         if data is not None:
             raise ConfigError(f"{name} makes its own images: leave --data out")
-        written = regional_statistics.run(out, scale=scale, arms=named, progress=tell)
+        written = regional_statistics.run(out, regional_report.write_report, scale=scale, arms=named, progress=tell)
     for path in written:
         print(path)

@@ -256,6 +256,7 @@ Progress = Callable[[int, int, str, float], None]  # done, in all, what is next,
 def run(
     out: Path,
     data: ImageSet,
+    write_report: Callable[[Path], list[Path]],
     *,
     scale: str = "full",
     arms: tuple[str, ...] = (),
@@ -266,14 +267,13 @@ def run(
     Args:
         out: results/*.json, one a training, and the report.
         data: Images of 32 pixels; every tenth is held out.
+        write_report: What writes the report of `out` (`write_report` of diffusion_report), and returns the files.
         scale: A name in SCALES.
         arms: Names in ARMS; none for all.
 
     Raises:
         ConfigError: an unknown name, a folder of another scale or of other data, or another process at work in `out`.
     """
-    from attnorm.experiments.diffusion_report import write_report
-
     unknown = [name for name in arms if name not in ARMS]
     if scale not in SCALES or unknown:
         raise ConfigError(

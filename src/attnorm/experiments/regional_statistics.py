@@ -409,6 +409,7 @@ Progress = Callable[[int, int, str, float], None]  # done, in all, what is next,
 
 def run(
     out: Path,
+    write_report: Callable[[Path], list[Path]],
     *,
     scale: str = "full",
     arms: Sequence[str] = (),
@@ -418,14 +419,13 @@ def run(
 
     Args:
         out: results/*.json, one a training, cost/*.json, one a block, predictions/*.png, and the report.
+        write_report: What writes the report of `out` (`write_report` of regional_report), and returns the files.
         scale: A name in SCALES.
         arms: Names in ARMS; none for all.
 
     Raises:
         ConfigError: an unknown name, a folder of another scale, or another process at work in `out`.
     """
-    from attnorm.experiments.regional_report import write_report
-
     unknown = [name for name in arms if name not in ARMS]
     if scale not in SCALES or unknown:
         raise ConfigError(

@@ -215,7 +215,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of weights") from error
     _verify(str(path), content, sha256)
-    state: dict[str, Tensor] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
     return state
 
 
