@@ -20,6 +20,7 @@ import tyro
 from attnorm import __version__
 from attnorm.cli.evaluation import bench, evaluate, manifest
 from attnorm.cli.experiments import experiment
+from attnorm.cli.exporting import export
 from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
 from attnorm.cli.reporting import report
@@ -34,7 +35,7 @@ A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs
 
 # As `attnorm --help` lists them.
 VERBS = (
-    *(train, sample, interpolate, layout, inpaint, page, curves),
+    *(train, sample, interpolate, layout, inpaint, page, curves, export),
     *(manifest, evaluate, bench, experiment, report, reproduce, presets),
 )
 

@@ -128,7 +128,7 @@ class Critic(nn.Module):
     def forward(self, image: Tensor, crops: Tensor) -> Scores:
         """`image` is [N, 3, S, S] and `crops` [N, 3, L, L], both in [-1, 1]; L is S // 2."""
         side = self.image_size
-        if image.shape[1:] != (3, side, side) or crops.shape != (len(image), 3, side // 2, side // 2):
+        if image.shape[1:] != (3, side, side) or crops.shape != (image.shape[0], 3, side // 2, side // 2):
             raise ValueError(
                 f"got images {tuple(image.shape)} and crops {tuple(crops.shape)}; "
                 f"expected [N, 3, {side}, {side}] and [N, 3, {side // 2}, {side // 2}]"
@@ -181,7 +181,7 @@ class SameConv2d(nn.Conv2d):
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
@@ -256,7 +256,7 @@ def _check(image: Tensor, mask: Tensor) -> None:
     expected = "expected floating images [N, 3, H, W] and one mask each, [N, 1, H, W]"
     if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
         raise ValueError(f"got {image.dtype} {tuple(image.shape)} for images; {expected}")
-    if mask.shape != (len(image), 1, *image.shape[2:]):
+    if mask.shape != (image.shape[0], 1, *image.shape[2:]):
         raise ValueError(f"got masks {tuple(mask.shape)} for images {tuple(image.shape)}; {expected}")
     if image.shape[2] % 8 or image.shape[3] % 8:
         height, width = image.shape[2:]

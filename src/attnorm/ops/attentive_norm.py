@@ -80,6 +80,8 @@ def attentive_norm(
         limits = "it never holds the layout that return_layout=True asks for"
     elif is_transformed():
         limits = "torch.func and forward-mode derivatives go through the plain implementations only"
+    elif torch.compiler.is_exporting():
+        limits = "an exported program is made of torch's own operations, which other runtimes know"
     elif channels * x.shape[2] * x.shape[3] >= 2**31:
         limits = f"an image has {channels * x.shape[2] * x.shape[3]} values; expected fewer than 2^31"
     best = {"cuda": "triton", "cpu": "native"}.get(x.device.type)

@@ -1,0 +1,40 @@
+"""The subcommand that hands a generator to other runtimes: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from attnorm.cli.terminal import Overwrite, Run, console, require_free
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    format: Literal["onnx", "torch-export"] = "onnx",
+    raw_weights: Overwrite = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a trained generator as one file for other runtimes, with batch, height and width left free.
+
+    Inputs are float32: z and a mixture of classes for a class-conditional generator, image in [-1, 1] and mask (not 0:
+    missing) for an inpainter. What the file is and wants is in its metadata. It is compared with the network first.
+
+    Args:
+        run: A run directory (its latest checkpoint), or a checkpoint file.
+        out: The file, FILE.onnx or FILE.pt2.
+        format: onnx for onnxruntime, in browsers too; torch-export for torch.export.load.
+        raw_weights: Use the weights as they are, not their average over training.
+        overwrite: Write over a file that is there.
+    """
+    from attnorm.export import export as write
+    from attnorm.run_directory import load
+
+    require_free(out, overwrite)
+    loaded = load(run, ema=not raw_weights)
+    with console.status("exporting; this takes up to a minute"):
+        difference = write(loaded, out, format)
+    console.print(f"its pictures are within {difference:.1g} of the network's (values from -1 to 1)")
+    print(out)

@@ -1,0 +1,131 @@
+"""Exported files compute what the networks do, at sizes that they were not made from, and say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnorm import AttentiveNorm2d, cli
+from attnorm import export as exporting
+from attnorm.checkpoint import Header, save_checkpoint
+from attnorm.config import Config, override
+from attnorm.inference import Inpainter
+from attnorm.models.class_conditional import Generator
+from attnorm.models.inpainting import InpaintingGenerator, paste
+from attnorm.presets import PRESETS
+from attnorm.run_directory import Loaded, load
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'attnorm[export]'")
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """With every gate open and every table its own, so that no part of it goes unseen."""
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, AttentiveNorm2d):
+            nn.init.constant_(module.rho, 0.7)
+            nn.init.normal_(module.feature_mean)  # type: ignore[arg-type]
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, 1)
+    return network.eval()
+
+
+def saved(network: nn.Module, config: Config, classes: tuple[str, ...], path: Path) -> Path:
+    tensors = {f"ema.{name}": tensor for name, tensor in network.state_dict().items()}
+    save_checkpoint(path, tensors, Header(config, classes, 640, 1.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = override(PRESETS["inpaint-smoke"][1], ["model.width=2", "model.an.num_entities=3"])
+    network = awake(InpaintingGenerator(config.model))  # type: ignore[arg-type]
+    return saved(network, config, (), tmp_path_factory.mktemp("run") / "inpainter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = ["image_size=32", "num_classes=3", "width=2", "latent_dim=5", "an.num_entities=3"]
+    config = override(Config(), [f"model.{setting}" for setting in settings])
+    network = awake(Generator(config.model))  # type: ignore[arg-type]
+    return saved(network, config, ("a", "b", "<c>"), tmp_path_factory.mktemp("run") / "generator.safetensors")
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_an_inpainter_in_onnxruntime_fills_photographs_of_odd_sizes_as_the_tool_does(
+    inpainter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["export", str(inpainter), "--out", str(tmp_path / "model.onnx")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model.onnx")
+    found = session(tmp_path / "model.onnx")
+    tool = Inpainter(inpainter)
+    for num, height, width in ((1, 64, 64), (2, 67, 101), (1, 8, 131)):
+        image = 2 * torch.rand(num, 3, height, width) - 1
+        mask = torch.zeros(num, 1, height, width)
+        mask[:, :, 2:7, 20:50] = 1
+        (filled,) = found.run(None, {"image": image.numpy(), "mask": mask.numpy()})
+        expected = paste(image, tool.outputs(image, mask != 0).refined, mask)
+        np.testing.assert_allclose(filled, expected.numpy(), rtol=0, atol=1e-4)
+        assert (filled != image.numpy()).any()
+        np.testing.assert_array_equal(filled[:, :, 7:], image.numpy()[:, :, 7:])
+    meta = found.get_modelmeta().custom_metadata_map
+    assert meta["task"] == "inpainting" and meta["mask"] == "0: known, anything else: missing"
+
+
+def test_a_generator_in_onnxruntime_makes_the_images_of_classes_and_mixtures(generator: Path, tmp_path: Path) -> None:
+    exporting.export(load(generator), tmp_path / "model.onnx")
+    found = session(tmp_path / "model.onnx")
+    network = load(generator).model
+    z, mixture = torch.randn(4, 5), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0.2, 0.8]])
+    (images,) = found.run(None, {"z": z.numpy(), "classes": mixture.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(images, network(z, mixture).numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(images[:2], network(z[:2], torch.tensor([0, 2])).numpy(), rtol=0, atol=1e-4)
+    assert np.abs(images[0] - images[1]).max() > 0.01
+    assert json.loads(found.get_modelmeta().custom_metadata_map["classes"]) == ["a", "b", "<c>"]
+
+
+def test_torch_exports_program_computes_the_same_and_carries_what_it_is(generator: Path, tmp_path: Path) -> None:
+    exporting.export(load(generator), tmp_path / "model.pt2", "torch-export")
+    files = {"attnorm.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
+    inputs = torch.randn(5, 5), torch.eye(3)[[0, 1, 2, 0, 1]]
+    with torch.no_grad():
+        torch.testing.assert_close(program(*inputs), load(generator).model(*inputs), rtol=0, atol=1e-5)
+    assert json.loads(files["attnorm.json"])["latent_dim"] == "5"
+
+
+def test_the_layer_alone_exports_with_any_size() -> None:
+    layer = awake(nn.Sequential(AttentiveNorm2d(6, num_entities=3)))
+    sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(layer, (torch.randn(2, 6, 8, 9),), dynamic_shapes=({**sides},))
+    assert not any("attnorm" in str(node.target) for node in program.graph.nodes)
+    for shape in ((1, 6, 17, 5), (3, 6, 2, 40)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: Loaded = load(generator)
+
+    class Wrong(exporting.ClassConditionalProgram):
+        def forward(self, z: Tensor, classes: Tensor) -> Tensor:
+            images = super().forward(z, classes)
+            return images + 0.001 if torch.compiler.is_exporting() else images
+
+    monkeypatch.setattr(exporting, "ClassConditionalProgram", Wrong)
+    with pytest.raises(exporting.ExportError, match=r"from the network's; expected at most 0\.0001"):
+        exporting.export(loaded, tmp_path / "model.pt2", "torch-export")
+    assert not list(tmp_path.iterdir())
