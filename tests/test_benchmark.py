@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import attnorm.ops.attentive_norm as operation
 from attnorm import cli
 from attnorm.benchmark import cases, checks, timing
-from attnorm.benchmark import report as reports
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import (
     CASES,
@@ -30,17 +29,19 @@ from attnorm.benchmark.cases import (
     IMPLEMENTATIONS,
     MODES,
     NUM_ENTITIES,
-    PAPER_TABLE_5,
     USUAL,
     Case,
     Implementation,
     Mode,
     find_named,
 )
-from attnorm.benchmark.report import BenchReport, Cell
+from attnorm.benchmark.results import BenchReport, Cell, read_results, with_ratios
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.reports import benchmark as reports
+from attnorm.reports.paper import TABLE_5
+from attnorm.reports.render import to_markdown
 
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 FUSED = BY_NAME["an-fused"]
@@ -98,7 +99,7 @@ def report_of(times: dict[str, Callable[[int], float]]) -> BenchReport:
         measured(case.name, name, mode, time(case.shape[2] * case.shape[3]))
         for case, mode, (name, time) in itertools.product(cases, MODES, times.items())
     ]
-    return BenchReport(environment=ENVIRONMENT, cases=cases, cells=reports.with_ratios(cells))
+    return BenchReport(environment=ENVIRONMENT, cases=cases, cells=with_ratios(cells))
 
 
 # The gate
@@ -234,7 +235,7 @@ def test_what_is_wrong_gets_no_time(
         for other in ("copy", "an-reference"):
             cell = report.find("smoke", other, mode)
             assert cell is not None and cell.status == "measured" and cell.median_ms
-    text = reports.markdown(report)
+    text = to_markdown(reports.make_document(report))
     assert f"- smoke, an-fused, training: {status}: " in text and f"| {status} |" in text
 
 
@@ -352,7 +353,7 @@ def test_ratios_are_those_of_the_medians() -> None:
         measured("b", "copy", "forward", 1.0),
         Cell(case="a", implementation="self_attention", mode="forward", status="missing", reason="too large"),
     ]
-    found = reports.with_ratios(cells)
+    found = with_ratios(cells)
     assert [cell.ratio_to_copy for cell in found] == [1.0, 5.0, 2.0, None, 1.0, None]
     assert [cell.ratio_to_conv_instance_norm for cell in found] == [0.5, 2.5, 1.0, None, None, None]
     assert [dataclasses.replace(cell, ratio_to_copy=None, ratio_to_conv_instance_norm=None) for cell in found] == cells
@@ -365,7 +366,7 @@ def test_a_machine_that_was_busy_is_noticed() -> None:
     report = BenchReport(environment=ENVIRONMENT, cases=cases, cells=cells)
     (found,) = reports.disturbances(report)
     assert found.startswith("b: the same copy took 1 ms (forward) and 2.1 ms (training)")
-    assert found in reports.markdown(report)
+    assert found in to_markdown(reports.make_document(report))
     brief = tuple(dataclasses.replace(cell, median_ms=(cell.median_ms or 0) / 100) for cell in cells)
     assert reports.disturbances(dataclasses.replace(report, cells=brief)) == []
 
@@ -381,7 +382,7 @@ def test_slopes_of_the_plot_are_those_of_the_powers() -> None:
     assert reports.slope([(1, 100.0), (100, 101.0), (400, 404.0)]) == pytest.approx(1)
     assert reports.slope([(400, 404.0), (100, 101.0), (1, 100.0)]) == pytest.approx(1)
     assert reports.slope([(64, 1.0)]) is None
-    paper = PAPER_TABLE_5["AN"]
+    paper = TABLE_5["AN"]
     assert reports.slope([(size * size, ms) for size, ms in paper.items() if ms]) == pytest.approx(1.0, abs=0.01)
     labels = [line.get_label() for line in reports.pixels_figure(report).axes[1].lines]
     assert labels == ["an-fused, slope 1.00", "self_attention, slope 2.00"]
@@ -393,16 +394,20 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = dataclasses.replace(report, cells=(*report.cells, gone))
     files = reports.write_report(report, tmp_path / "new")
     assert [file.name for file in files] == ["bench.json", "bench.md", "time-against-pixels.png"]
-    again = reports.read_report(files[0])
+    again = read_results(files[0])
     assert again == dataclasses.replace(report, environment=json.loads(json.dumps(ENVIRONMENT)))
-    assert reports.markdown(again) == files[1].read_text(encoding="utf-8") == reports.markdown(report)
+    assert (
+        to_markdown(reports.make_document(again))
+        == files[1].read_text(encoding="utf-8")
+        == to_markdown(reports.make_document(report))
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1}', '{"format_version": 99}'])
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bench.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"bench\.json"):
-        reports.read_report(tmp_path / "bench.json")
+        read_results(tmp_path / "bench.json")
 
 
 def test_tables_show_medians_ratios_memory_shares_and_the_paper() -> None:
@@ -416,18 +421,18 @@ def test_tables_show_medians_ratios_memory_shares_and_the_paper() -> None:
         for cell in report.cells
     ]
     time, _, memory, _, share, _, compiling, paper = reports.tables(dataclasses.replace(report, cells=tuple(cells)))
-    assert time.header[:2] == ["", "table5-128 1x32x128x128"]
+    assert time.header[:2] == ("", "table5-128 1x32x128x128")
     assert [row[:2] for row in time.rows] == [
-        ["copy", "2 (1-6) 1x"],
-        ["an-fused", "5 (0.5; 2.5-15) 2.5x"],
-        ["self_attention", "400 (200-1.2e+03) 200x"],
+        ("copy", "2 (1-6) 1x"),
+        ("an-fused", "5 (0.5; 2.5-15) 2.5x"),
+        ("self_attention", "400 (200-1.2e+03) 200x"),
     ]
     assert [row[1] for row in memory.rows[:2]] == ["0.00, 0.00", f"{4096 / 2**21:.2f}, {2048 / 2**21:.2f}"]
-    assert [row[:2] for row in share.rows] == [["an-fused", "0.250"]]  # the others have none
-    assert compiling.title.startswith("training") and compiling.rows[0][:2] == ["an-fused", "1.3"]
-    assert paper.rows[0] == ["AN (the paper)", "0.73", "2.24", "9.46", "37.68"]
-    assert paper.rows[1] == ["Self-attention (the paper)", "5.21", "79.42", "-", "-"]
-    assert paper.rows[2] == ["an-fused (here)", "5.00", "20.00", "80.00", "320.00"]
+    assert [row[:2] for row in share.rows] == [("an-fused", "0.250")]  # the others have none
+    assert compiling.title.startswith("Training") and compiling.rows[0][:2] == ("an-fused", "1.3")
+    assert paper.rows[0] == ("AN", "paper", "0.73", "2.24", "9.46", "37.68")
+    assert paper.rows[1] == ("AN", "an-fused", "5", "20", "80", "320")
+    assert paper.rows[2] == ("Self-attention", "paper", "5.21", "79.42", "-", "-")
 
 
 def test_the_share_of_the_roofline_is_of_the_bytes_or_of_the_operations_whichever_take_longer() -> None:
@@ -490,7 +495,7 @@ def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr()
     assert said.out.splitlines()[-3:] == [str(out / n) for n in ("bench.json", "bench.md", "time-against-pixels.png")]
     assert "smoke" in said.out and "2x8x16x16" in said.out and "an-fused" in said.out
-    report = reports.read_report(out / "bench.json")
+    report = read_results(out / "bench.json")
     assert [(cell.mode, cell.implementation) for cell in report.cells] == list(itertools.product(MODES, names))
     for cell in report.cells:
         assert cell.status == "measured" or (cell.status == "missing" and "cannot run" in cell.reason), cell
@@ -553,4 +558,4 @@ def test_groups_of_names_stand_for_their_members() -> None:
         find_named("case", "table", CASES)
     assert set(USUAL["cpu"].split(",")) < {case.name for case in CASES}
     sizes = [case.shape for case in CASES if case.name.startswith("table5-")]
-    assert sizes == [(1, 32, size, size) for size in PAPER_TABLE_5["AN"]]
+    assert sizes == [(1, 32, size, size) for size in TABLE_5["AN"]]

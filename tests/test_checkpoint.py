@@ -358,39 +358,6 @@ def test_data_of_other_kinds_in_a_config_file_are_refused(tmp_path: Path, data: 
         run.read()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"value": "low"},
-        {"value": float("nan")},
-        {"value": True},
-        {"protocol": None},
-        {"name": 3},
-        {"data": []},
-        {"metric": 1},
-        {"data.fingerprint": 3, "data": {"fingerprint": 3}},
-        {"extractor.weights_sha256": 3, "extractor": {"weights_sha256": 3}},
-        {"num_fakes": "10"},
-        {"values": {"cat": "x"}},
-        {"interval": 3},
-        {"usage": [0.5, None], "metric": "layout", "site": "a"},
-        {"site": None, "metric": "layout", "usage": [0.5]},
-    ],
-    ids=str,
-)
-def test_scores_that_were_edited_are_named(tmp_path: Path, changes: dict[str, Any]) -> None:
-    run = RunDirectory(tmp_path)
-    score = {"metric": "is1", "name": "IS", "protocol": "is5k", "value": 2.5, "images_seen": 8}
-    run.scores_file.parent.mkdir()
-    for line in (score, score | changes):
-        with run.scores_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if line is score:
-            assert run.read_scores() == ([score], 0)
-    with pytest.raises(CheckpointError, match=rf"whose {next(iter(changes))} is missing or of another kind"):
-        run.read_scores()
-
-
 def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "folder/checkpoints").mkdir(parents=True)

@@ -265,7 +265,7 @@ def test_layouts_are_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_curves_of_runs_of_one_name_are_both_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[str] = []
-    from attnorm import figures
+    from attnorm.reports import figures
 
     original = figures.curves_figure
     monkeypatch.setattr(figures, "curves_figure", lambda runs: named.extend(runs) or original(runs))

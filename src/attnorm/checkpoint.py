@@ -108,6 +108,12 @@ def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
     return tensors, header
 
 
+def read_header(path: Path) -> Header:
+    """What a checkpoint says of itself, without reading a tensor; errors as `read_checkpoint`."""
+    with _opened(path) as (_, header, _):
+        return header
+
+
 def _read_tensor(path: Path, file: Any, name: str, checksums: Mapping[str, str]) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     if checksums and checksums.get(name) != checksum(tensor):
@@ -127,14 +133,14 @@ def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
                 raise CheckpointError(
                     f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
                 )
-            yield file, *_read_header(path, text)
+            yield file, *_parse_header(path, text)
     except safetensors.SafetensorError as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {REMEDY}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); expected a checkpoint") from error
 
 
-def _read_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
+def _parse_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
     try:
         values = json.loads(text)
         version = values["format_version"]

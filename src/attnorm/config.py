@@ -334,8 +334,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
-    """The inverse of `to_dict`. An unknown key or a value of the wrong type raises ConfigError."""
+def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "", ignore_unknown: bool = False) -> T:
+    """The inverse of `to_dict`, for any dataclass of plain values, lists, tables and groups of them.
+
+    Raises:
+        ConfigError: an unknown key, unless these are to be left out, a missing one, or a value of the wrong type.
+    """
     _require(
         isinstance(values, dict), f"{prefix.rstrip('.') or 'config'} is {_brief(values)}; expected a group of settings"
     )
@@ -344,12 +348,17 @@ def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
     for key, value in values.items():
         path = prefix + key
         if key not in hints:
+            if ignore_unknown:
+                continue
             raise ConfigError(_unknown(path, [prefix + name for name in hints]))
         group = _group(hints[key], values)
         if group is None or (value is None and type(None) in _alternatives(hints[key])):
             arguments[key] = _checked(value, hints[key], path)
         else:
-            arguments[key] = from_dict(group, value, prefix=path + ".")
+            arguments[key] = from_dict(group, value, prefix=path + ".", ignore_unknown=ignore_unknown)
+    for name, setting in getattr(cls, "__dataclass_fields__", {}).items():
+        is_needed = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
+        _require(name in arguments or not is_needed, f"{prefix + name} is missing")
     return cls(**arguments)
 
 
@@ -459,6 +468,9 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         _require(isinstance(value, (list, tuple)), message)
         return tuple(_checked(item, typing.get_args(hint)[0], path) for item in value)
+    if typing.get_origin(hint) is dict:
+        _require(isinstance(value, dict), message)
+        return {key: _checked(item, typing.get_args(hint)[1], f"{path}.{key}") for key, item in value.items()}
     options = _alternatives(hint)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         _require(abs(value) < 2**1023, message)
@@ -489,6 +501,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"a list of {_describe(typing.get_args(hint)[0])}, comma between"
+    if typing.get_origin(hint) is dict:
+        return f"a table of {_describe(typing.get_args(hint)[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return " or ".join(
         "a group of settings"

@@ -12,8 +12,6 @@ Whatever else lies there is someone else's: it is neither read nor removed.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import logging
 import math
@@ -33,7 +31,7 @@ from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserE
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.system.devices import find_device
-from attnorm.system.files import hash_file, read_lines, write_json
+from attnorm.system.files import read_lines, write_json
 
 # A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
 PARTS_OF_A_RUN = ("config.json", "metrics.jsonl", "samples", "tensorboard", "checkpoints")
@@ -44,47 +42,7 @@ _log = logging.getLogger(__name__)
 
 _DATA = {"source": str, "fingerprint": str, "note": str, "classes": list}  # of config.json's data
 
-# Of a score's line, what is used of it, and of which types: with None, of newer lines alone.
-_SCORE: dict[str, tuple[type, ...]] = {
-    "metric": (str,),
-    "name": (str,),
-    "protocol": (str,),
-    "value": (int, float),
-    "images_seen": (int,),
-    "training_seconds": (int, float, type(None)),
-    "seed": (int, type(None)),
-    "checkpoint": (str, type(None)),
-    "checkpoint_sha256": (str, type(None)),
-    "weights": (str, type(None)),
-    "data": (dict, type(None)),
-    "data.fingerprint": (str, type(None)),
-    "extractor": (dict, type(None)),
-    "extractor.name": (str, type(None)),
-    "extractor.title": (str, type(None)),
-    "extractor.weights_sha256": (str, type(None)),
-    "extractor.preprocessing": (str, type(None)),
-    "num_fakes": (int, type(None)),
-    "num_reals": (int, type(None)),
-    "values": (dict, type(None)),
-    "interval": (str, type(None)),
-    "low": (int, float, type(None)),
-    "high": (int, float, type(None)),
-}
-# Of a layout's line, which older versions gave no name.
-_LAYOUT: dict[str, tuple[type, ...]] = {
-    "name": (str, type(None)),
-    "protocol": (str, type(None)),
-    "site": (str,),
-    "usage": (list,),
-}
 _NUMBER = (int, float)
-
-
-def _found(row: Mapping[str, Any], name: str) -> Any:
-    """A value by its name, or by its group's name and its own; None where there is none."""
-    group, dot, below = name.partition(".")
-    value = row.get(group)
-    return (value.get(below) if isinstance(value, dict) else None) if dot else value
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -124,27 +82,6 @@ class RunDirectory:
     def scores_file(self) -> Path:
         return self.path / "evaluation" / "metrics.jsonl"
 
-    def read_scores(self) -> tuple[list[dict[str, Any]], int]:
-        """What `attnorm evaluate` measured, for tables and curves; and how many more lines are outdated.
-
-        Raises:
-            CheckpointError: a line is not what `attnorm evaluate` writes.
-        """
-        scores = read_lines(self.scores_file)
-        for score in scores:
-            fields = _SCORE | (_LAYOUT if score.get("metric") == "layout" else {})
-            wrong = [name for name, kinds in fields.items() if not _is_of(_found(score, name), kinds)]
-            values = score.get("values")
-            if isinstance(values, dict) and not all(_is_of(value, _NUMBER) for value in values.values()):
-                wrong.append("values")
-            if wrong:
-                raise CheckpointError(
-                    f"{self.scores_file} has a line whose {', '.join(wrong)} is missing or of another kind; expected "
-                    "what `attnorm evaluate` writes"
-                )
-        current = [score for score in scores if not self._is_outdated(score)]
-        return current, len(scores) - len(current)
-
     def read_metrics(self) -> list[dict[str, Any]]:
         """What training logged: at each time a number of images, and numbers by name, or lists of them (usage of the
         entities, t); what is neither is left out.
@@ -154,16 +91,6 @@ class RunDirectory:
             for row in read_lines(self.metrics_file)
             if type(row.get("images_seen")) is int
         ]
-
-    def _is_outdated(self, score: Mapping[str, Any]) -> bool:
-        """Whether the checkpoint that was measured has since been replaced by another one of its name."""
-        checkpoint = self.path / (score.get("checkpoint") or "")
-        if not checkpoint.is_file() or not {"checkpoint_sha256", "date"} <= score.keys():
-            return False
-        with contextlib.suppress(ValueError, TypeError):  # of a date that is none
-            if checkpoint.stat().st_mtime <= datetime.datetime.fromisoformat(score["date"]).timestamp():
-                return False  # without reading it
-        return hash_file(checkpoint) != score["checkpoint_sha256"]
 
     def exists(self) -> bool:
         return self.config_file.is_file()

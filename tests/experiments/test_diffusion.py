@@ -15,9 +15,9 @@ from attnorm import cli
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet
 from attnorm.experiments import diffusion
-from attnorm.experiments.diffusion_report import write_report
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
+from attnorm.reports.diffusion import write_report
 
 
 @pytest.fixture(scope="module")

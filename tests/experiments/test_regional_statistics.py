@@ -13,10 +13,10 @@ import torch
 
 from attnorm import cli
 from attnorm.config import ConfigError
-from attnorm.experiments import regional_report as report
 from attnorm.experiments import regional_statistics as experiment
-from attnorm.experiments.regional_report import write_report
 from attnorm.experiments.regional_statistics import ARMS, BASE, CELL, REACH, Setting
+from attnorm.reports import regional_statistics as report
+from attnorm.reports.regional_statistics import write_report
 
 
 def drawn(setting: Setting, num: int = 3, size: int = 64) -> experiment.Examples:
@@ -159,11 +159,11 @@ def test_intervals_are_students_and_differences_are_paired_by_seed() -> None:
     difference = results.difference("none", BASE)  # of the two seeds that both have
     assert difference.mean == pytest.approx((0.3 + 0.29) / 2) and difference.num == 2
     assert difference.half == pytest.approx(12.706205 * np.std([0.3, 0.29], ddof=1) / math.sqrt(2))
-    assert report.readings(results) == ["- none: AN is better at K = 8."]
+    assert report.conclusions(results) == ["none: AN is better at K = 8."]
     worse = report.Results([row("an", 0, 0.4), row("an", 1, 0.41), row("none", 0, 0.3), row("none", 1, 0.31)])
-    assert report.readings(worse) == ["- none: AN is worse at K = 8."]
+    assert report.conclusions(worse) == ["none: AN is worse at K = 8."]
     alone = report.Results([row("an", 0, 0.4), row("none", 0, 0.3)])
-    assert report.readings(alone) == ["One seed says nothing of seeds."]
+    assert report.conclusions(alone) == ["One seed says nothing of seeds."]
 
 
 def test_costs_are_read_as_ratios_to_an() -> None:
@@ -171,7 +171,7 @@ def test_costs_are_read_as_ratios_to_an() -> None:
         name: {"256": {"milliseconds": t, "peak_bytes": b}}
         for name, t, b in (("an", 4, 50), ("self_attention", 60, 75))
     }
-    assert report.cost_readings(cells) == [
-        "- self-attention (SAGAN): times AN's time and memory, 15.0 and 1.5 at 256 pixels."
+    assert report.cost_conclusions(cells) == [
+        "self-attention (SAGAN): times AN's time and memory, 15.0 and 1.5 at 256 pixels."
     ]
     assert report.still_falling({"error_while_training": [0.5, 0.4, 0.3, 0.25]}) == pytest.approx(0.05)

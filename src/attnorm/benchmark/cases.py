@@ -25,12 +25,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 NUM_ENTITIES = 16  # Table 5's n
 
-# Table 5: milliseconds at batch 1, 32 channels; PyTorch 1.1.0, "1 TiTAN 2080 GPU"; None where its memory ran out.
-PAPER_TABLE_5: dict[str, dict[int, float | None]] = {
-    "AN": {128: 0.73, 256: 2.24, 512: 9.46, 1024: 37.68},
-    "Self-attention": {128: 5.21, 256: 79.42, 512: None, 1024: None},
-}
-
 
 @dataclass(frozen=True)
 class Case:

@@ -31,7 +31,7 @@ from attnorm.benchmark.cases import (
     find_named,
 )
 from attnorm.benchmark.checks import TOLERANCES, Correctness, Expected, build, check, make_tensors
-from attnorm.benchmark.report import BenchReport, Cell, Status, with_ratios
+from attnorm.benchmark.results import BenchReport, Cell, Status, with_ratios
 from attnorm.benchmark.timing import (
     Runner,
     copy_bandwidth,

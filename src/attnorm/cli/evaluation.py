@@ -60,7 +60,7 @@ def manifest(
     from dataclasses import replace
 
     from attnorm.data.sources import find_source
-    from attnorm.evaluation.manifest import make_manifest, reading
+    from attnorm.evaluation.test_set import make_manifest, reading
     from attnorm.run_directory import RunDirectory
 
     source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
@@ -205,7 +205,7 @@ def evaluate(
     if manifest is not None:
         _evaluate_inpainting(runs, manifest, data, out, floors, batch_size or 16, seed, not raw_weights, device)
     if cost:
-        _measure_cost(runs, cost, out, device)
+        _measure_latency(runs, cost, out, device)
 
 
 def _split(names: str) -> list[str]:
@@ -323,48 +323,45 @@ def _evaluate_inpainting(
     ema: bool,
     device: str,
 ) -> None:
-    from attnorm.evaluation import inpainting
-    from attnorm.evaluation.manifest import read_examples, read_manifest
-    from attnorm.figures import inpainting_figure, save_figure
+    from attnorm.evaluation.inpainters import evaluate_inpainters, write_scores
+    from attnorm.evaluation.test_set import read_examples, read_manifest
+    from attnorm.reports.figures import inpainting_figure, save_figure
+    from attnorm.reports.inpainting import write_scores_document
 
     test_set = read_manifest(folder)
     config = test_set.reading
     images = read_images(configuration.override(config, [f"data.source={data}"]) if data else config)
     examples = read_examples(test_set, images)
     with progress_bar() as progress:
-        bar = progress.add_task("measuring")
-        evaluation = inpainting.evaluate(
+        evaluation = evaluate_inpainters(
             runs,
             test_set,
             examples,
-            with_floors=floors,
+            with_baselines=floors,
             ema=ema,
             device=device,
             batch_size=batch_size,
             seed=seed,
-            progress=lambda done, total, name: progress.update(bar, completed=done, total=total, description=name),
+            progress=one_bar(progress, "measuring"),
         )
-    for path in inpainting.write_report(evaluation, out):
+    written = [*write_scores(evaluation, out), *write_scores_document(evaluation.scores, out)]
+    for path in [*written, save_figure(inpainting_figure(*evaluation.grid), out / "image-grid.png")]:
         print(path)
-    print(save_figure(inpainting_figure(*evaluation.sheet), out / "sheet.png"))
 
 
-def _measure_cost(runs: Sequence[Path], sizes: str, out: Path, device: str) -> None:
-    from attnorm.evaluation.cost import measure_cost, write_cost
-    from attnorm.evaluation.inpainting import name_runs
+def _measure_latency(runs: Sequence[Path], sizes: str, out: Path, device: str) -> None:
+    from attnorm.evaluation.inpainters import name_runs
+    from attnorm.evaluation.latency import measure_latency
+    from attnorm.reports.inpainting import write_latency
 
     texts = [text.strip() for text in sizes.split(",") if text.strip()]
     if not texts or not all(text.isdecimal() for text in texts):
         raise ConfigError(f"--cost is {sizes!r}; expected sides in pixels with commas between, for example 256,512")
     with progress_bar() as progress:
-        bar = progress.add_task("timing")
-        cells = measure_cost(
-            name_runs(runs),
-            [int(text) for text in texts],
-            device=device,
-            progress=lambda done, total, name: progress.update(bar, completed=done, total=total, description=name),
+        cells = measure_latency(
+            name_runs(runs), [int(text) for text in texts], device=device, progress=one_bar(progress, "timing")
         )
-    for path in write_cost(cells, device, out):
+    for path in write_latency(cells, device, out):
         print(path)
 
 
@@ -399,8 +396,8 @@ def bench(
     """
     from rich.table import Table
 
-    from attnorm.benchmark import report as reports
     from attnorm.benchmark.run import run
+    from attnorm.reports import benchmark as reports
 
     require_free(out, overwrite)
     with progress_bar() as progress:
@@ -416,9 +413,9 @@ def bench(
             progress=one_bar(progress, "timing"),
         )
     wide = screen()
-    for title, header, rows in reports.tables(report):
-        table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
-        for row in rows:
+    for measured in reports.tables(report):
+        table = Table(*measured.header, title=measured.title, title_justify="left", box=None, pad_edge=False)
+        for row in measured.rows:
             table.add_row(*row)
         wide.print(table, "")
     for disturbance in reports.disturbances(report):

@@ -34,8 +34,10 @@ def experiment(
     import torch
 
     from attnorm.config import ClassConditionalConfig, Config, ConfigError, DataConfig
-    from attnorm.evaluation.reproduce import in_words
-    from attnorm.experiments import diffusion, diffusion_report, regional_report, regional_statistics
+    from attnorm.experiments import diffusion, regional_statistics
+    from attnorm.reports import diffusion as diffusion_report
+    from attnorm.reports import regional_statistics as regional_report
+    from attnorm.reproduce import in_words
 
     require_one_process("experiment")
     torch.set_num_threads(1)

@@ -50,7 +50,7 @@ def sample(
     """
     from PIL import Image
 
-    from attnorm.figures import images_figure, save_figure
+    from attnorm.reports.figures import images_figure, save_figure
     from attnorm.system.files import write_atomically, write_json
 
     if num < 1:
@@ -120,7 +120,7 @@ def interpolate(
         device: auto, cpu, cuda or mps.
         overwrite: Replace a picture that is there.
     """
-    from attnorm.figures import interpolation_figure, most_telling_entity, save_figure
+    from attnorm.reports.figures import write_walk
 
     if steps < 2:
         raise ConfigError(f"--steps is {steps}; expected at least 2")
@@ -135,16 +135,8 @@ def interpolate(
         raise ConfigError(
             f"--steps is {steps}, which makes {num_images:,} images; expected at most {MOST_IMAGES_OF_A_WALK} of them"
         )
-    images, layouts = sampler.interpolate(seed, walk, steps)
-    layout = next(iter(layouts.values())).layout if layouts else None
-    if layout is not None and entity is not None and not 0 <= entity < layout.shape[1]:
-        raise ConfigError(f"--entity is {entity}; this layer has entities 0 to {layout.shape[1] - 1}")
-    shown = most_telling_entity(layout) if layout is not None and entity is None else entity or 0
-    titles = ["" for _ in images]
-    for index, label in enumerate(walk):
-        titles[index * (steps - 1)] = sampler.classes[label]
-    save_figure(interpolation_figure(images, layout, shown, titles), out)
-    print(f"{out}" + (f", with the map of entity {shown}" if layout is not None else "; no AN layer, so no maps"))
+    shown = write_walk(sampler, seed, walk, steps, out, entity=entity)
+    print(f"{out}" + ("; no AN layer, so no maps" if shown is None else f", with the map of entity {shown}"))
 
 
 def layout(
@@ -169,8 +161,8 @@ def layout(
     """
     import torch
 
-    from attnorm.figures import write_layouts
     from attnorm.layers.diagnose import diagnose
+    from attnorm.reports.figures import write_layouts
 
     require_seed("--seed", seed)
     sampler = _sampler(run, device=device)
@@ -198,7 +190,7 @@ def page(
         device: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.
     """
-    from attnorm.page import write_page
+    from attnorm.reports.page import write_page
 
     sampler = _sampler(run, device=device)
     require_free(out, overwrite)
@@ -217,7 +209,7 @@ def curves(
         out: The picture to write.
         overwrite: Replace a picture that is there.
     """
-    from attnorm.figures import curves_figure, save_figure
+    from attnorm.reports.figures import curves_figure, save_figure
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")

@@ -195,7 +195,7 @@ def _inpaint(
     """Fills and writes one photograph; what is to be said of it."""
     import torch
 
-    from attnorm.figures import holes_figure, save_figure
+    from attnorm.reports.figures import holes_figure, save_figure
     from attnorm.system.files import write_atomically
 
     def progress(done: int, total: int) -> None:

@@ -31,8 +31,7 @@ def report(
         device: Where the figures' images are made: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.
     """
-    from attnorm.evaluation.report import build_report
-    from attnorm.report import write_report
+    from attnorm.reports.report import build_report, write_report
     from attnorm.system.devices import find_device
 
     if not (runs or inpainting or bench):

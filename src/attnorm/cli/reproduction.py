@@ -25,8 +25,8 @@ from attnorm.cli.terminal import (
 from attnorm.config import ConfigError
 
 if TYPE_CHECKING:
-    from attnorm.evaluation.reproduce import Estimate, Plan, Result
     from attnorm.metrics.features import Extractor
+    from attnorm.reproduce import Estimate, Plan, Result
 
 
 def reproduce(
@@ -71,7 +71,7 @@ def reproduce(
             report draws against images seen and hours of training.
         dry_run: Say what there is to do and how long it will take, and stop.
     """
-    from attnorm.evaluation import reproduce as reproduction
+    from attnorm import reproduce as reproduction
 
     require_one_process("reproduce")
     require_outside(out, data)
@@ -98,7 +98,7 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    from attnorm.evaluation import reproduce as reproduction
+    from attnorm import reproduce as reproduction
     from attnorm.system.devices import find_device
     from attnorm.system.files import file_lock
 
@@ -139,7 +139,7 @@ def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -
 
 def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
     """Rows by seeds, what is done of them, and what is left in time."""
-    from attnorm.evaluation.reproduce import images_seen, in_words, is_trained, read_failed
+    from attnorm.reproduce import images_seen, in_words, is_trained, read_failed
     from attnorm.system.devices import device_name, find_device
 
     failed = read_failed(plan)
@@ -173,7 +173,7 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
 
 
 def _make_table5(plan: Plan, dry_run: bool) -> None:
-    from attnorm.evaluation import reproduce as reproduction
+    from attnorm import reproduce as reproduction
 
     reproduction.require_own(plan, None)
     is_there = (plan.out / "bench.json").is_file()
@@ -189,13 +189,12 @@ def _make_table5(plan: Plan, dry_run: bool) -> None:
 
 def _finish(plan: Plan, result: Result) -> None:
     """The report of the plan's table, with all runs that the folder holds, and what failed."""
-    from attnorm.evaluation.report import build_report
-    from attnorm.evaluation.reproduce import finished_runs
-    from attnorm.figures import inpainting_figure, save_figure
-    from attnorm.report import write_report
+    from attnorm.reports.figures import inpainting_figure, save_figure
+    from attnorm.reports.report import build_report, write_report
+    from attnorm.reproduce import finished_runs
 
     if result.inpainting is not None:
-        save_figure(inpainting_figure(*result.inpainting.sheet), plan.out / "sheet.png")
+        save_figure(inpainting_figure(*result.inpainting.grid), plan.out / "image-grid.png")
     is_generation = plan.table in ("table1", "table2", "table4")
     report = build_report(
         finished_runs(plan, result.failed) if is_generation else [],

@@ -1,14 +1,16 @@
-"""The bootstrap: between which values a score or a difference lies if the images are drawn again."""
+"""Between which values a score or a difference lies: if the images are drawn again (the bootstrap), or the seeds."""
 
 # M images, R resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from attnorm.system.randomness import resampled_counts
 
@@ -100,3 +102,29 @@ def resampled_means(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES
         with np.errstate(invalid="ignore"):
             means[number] = (counts @ values) / (counts @ is_there)
     return means
+
+
+class Mean(NamedTuple):
+    """Over seeds, with Student's 95% interval, of mean +- half; NaN where one seed says nothing of it."""
+
+    mean: float
+    half: float
+    num: int
+
+    def text(self, digits: int = 3, *, sign: str = "") -> str:
+        """ "0.123 ± 0.004"; with the sign "+", as a difference."""
+        return f"{self.mean:{sign}.{digits}f}" + ("" if math.isnan(self.half) else f" ± {self.half:.{digits}f}")
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the interval leaves no doubt about the sign."""
+        return abs(self.mean) > self.half
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """mean +- t(n - 1) s / sqrt(n), of at least one value."""
+    num = len(values)
+    if num == 1:
+        return Mean(values[0], math.nan, 1)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, num - 1) * np.std(values, ddof=1) / math.sqrt(num)
+    return Mean(float(np.mean(values)), float(half), num)

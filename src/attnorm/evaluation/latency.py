@@ -1,4 +1,4 @@
-"""What filling one picture costs at several sizes: time and memory of a forward pass (`attnorm evaluate --cost`)."""
+"""What filling one picture costs at several sizes: time and memory of a forward pass."""
 
 # S side of the picture.
 
@@ -7,21 +7,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
 from attnorm.config import ConfigError
 from attnorm.data.masks import centre_mask
 from attnorm.inference import Inpainter
 from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
 from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.system.devices import device_name, find_device, set_tf32, usable_memory
-from attnorm.system.files import write_json, write_text
+from attnorm.system.devices import find_device, set_tf32, usable_memory
 
 SECONDS = 1.0  # spent on a cell, after one pass that warms up and measures the memory
 FEATURE_STRIDE = 4  # pixels a side that a feature of the context block stands for
@@ -40,7 +37,7 @@ class Cell:
     skipped: str = ""  # why it was not run
 
 
-def measure_cost(
+def measure_latency(
     runs: Mapping[str, Path],
     sizes: Sequence[int],
     *,
@@ -126,48 +123,3 @@ def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     return peak_bytes(step)
-
-
-def write_cost(cells: Sequence[Cell], device: str, out: Path) -> list[Path]:
-    """cost.json and cost.md in `out`; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = find_device(device)
-    environment: dict[str, Any] = {
-        "device": device_name(found),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "attnorm": __version__,
-        "torch": torch.__version__,
-    }
-    write_json(out / "cost.json", {"environment": environment, "cells": [asdict(cell) for cell in cells]})
-    text = "\n".join(
-        [
-            "# Cost of filling one picture",
-            "",
-            f"One forward pass, batch 1, float32, on {environment['device']} with {environment['threads']} threads, "
-            f"torch {environment['torch']}: median, and the most that torch's allocator held beyond weights and input.",
-            "",
-            *_rows(cells),
-        ]
-    )
-    write_text(out / "cost.md", text + "\n")
-    return [out / "cost.json", out / "cost.md"]
-
-
-def _rows(cells: Sequence[Cell]) -> list[str]:
-    sizes = sorted({cell.image_size for cell in cells})
-    lines = ["| | " + " | ".join(f"{size} x {size}" for size in sizes) + " |", "|" + " --- |" * (len(sizes) + 1)]
-    for name in dict.fromkeys(cell.model for cell in cells):
-        texts = []
-        for cell in sorted((cell for cell in cells if cell.model == name), key=lambda cell: cell.image_size):
-            scores = f"; a score matrix {_mebibytes(cell.score_bytes)}" if cell.score_bytes is not None else ""
-            if cell.milliseconds is None or cell.peak_bytes is None:
-                texts.append(f"not run: {cell.skipped}{scores}")
-            else:
-                texts.append(f"{cell.milliseconds:,.1f} ms, {_mebibytes(cell.peak_bytes)}{scores}")
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return lines
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

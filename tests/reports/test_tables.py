@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from attnorm.benchmark.cases import PAPER_TABLE_5
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config, ConfigError, override
-from attnorm.evaluation.paper_tables import TABLE_1, TABLE_2, TABLE_4
-from attnorm.evaluation.report import NOT_RUN, Report, Table, _agrees, build_report, to_dict
-from attnorm.evaluation.runs import columns, read_run, row_of
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, PRESETS, ROWS
+from attnorm.reports.paper import TABLE_1, TABLE_2, TABLE_4, TABLE_5
+from attnorm.reports.render import NOT_RUN, Table
+from attnorm.reports.report import Report, build_report, to_dict
+from attnorm.reports.runs import columns, read_run, row_of
+from attnorm.reports.tables import _agrees
 from attnorm.run_directory import RunDirectory
 
 CLASSES = ("cat", "dog", "owl")
@@ -234,7 +235,7 @@ def test_scores_that_were_measured_otherwise_have_a_column_of_their_own(
     assert other.startswith("FID, fid5k_train_inception") and cells(table, "b")[other] == "-"
 
 
-def test_a_quick_look_is_marked_stands_last_and_is_read_no_meaning_into(tmp_path: Path) -> None:
+def test_a_subset_estimate_is_marked_stands_last_and_is_read_no_meaning_into(tmp_path: Path) -> None:
     subset = {"subset": True, "protocol": "fid5k_train_subset1k_inception"}
     runs = [
         make_run(tmp_path / f"{row}{seed}", row, seed=seed, lines=(line("frechet", value, **subset),))
@@ -248,12 +249,12 @@ def test_a_quick_look_is_marked_stands_last_and_is_read_no_meaning_into(tmp_path
     measured = [name for name in table.header if "fid5k" in name]
     assert measured == [
         "FID, fid5k_train_inception",
-        "FID, fid5k_train_subset1k_inception, a quick look at a subset",
+        "FID, fid5k_train_subset1k_inception, estimated from a subset",
     ]
     assert report.seed_comparisons == ()
 
 
-def test_other_recipes_have_tables_of_their_own_that_say_what_differs(tmp_path: Path) -> None:
+def test_other_training_configurations_have_tables_of_their_own_that_say_what_differs(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", "an"),
         make_run(tmp_path / "b", "sagan", "run.device=cpu", "run.log_every_images=64", seed=3),
@@ -328,19 +329,19 @@ def test_scores_of_a_checkpoint_that_was_trained_anew_are_left_out(tmp_path: Pat
     lines[2]["checkpoint"] = "checkpoints/000000320.safetensors"  # no longer kept: nothing speaks against it
     file.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     (found,) = build_report([run]).runs
-    assert [score["metric"] for score in found.scores] == ["is1", "kid"]
+    assert [score.metric for score in found.scores] == ["is1", "kid"]
     assert found.note == "run: scores of checkpoints that have been trained anew are left out; measure again."
     file.write_text(json.dumps(line("frechet", 5.0, date="2100-01-01T00:00:00+00:00")) + "\n", encoding="utf-8")
     (found,) = build_report([run]).runs
-    assert [score["metric"] for score in found.scores] == ["frechet"] and not found.note
+    assert [score.metric for score in found.scores] == ["frechet"] and not found.note
 
 
-def test_a_later_quick_look_does_not_displace_a_whole_measurement(tmp_path: Path) -> None:
+def test_a_later_subset_estimate_does_not_displace_a_whole_measurement(tmp_path: Path) -> None:
     lines = (line("frechet", 5.0, images_seen=320), line("frechet", 4.0, subset=True))
     table = section(build_report([make_run(tmp_path / "run", "an", lines=lines)]), "Table 1").tables[0]
     row = cells(table, "run")
     assert row["FID, fid5k_train_inception"] == "5.00" and row["images seen"] == "320"
-    assert not any("quick look" in name for name in table.header)
+    assert not any("subset" in name for name in table.header)
 
 
 def test_a_score_without_real_images_does_not_displace_a_distance(tmp_path: Path) -> None:
@@ -542,7 +543,7 @@ def test_table_3_sets_inpainters_beside_the_printed_rows(tmp_path: Path) -> None
         ("CA [38]", "theirs"),
         ("Ours", "mine"),
         ("context none: not in the paper", "plain"),
-        ("mean fill: a floor", "-"),
+        ("mean fill: a baseline", "-"),
     ]
     row = cells(table, "mine")
     assert (row["PSNR, dB, paper"], row["PSNR, dB, whole image"]) == ("25.09", "26.12")
@@ -556,7 +557,7 @@ def test_table_3_sets_inpainters_beside_the_printed_rows(tmp_path: Path) -> None
             "+1.12 [+1.02, +1.22]",
             "+0.0260 [-0.0740, +0.1260]",
             "-0.0077 [-0.1077, +0.0923]",
-            "PSNR: mine is better; SSIM: undecided; MAE: mine is better",
+            "PSNR: mine is better; SSIM: undecided; MAE: undecided",
         ),
     )
 
@@ -585,7 +586,7 @@ def test_inpainters_of_several_seeds_are_compared_by_preset_and_score(tmp_path: 
 def test_table_5_has_the_times_of_a_benchmark_beside_the_papers() -> None:
     (table,) = section(build_report([], benches=[BENCH]), "Table 5").tables
     rows = {row[:2]: row[2:] for row in table.rows}
-    assert rows["AN", "paper"] == ("0.73", "2.24", "9.46", "37.68") == tuple(map(str, PAPER_TABLE_5["AN"].values()))
+    assert rows["AN", "paper"] == ("0.73", "2.24", "9.46", "37.68") == tuple(map(str, TABLE_5["AN"].values()))
     assert rows["AN", "an-native"] == ("2.52", "5.38", "29.8", "160")
     assert rows["Self-attention", "paper"] == ("5.21", "79.42", "-", "-")
     assert rows["Self-attention", "self_attention"] == ("67.9", "744", "missing", "missing")
@@ -627,11 +628,11 @@ def test_what_cannot_be_reported_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained for inpainting; expected class-conditional runs"):
         build_report([tmp_path / "inpainter"])
     (run / "evaluation/metrics.jsonl").write_text('{"metric": "frechet"}\n', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="a line whose name, protocol, value, images_seen is missing"):
+    with pytest.raises(CheckpointError, match="a line that is no score: value is missing"):
         build_report([run])
 
 
-def test_a_quick_look_at_a_later_checkpoint_does_not_hide_a_full_score(tmp_path: Path) -> None:
+def test_a_subset_estimate_at_a_later_checkpoint_does_not_hide_a_full_score(tmp_path: Path) -> None:
     quick = {"images_seen": 640, "subset": True, "protocol": "fid5k_train_subset1k_inception"}
     lines = (line("frechet", 5.0, images_seen=320), line("frechet", 4.0, **quick), line("is1", 3.0, images_seen=640))
     assert read_run("a", make_run(tmp_path / "a", "an", lines=lines), "").scored_at == 320

@@ -1,4 +1,4 @@
-"""The report's files and its verb: pictures inside the page, text never taken for markup, the same bytes again."""
+"""The report: its files and its subcommand, pictures inside the page, text never taken for markup, the same bytes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 from attnorm import cli
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config, override
-from attnorm.evaluation.report import Report, Section, Table, build_report
 from attnorm.models.class_conditional import Generator
 from attnorm.presets import ROWS
-from attnorm.report import Picture, markdown, page, write_report
+from attnorm.reports.render import Document, Picture, Section, Strong, Table, to_html, to_markdown
+from attnorm.reports.report import build_report, write_report
 from attnorm.run_directory import RunDirectory
 
 CLASSES = ("<b>cat</b>", "dog | co", "owl")
-BENCH = Path(__file__).parents[1] / "docs/results/bench/cpu-float32.json"
+BENCH = Path(__file__).parents[2] / "docs/results/bench/cpu-float32.json"
 
 
 def make_run(path: Path, row: str, *, value: float = 12.3) -> Path:
@@ -49,8 +49,8 @@ def make_run(path: Path, row: str, *, value: float = 12.3) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def few_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnorm.report.COLUMNS", 2)
-        patch.setattr("attnorm.report.INTERPOLATION_STEPS", 2)
+        patch.setattr("attnorm.reports.pictures.COLUMNS", 2)
+        patch.setattr("attnorm.reports.pictures.INTERPOLATION_STEPS", 2)
         yield
 
 
@@ -62,13 +62,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `attnorm evaluate` of inpainters leaves, with a sheet."""
+    """What `attnorm evaluate` of inpainters leaves, with its image grid."""
     folder = tmp_path_factory.mktemp("inpainting") / "scores"
     folder.mkdir()
     manifest = {"images": 4, "source": "street", "image_size": 32, "masks": "centre", "sha256": "9" * 64}
     values: dict[str, Any] = {"manifest": manifest, "models": {}, "floors": {}, "differences": [], "bootstrap": {}}
     (folder / "scores.json").write_text(json.dumps(values), encoding="utf-8")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "sheet.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+        folder / "image-grid.png"
+    )
     return folder
 
 
@@ -131,11 +133,12 @@ def test_every_figure_is_drawn_and_inside_the_page(written: Path, scores: Path) 
         assert base64.b64decode(data) == (written / "pictures" / name).read_bytes(), name
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 1
-    assert (written / "pictures/figure-9-1.png").read_bytes() == (scores / "sheet.png").read_bytes()
+    assert (written / "pictures/figure-9-1.png").read_bytes() == (scores / "image-grid.png").read_bytes()
     text = (written / "report.md").read_text(encoding="utf-8")
     assert re.findall(r"\]\((.*?)\)", text) == [f"pictures/{name}" for name in names]
     pictures = json.loads((written / "report.json").read_text(encoding="utf-8"))["pictures"]
-    assert [picture["file"] for picture in pictures] == names
+    files = [picture["file"] for section in pictures for picture in section["pictures"]]
+    assert files == [f"pictures/{name}" for name in names]
 
 
 def test_names_are_text_in_the_page_and_in_markdown(written: Path) -> None:
@@ -171,22 +174,22 @@ def test_without_an_there_are_samples_and_curves_only(runs: list[Path], tmp_path
 
 
 def test_points_and_titles_are_shown_in_both() -> None:
-    table = Table("a title", ("x", "y"), (("1", "not run"),), ("a note",))
-    report = Report((Section("Heading", ("A paragraph.",), (table,), ("a point",)),))
-    text = markdown(report)
+    table = Table("a title", ("x", "y"), ((Strong("1"), "not run"),), ("a note",))
+    document = Document("Title", (Section("Heading", ("A paragraph.",), (table,), ("a point",)),))
+    text = to_markdown(document)
     assert text.endswith(
-        "## Heading\n\nA paragraph.\n\n**a title**\n\n| x | y |\n| --- | --- |\n| 1 | not run |\n\n"
+        "## Heading\n\nA paragraph.\n\n**a title**\n\n| x | y |\n| --- | --- |\n| **1** | not run |\n\n"
         "a note\n\n- a point\n"
     )
-    shown = page(report, (), Path())
-    assert "<h3>a title</h3>" in shown and '<td>1</td><td class="none">not run</td>' in shown
-    assert '<p class="note">a note</p>' in shown and "<ul><li>a point</li></ul>" in shown
+    shown = to_html(document, Path(), embed=True)
+    assert "<h3>a title</h3>" in shown and '<td><strong>1</strong></td><td class="none">not run</td>' in shown
+    assert '<p class="note">a note</p>' in shown and "<ul>\n<li>a point</li>\n</ul>" in shown
 
 
-# The verb
+# The subcommand
 
 
-def test_the_verb_says_what_it_wrote_and_overwrites_only_when_told(
+def test_the_subcommand_says_what_it_wrote_and_overwrites_only_when_told(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "out"
@@ -207,7 +210,7 @@ def test_the_verb_says_what_it_wrote_and_overwrites_only_when_told(
     assert (out / "report.md").read_bytes() == before
 
 
-def test_the_verb_takes_inpainters_and_benchmarks_without_any_run(
+def test_the_subcommand_takes_inpainters_and_benchmarks_without_any_run(
     scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -219,9 +222,10 @@ def test_the_verb_takes_inpainters_and_benchmarks_without_any_run(
 
 def test_names_steer_neither_markdown_nor_a_page(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
-    pictures = [Picture("Samples", "x.png", "\x1b[31m caf\udce9 <b>")]
+    pictures = (Picture("x.png", "\x1b[31m caf\udce9 <b>"),)
+    document = Document("x", (Section("Samples", pictures=pictures),))
     for made, expected in (
-        (markdown(Report(()), pictures), r"\x1b[31m caf\xe9 \<b>"),
-        (page(Report(()), pictures, tmp_path), r"\x1b[31m caf\xe9 &lt;b&gt;"),
+        (to_markdown(document), r"\x1b[31m caf\xe9 \<b>"),
+        (to_html(document, tmp_path, embed=True), r"\x1b[31m caf\xe9 &lt;b&gt;"),
     ):
         assert expected in made and made.encode() and "\x1b" not in made

@@ -16,17 +16,18 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from attnorm import cli
-from attnorm.benchmark import report as bench_report
+from attnorm import cli, reproduce
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
-from attnorm.benchmark.report import BenchReport
+from attnorm.benchmark.results import BenchReport
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
-from attnorm.evaluation import reproduce
 from attnorm.evaluation.generation import scores_file
-from attnorm.evaluation.reproduce import (
+from attnorm.metrics import features
+from attnorm.metrics.features import Extractor, Features
+from attnorm.presets import PRESETS
+from attnorm.reproduce import (
     SCALES,
     TABLE_ROWS,
     Estimate,
@@ -40,9 +41,6 @@ from attnorm.evaluation.reproduce import (
     read_failed,
     require_own,
 )
-from attnorm.metrics import features
-from attnorm.metrics.features import Extractor, Features
-from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock, read_lines
 from attnorm.training.trainer import Outcome, TrainingError
@@ -549,19 +547,21 @@ def test_table_3_from_the_command_line(
     arguments += [*settings, "data.held_out_every=2"]
     cli.main(arguments)
     out = tmp_path / "out"
-    assert {"scores.json", "scores.md", "scores.csv", "sheet.png", "report.md"} <= {path.name for path in out.iterdir()}
+    assert {"scores.json", "scores.md", "scores.csv", "image-grid.png", "report.md"} <= {
+        path.name for path in out.iterdir()
+    }
     scores = json.loads((out / "scores.json").read_text())
     assert list(scores["models"]) == ["an-s0", "contextual-s0"] and scores["manifest"]["images"] == 3
     assert scores["manifest"]["masks"] == "centre" and scores["manifest"]["image_size"] == 32
 
     monkeypatch.setattr(reproduce, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(reproduce.inpainting, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(reproduce.inpainters, "evaluate_inpainters", lambda *_, **__: pytest.fail("measured again"))
     cli.main(arguments)
     assert json.loads((out / "scores.json").read_text()) == scores
-    (out / "sheet.png").rename(out / "sheet")  # a kill came before it was drawn
+    (out / "image-grid.png").rename(out / "grid")  # a kill came before it was drawn
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         cli.main(arguments)
-    (out / "sheet").rename(out / "sheet.png")
+    (out / "grid").rename(out / "image-grid.png")
     (out / "scores.json").write_text(json.dumps(scores | {"models": {}}))
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         cli.main(arguments)
@@ -585,8 +585,8 @@ def test_table_5_is_the_benchmark_once(
         return []
 
     monkeypatch.setattr(bench_run, "run", run)
-    monkeypatch.setattr(bench_report, "write_report", write)
-    monkeypatch.setattr(bench_report, "read_report", lambda path: report)
+    monkeypatch.setattr(reproduce, "write_report", write)
+    monkeypatch.setattr(reproduce, "read_results", lambda path: report)
     plan = make_plan("table5", "smoke", tmp_path / "out", device="cpu")
     cases, cells, seconds = reproduce.describe_table5(plan)
     assert cases == "smoke, table5-128" and cells == 2 * 2 * len(IMPLEMENTATIONS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from attnorm.evaluation.seed_comparison import SeedComparison, compare, seeds_in_words, seeds_needed
+from attnorm.evaluation.scores import Metric
+from attnorm.reports.seed_comparison import SeedComparison, compare, seeds_in_words, seeds_needed
 
 TABLE_4_SMALL = {  # docs/results/table4-small: Fréchet distances of seeds 0, 1 and 2
     "AN": (90.66, 95.44, 84.86),
@@ -18,7 +19,7 @@ TABLE_4_SMALL = {  # docs/results/table4-small: Fréchet distances of seeds 0, 1
 
 
 def comparison(first: tuple[float, ...], second: tuple[float, ...], is_less_better: bool = True) -> SeedComparison:
-    return SeedComparison("first", "second", "score", (first, second), is_less_better, 2)
+    return SeedComparison("first", "second", Metric("x", "score", 2, is_less_better), "score", (first, second))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_only_rows_of_two_seeds_and_finite_scores_are_compared() -> None:
         "b": {0: (8.5, 64), 5: (8.5, 32), 2: (8.5, 64)},
         "nan": {0: (math.nan, 64), 1: (1.0, 64)},
     }
-    (found,) = compare("distance", rows, is_less_better=True, digits=1)
+    (found,) = compare(Metric("x", "distance", 1, is_less_better=True), "distance", rows)
     assert (found.first, found.second, found.values) == ("a", "b", ((1.0, 2.0), (8.5, 8.5, 8.5)))
     assert found.row()[:5] == (  # one degree of freedom: 12.706 times 1/2
         "a - b",

@@ -1,7 +1,7 @@
 """What class-conditional runs left behind, read for tables: settings, cost, scores, and which row of the paper each is.
 
-A score shares a column only with scores that were measured in the same way, a run a recipe only with runs that differ
-in nothing but row and seed.
+A score shares a column only with scores that were measured in the same way, a run a training configuration only with
+runs that differ in nothing but row and seed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnorm.checkpoint import Header, read_checkpoint
+from attnorm.checkpoint import Header, read_header
 from attnorm.config import MAKES_A_ROW, MAY_DIFFER, ClassConditionalConfig, Config, ConfigError, flatten
-from attnorm.evaluation.paper_tables import TABLE_1, TABLE_4
+from attnorm.evaluation.scores import Score, UsedExtractor, scores_of_run
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, ROWS
+from attnorm.reports.paper import TABLE_1, TABLE_4
 from attnorm.run_directory import RunDirectory
-
-Score = dict[str, Any]  # a line of RUN/evaluation/metrics.jsonl, as `attnorm evaluate` writes it
-
-# By metric: digits after the point. Of these, where less is better.
-SCORE_DIGITS = {"frechet": 2, "intra-frechet": 2, "is1": 2, "is10": 2, "kid": 5, "precision": 3, "recall": 3}
-LESS_IS_BETTER = ("frechet", "intra-frechet", "kid")
 
 
 class Layout(NamedTuple):
@@ -65,18 +60,18 @@ class Run:
     def scored_at(self) -> int | None:
         """Images seen by the checkpoint whose scores are shown: the latest with a distance to all real images, for want
         of one with any other score, and only then with one to a subset. The Inception Score, which needs no real
-        images, does not make a quick look a whole one.
+        images, does not make a subset estimate a whole one.
         """
-        distances = [s for s in self.scores if s["metric"] in ("frechet", "intra-frechet") and not s.get("subset")]
+        distances = [s for s in self.scores if s.metric in ("frechet", "intra-frechet") and not s.subset]
         if distances:
-            return max(score["images_seen"] for score in distances)
-        quick = {score["images_seen"] for score in self.scores if score.get("subset")}
+            return max(score.images_seen for score in distances)
+        estimated = {score.images_seen for score in self.scores if score.subset}
         whole = [
-            score["images_seen"]
+            score.images_seen
             for score in self.scores
-            if not score.get("subset") and not (score["metric"].startswith("is") and score["images_seen"] in quick)
+            if not score.subset and not (score.metric.startswith("is") and score.images_seen in estimated)
         ]
-        return max(whole or [score["images_seen"] for score in self.scores], default=None)
+        return max(whole or [score.images_seen for score in self.scores], default=None)
 
     @property
     def shown_at(self) -> int:
@@ -90,11 +85,11 @@ class Run:
 
     def find(self, column: Column) -> Score | None:
         """Its score in a column: of several draws the first seed's, of a repetition the last."""
-        found = [s for s in self.scores if column_of(s) == column and s["images_seen"] == self.scored_at]
-        return min(reversed(found), key=lambda score: score.get("seed", 0), default=None)
+        found = [s for s in self.scores if column_of(s) == column and s.images_seen == self.scored_at]
+        return min(reversed(found), key=lambda score: score.seed, default=None)
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def training_configuration(self) -> dict[str, Any]:
         """Every setting that runs of one table share."""
         settings = {key: value for key, value in flatten(self.config).items() if key not in MAKES_A_ROW | MAY_DIFFER}
         return {**settings, "data": self.data.get("fingerprint", "")}
@@ -136,7 +131,7 @@ def read_run(name: str, path: Path, failure: str) -> Run:
     classes, header = tuple(data.get("classes", ())), Header(config, (), 0, 0.0, data.get("note", ""))
     checkpoint = directory.latest()
     if checkpoint is not None:
-        _, header = read_checkpoint(checkpoint, prefix="header alone")
+        header = read_header(checkpoint)
         classes = header.classes
     elif not failure:
         failure = "no checkpoint yet"
@@ -147,7 +142,7 @@ def read_run(name: str, path: Path, failure: str) -> Run:
             "evaluate` wrote, as --inpainting DIR"
         )
     _, g_parameters, d_parameters = describe(model, max(len(classes), 1))
-    lines, num_outdated = directory.read_scores()
+    scores, num_outdated = scores_of_run(directory)
     if num_outdated:
         outdated = f"{name}: scores of checkpoints that have been trained anew are left out; measure again."
         header = replace(header, note=" ".join(filter(None, (header.note, outdated))))
@@ -162,25 +157,25 @@ def read_run(name: str, path: Path, failure: str) -> Run:
         images_seen=header.images_seen,
         seconds=header.seconds,
         note=header.note,
-        scores=tuple(line for line in lines if line["metric"] != "layout"),
-        layouts=_layouts(directory, [line for line in lines if line["metric"] == "layout"]),
+        scores=tuple(score for score in scores if score.metric != "layout"),
+        layouts=_layouts(directory, [score for score in scores if score.metric == "layout"]),
         failure=failure,
     )
 
 
-def _layouts(directory: RunDirectory, lines: Sequence[Score]) -> tuple[Layout, ...]:
+def _layouts(directory: RunDirectory, scores: Sequence[Score]) -> tuple[Layout, ...]:
     """What evaluation saw last at each site of the generator; without it, what training logged last at every site."""
-    latest = {line["site"]: line for line in sorted(lines, key=lambda line: line["images_seen"])}
+    latest = {score.site: score for score in sorted(scores, key=lambda score: score.images_seen)}
     if latest:
         return tuple(
             Layout(
                 site,
-                line["value"],
-                tuple(line["usage"]),
-                line["images_seen"],
-                f"evaluate, {line['num_fakes']:,} images" if line.get("num_fakes") else "evaluate",
+                score.value,
+                score.usage,
+                score.images_seen,
+                f"evaluate, {score.num_fakes:,} images" if score.num_fakes else "evaluate",
             )
-            for site, line in sorted(latest.items())
+            for site, score in sorted(latest.items())
         )
     found: dict[str, Layout] = {}
     for row in directory.read_metrics():
@@ -202,7 +197,7 @@ def row_of(config: Config) -> str:
     """The name in presets.ROWS of what these settings train; "" for something else.
 
     A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too; so is one whose
-    tau is the layer's own or the paper's: `recipes_of` keeps these apart.
+    tau is the layer's own or the paper's: `training_configurations` keeps these apart.
     """
     return config.row.removesuffix("-auto").removesuffix("-fixed") or _guessed_row(config)
 
@@ -255,13 +250,13 @@ def _variant(config: Config) -> str:
     return f"{config.model.context} with " + ", ".join(changed) + ": not in the paper"
 
 
-def recipes_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def training_configurations(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that may be compared, by a line that says what they share, and what no other recipe here does."""
     groups: list[tuple[dict[str, Any], list[Run]]] = []
     for run in runs:
-        known = next((members for recipe, members in groups if recipe == run.recipe), None)
+        known = next((members for recipe, members in groups if recipe == run.training_configuration), None)
         if known is None:
-            groups.append((run.recipe, [run]))
+            groups.append((run.training_configuration, [run]))
         else:
             known.append(run)
     named: dict[str, list[Run]] = {}
@@ -289,35 +284,30 @@ def short(source: str) -> str:
     return "/".join(Path(source).parts[-2:]).lstrip("/") or "unnamed data"
 
 
-def without_paths(score: Score) -> Score:
-    data = score.get("data")
-    return {**score, "data": {**data, "source": short(data.get("source", ""))}} if isinstance(data, dict) else score
-
-
 # Columns
 
 
 def column_of(score: Score) -> Column:
     """The column that a score belongs to."""
-    extractor, data = score.get("extractor") or {}, score.get("data") or {}
+    extractor = score.extractor or UsedExtractor()
     return Column(
-        score["metric"],
-        str(score.get("name") or score["metric"]),
-        score.get("protocol", "no protocol"),
-        bool(score.get("subset")),
-        score.get("weights", "ema"),
-        f"{extractor.get('weights_sha256', '')} {extractor.get('preprocessing', '')}".strip(),
-        score.get("num_fakes") or 0,
-        score.get("num_reals") or 0,
-        data.get("image_size") or 0,
-        data.get("split", ""),
-        data.get("fingerprint", ""),
+        score.metric,
+        score.name or score.metric,
+        score.protocol,
+        score.subset,
+        score.weights,
+        f"{extractor.weights_sha256} {extractor.preprocessing}".strip(),
+        score.num_fakes,
+        score.num_reals,
+        score.data.image_size,
+        score.data.split,
+        score.data.fingerprint,
     )
 
 
 def columns(runs: Iterable[Run], metrics: Sequence[str]) -> list[Column]:
     """Every way in which one of `metrics` was measured at the checkpoints that are shown; subsets last."""
-    found = {column_of(s) for run in runs for s in run.scores if s["images_seen"] == run.scored_at}
+    found = {column_of(s) for run in runs for s in run.scores if s.images_seen == run.scored_at}
     chosen = [column for column in found if column.metric in metrics]
     return sorted(chosen, key=lambda column: (column.subset, metrics.index(column.metric), column))
 
@@ -333,20 +323,11 @@ def titles(shown: Sequence[Column]) -> list[str]:
             if any(getattr(other, key) != getattr(column, key) for other in twins)
             or (key == "weights" and column.weights != "ema")
         ]
-        marks = [*details, *(["a quick look at a subset"] if column.subset else [])]
+        marks = [*details, *(["estimated from a subset"] if column.subset else [])]
         # The protocol says which extractor; in a heading the name need not.
         texts.append(", ".join([column.name.partition(" (")[0], column.protocol, *marks]))
     return texts
 
 
 def show(score: Score | None) -> str:
-    """A cell: the value, its interval in brackets, its spread over splits or subsets after the sign."""
-    if score is None:
-        return "-"
-    digits = SCORE_DIGITS.get(score["metric"], 3)
-    text = f"{score['value']:.{digits}f}"
-    if score.get("spread") is not None:
-        text += f" ± {score['spread']:.{digits}f}"
-    if score.get("low") is not None and score.get("high") is not None:
-        text += f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
-    return text
+    return "-" if score is None else score.text

@@ -15,7 +15,7 @@ from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, DataConfig, UserError
 from attnorm.data.images import ImageSet, load_images
 from attnorm.data.masks import centre_mask, rectangle_mask
-from attnorm.evaluation.manifest import Manifest, Masks, make_manifest, read_examples, read_manifest
+from attnorm.evaluation.test_set import Manifest, Masks, make_manifest, read_examples, read_manifest
 
 
 def write_photographs(folder: Path, count: int = 9, size: int = 40) -> Path:

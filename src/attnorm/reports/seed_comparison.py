@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from attnorm.evaluation.runs import LABELS, LESS_IS_BETTER, SCORE_DIGITS, Run, columns, titles
+from attnorm.evaluation.scores import METRICS, Metric
+from attnorm.reports.runs import LABELS, Run, columns, titles
 
 COMPARED = ("frechet", "intra-frechet", "is1", "kid")  # is10 says what is1 does
 LEVEL = 0.05
@@ -30,10 +31,9 @@ class SeedComparison:
 
     first: str
     second: str
-    score: str
+    metric: Metric
+    score: str  # as shown
     values: tuple[tuple[float, ...], tuple[float, ...]]
-    is_less_better: bool
-    digits: int  # after the point, as shown
     has_equal_training: bool = True  # the same number of images seen
 
     @property
@@ -71,7 +71,7 @@ class SeedComparison:
 
     @property
     def better(self) -> str:
-        return self.first if (self.difference < 0) == self.is_less_better else self.second
+        return self.first if (self.difference < 0) == self.metric.is_less_better else self.second
 
     @cached_property
     def seeds_needed(self) -> int | None:
@@ -80,13 +80,13 @@ class SeedComparison:
 
     def row(self) -> tuple[str, ...]:
         """The cells below HEADER."""
-        d = self.digits
+        d = self.metric.digits
         counts = [len(values) for values in self.values]
         seeds = f"{counts[0]} each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]}"
         if not self.has_equal_training:
             seeds += ", after unlike numbers of images"
         low, high = self.interval
-        said = f"{self.better} is better ({'lower' if self.is_less_better else 'higher'})"
+        said = f"{self.better} is better ({'lower' if self.metric.is_less_better else 'higher'})"
         needed = "-" if self.is_decided else seeds_in_words(self.seeds_needed, self.difference)
         return (
             f"{self.first} - {self.second}",
@@ -154,13 +154,7 @@ def explanation(num_comparisons: int) -> str:
     )
 
 
-def compare(
-    score: str,
-    rows: Mapping[str, Mapping[int, tuple[float, int]]],
-    *,
-    is_less_better: bool,
-    digits: int,
-) -> list[SeedComparison]:
+def compare(metric: Metric, score: str, rows: Mapping[str, Mapping[int, tuple[float, int]]]) -> list[SeedComparison]:
     """Every two of `rows` that have two seeds or more, in their order.
 
     Args:
@@ -176,14 +170,14 @@ def compare(
             continue  # nothing to compare: a score that is no number
         values = tuple(tuple(value for value, _ in side) for side in sides)
         num_seen = {seen for side in sides for _, seen in side}
-        found.append(
-            SeedComparison(first, second, score, (values[0], values[1]), is_less_better, digits, len(num_seen) == 1)
-        )
+        found.append(SeedComparison(first, second, metric, score, (values[0], values[1]), len(num_seen) == 1))
     return found
 
 
 def compare_runs(runs: Sequence[Run]) -> list[SeedComparison]:
-    """Every two rows of a recipe in every column that both have several seeds in; quick looks are left out."""
+    """Every two rows of a training configuration in every column that both have several seeds in; subset estimates are
+    left out.
+    """
     order = {label: number for number, label in enumerate(LABELS.values())}
     in_order = sorted(runs, key=lambda run: order.get(run.label, len(order)))
     shown = columns(runs, COMPARED)
@@ -194,7 +188,6 @@ def compare_runs(runs: Sequence[Run]) -> list[SeedComparison]:
         rows: dict[str, dict[int, tuple[float, int]]] = {}
         for run in in_order:
             if (score := run.find(column)) is not None:
-                rows.setdefault(run.label, {})[run.config.run.seed] = score["value"], run.shown_at
-        is_less_better = column.metric in LESS_IS_BETTER
-        found += compare(title, rows, is_less_better=is_less_better, digits=SCORE_DIGITS[column.metric])
+                rows.setdefault(run.label, {})[run.config.run.seed] = score.value, run.shown_at
+        found += compare(METRICS[column.metric], title, rows)
     return found

@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError
-from attnorm.config import printable
+from attnorm.config import ConfigError, printable
+from attnorm.evaluation.scores import Score, scores_of_run
 from attnorm.inference import Sampler, View
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
@@ -149,6 +150,27 @@ def interpolation_figure(images: Tensor, layout: Tensor | None, entity: int, tit
     return _table(rows)
 
 
+def write_walk(
+    sampler: Sampler, seed: int, classes: Sequence[int], steps: int, path: Path, *, entity: int | None = None
+) -> int | None:
+    """Figure 8 from class to class, `steps` images each; returns the entity whose map is shown: the most telling one
+    unless it is given, None without AN.
+    """
+    images, layouts = sampler.interpolate(seed, classes, steps)
+    layout = next(iter(layouts.values())).layout if layouts else None
+    if layout is None:
+        entity = None
+    elif entity is None:
+        entity = most_telling_entity(layout)
+    elif not 0 <= entity < layout.shape[1]:
+        raise ConfigError(f"--entity is {entity}; this layer has entities 0 to {layout.shape[1] - 1}")
+    titles = ["" for _ in images]
+    for index, label in enumerate(classes):
+        titles[index * (steps - 1)] = sampler.classes[label]
+    save_figure(interpolation_figure(images, layout, entity or 0, titles), path)
+    return entity
+
+
 def most_telling_entity(layout: Tensor) -> int:
     """The entity whose map varies most over the pixels of [N, K, H, W]: the one worth showing."""
     return int(layout.flatten(2).std(2, correction=0).mean(0).argmax())
@@ -198,7 +220,7 @@ def curves_figure(runs: dict[str, Path]) -> Figure:
     hours of training, a panel for each protocol. Panels for which no run has anything are left out.
     """
     curves = {
-        name: [*_curves(read_metrics(path)), *_score_curves(RunDirectory(path).read_scores()[0])]
+        name: [*_curves(read_metrics(path)), *_score_curves(scores_of_run(RunDirectory(path))[0])]
         for name, path in runs.items()
     }
     found = {curve[:3] for of_run in curves.values() for curve in of_run}
@@ -270,17 +292,17 @@ def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
             yield Curve(panel, IMAGES_SEEN, "", key.removeprefix("layout/").removesuffix(f"/{part}"), points)
 
 
-def _score_curves(scores: list[dict[str, Any]]) -> Iterator[Curve]:
+def _score_curves(scores: list[Score]) -> Iterator[Curve]:
     """Fréchet distances by protocol, real images and weights; of several draws the first seed's, of a repetition the
-    last, as in tables. Quick looks are left out."""
+    last, as in tables. Subset estimates are left out."""
     kinds: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
-    for score in sorted(scores, key=lambda score: -score.get("seed", 0)):
-        if score["metric"] == "frechet" and not score.get("subset"):
-            data = score.get("data", {}).get("fingerprint", "")[:8]
-            panel = f"{score['protocol']}, data {data}" if data else score["protocol"]
-            label = "averaged weights" if score.get("weights", "ema") == "ema" else "raw weights"
-            points = kinds.setdefault((panel, score["name"], label), {})
-            points[score["images_seen"]] = (score.get("training_seconds") or 0.0) / 3600, score["value"]
+    for score in sorted(scores, key=lambda score: -score.seed):
+        if score.metric == "frechet" and not score.subset:
+            data = score.data.fingerprint[:8]
+            panel = f"{score.protocol}, data {data}" if data else score.protocol
+            label = "averaged weights" if score.weights == "ema" else "raw weights"
+            points = kinds.setdefault((panel, score.name, label), {})
+            points[score.images_seen] = (score.training_seconds or 0.0) / 3600, score.value
     for (panel, name, label), points in kinds.items():
         ordered = sorted(points.items())
         yield Curve(panel, IMAGES_SEEN, name, label, [(seen, value) for seen, (_, value) in ordered])

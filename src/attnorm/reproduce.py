@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 
 from attnorm import config as configuration
-from attnorm.benchmark import report as bench_report
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
+from attnorm.benchmark.results import read_results
 from attnorm.checkpoint import find_damage, read_checkpoint
 from attnorm.config import (
     MAY_CHANGE_ON_RESUME,
@@ -38,7 +38,7 @@ from attnorm.config import (
 )
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.data.stream import Stream
-from attnorm.evaluation import inpainting
+from attnorm.evaluation import inpainters
 from attnorm.evaluation.generation import (
     FRECHET_RESAMPLES,
     LAYOUT_IMAGES,
@@ -47,10 +47,13 @@ from attnorm.evaluation.generation import (
     evaluate_generator,
     scores_file,
 )
-from attnorm.evaluation.manifest import make_manifest, read_examples, read_manifest
+from attnorm.evaluation.test_set import make_manifest, read_examples, read_manifest
 from attnorm.metrics.features import Extractor
 from attnorm.metrics.generative import Gaussian, frechet_distance, frechet_interval
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
+from attnorm.reports.benchmark import write_report
+from attnorm.reports.inpainting import write_scores_document
+from attnorm.reports.pictures import IMAGE_GRIDS
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
 from attnorm.system.files import hash_file, read_lines, write_json
@@ -259,7 +262,7 @@ def _require_own_bench(plan: Plan) -> None:
     file = plan.out / "bench.json"
     if not file.is_file():
         return
-    report = bench_report.read_report(file)
+    report = read_results(file)
     names, seconds = ", ".join(case.name for case in report.cases), report.environment["seconds_a_cell"]
     there = f"{names}, {seconds:g} s each, on {torch.device(report.environment['device']).type}"
     wanted = f"{describe_table5(plan)[0]}, {plan.scale.seconds:g} s each, on {find_device(plan.device).type}"
@@ -533,7 +536,7 @@ class Result:
     scored: list[Path] = field(default_factory=list)  # runs of the plan that are trained and measured
     failed: dict[str, str] = field(default_factory=dict)  # why, by the name of the run
     is_interrupted: bool = False
-    inpainting: inpainting.Evaluation | None = None  # Table 3, where it was measured now
+    inpainting: inpainters.Evaluation | None = None  # Table 3, where it was measured now
 
 
 def carry_out(
@@ -624,8 +627,8 @@ def _measure(plan: Plan, job: Job, images: ImageSet, extractor: Extractor, progr
 
 def _measure_inpainters(
     plan: Plan, runs: Sequence[Path], images: ImageSet, progress: Progress
-) -> inpainting.Evaluation | None:
-    """Table 3 on the images that all runs held out, written beside them; None where it and its sheet, which the caller
+) -> inpainters.Evaluation | None:
+    """Table 3 on the images that all runs held out, written beside them; None where it and its grid, which the caller
     draws, are there already.
     """
     config, folder = plan.jobs[0].config, plan.out / "manifest"
@@ -641,13 +644,14 @@ def _measure_inpainters(
             every=config.data.held_out_every * plan.scale.tested,
         )
     manifest = read_manifest(folder)
-    sheet = plan.out / "sheet.png"
-    if sheet.is_file() and _has_scores(plan.out / "scores.json", runs, manifest.sha256):
+    is_drawn = any((plan.out / grid).is_file() for grid in IMAGE_GRIDS)
+    if is_drawn and _has_scores(plan.out / "scores.json", runs, manifest.sha256):
         return None
     examples = read_examples(manifest, images)
-    evaluation = inpainting.evaluate(runs, manifest, examples, device=plan.device, progress=progress)
-    sheet.unlink(missing_ok=True)  # of other runs
-    inpainting.write_report(evaluation, plan.out)
+    evaluation = inpainters.evaluate_inpainters(runs, manifest, examples, device=plan.device, progress=progress)
+    (plan.out / IMAGE_GRIDS[0]).unlink(missing_ok=True)  # of other runs
+    inpainters.write_scores(evaluation, plan.out)
+    write_scores_document(evaluation.scores, plan.out)
     return evaluation
 
 
@@ -655,7 +659,7 @@ def _has_scores(file: Path, runs: Sequence[Path], manifest_sha256: str) -> bool:
     """Whether scores.json is of the very checkpoints that the runs end with, and of this test set."""
     if not file.is_file():
         return False
-    hashes = {name: hash_file(find_checkpoint(run)) for name, run in inpainting.name_runs(runs).items()}
+    hashes = {name: hash_file(find_checkpoint(run)) for name, run in inpainters.name_runs(runs).items()}
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = {name: model["sha256"] for name, model in values["models"].items()}
@@ -676,8 +680,8 @@ def describe_table5(plan: Plan) -> tuple[str, int, float]:
 def time_layers(plan: Plan, *, progress: bench_run.Progress) -> list[Path]:
     """Table 5: bench.json, bench.md and its picture in `plan.out`, where they are not there yet."""
     if (plan.out / "bench.json").is_file():
-        bench_report.read_report(plan.out / "bench.json")
+        read_results(plan.out / "bench.json")
         return []
     scale = plan.scale
     report = bench_run.run(cases=scale.cases, device=plan.device, seconds=scale.seconds, progress=progress)
-    return bench_report.write_report(report, plan.out)
+    return write_report(report, plan.out)

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from attnorm import figures
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config, override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.inference import Sampler
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import effective_entities
-from attnorm.page import write_page
+from attnorm.reports import figures
+from attnorm.reports.page import write_page
 from attnorm.run_directory import RunDirectory
 from attnorm.training.class_conditional import ClassConditionalTask
 
@@ -349,7 +349,7 @@ def test_a_generator_without_attentive_norm_has_no_layouts(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def page(run: Path, sampler: Sampler, originals: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnorm.page.load_images", lambda source, size: originals)
+        patch.setattr("attnorm.reports.page.load_images", lambda source, size: originals)
         return write_page(run, sampler, tmp_path_factory.mktemp("page") / "out")
 
 

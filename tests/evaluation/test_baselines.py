@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from attnorm.data.masks import centre_mask, free_form_mask
-from attnorm.evaluation import floors
-from attnorm.evaluation.floors import mean_fill, telea, telea_fill
+from attnorm.evaluation import baselines
+from attnorm.evaluation.baselines import mean_fill, telea, telea_fill
 
 
 def test_mean_fill_takes_the_mean_of_what_is_known() -> None:
@@ -26,7 +26,7 @@ def test_mean_fill_takes_the_mean_of_what_is_known() -> None:
 def test_the_front_arrives_at_a_straight_edge_as_far_as_it_is_away() -> None:
     hole = np.zeros((20, 20), bool)
     hole[8:] = True
-    times, order = floors._arrival_times(hole, 3)
+    times, order = baselines._arrival_times(hole, 3)
     np.testing.assert_allclose(times[7:], np.repeat(np.arange(13)[:, None], 20, 1))
     np.testing.assert_allclose(times[4:8], np.repeat(np.arange(-3, 1)[:, None], 20, 1))
     assert sorted(order) == [(row, column) for row in range(8, 20) for column in range(20)]
@@ -37,7 +37,7 @@ def test_the_front_around_a_point_is_nearly_a_circle() -> None:
     hole = np.ones((41, 41), bool)
     hole[20, 20] = False
     front = ~hole
-    times, _ = floors._march(front, hole, math.inf)
+    times, _ = baselines._march(front, hole, math.inf)
     rows, columns = np.mgrid[-20:21, -20:21]
     distances = np.hypot(rows, columns)
     assert np.abs(times - distances)[distances <= 20].max() < 1.5  # the scheme is of the first order
@@ -48,7 +48,7 @@ def test_the_front_around_a_point_is_nearly_a_circle() -> None:
 def literal_telea(planes: np.ndarray, hole: np.ndarray, radius: int) -> np.ndarray:
     """Pixel by pixel, neighbour by neighbour, as the docstring says it; the order is the front's."""
     height, width = hole.shape
-    times, order = floors._arrival_times(hole, radius)
+    times, order = baselines._arrival_times(hole, radius)
     known, image = ~hole, planes.astype(float)
 
     def is_known(row: int, column: int) -> bool:

@@ -10,9 +10,10 @@ import torch
 
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import override
-from attnorm.evaluation.cost import measure_cost, write_cost
+from attnorm.evaluation.latency import measure_latency
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.reports.inpainting import write_latency
 from attnorm.run_directory import RunDirectory
 
 
@@ -31,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_memory_grows_with_the_pixels_and_attention_holds_its_scores(runs: dict[str, Path]) -> None:
-    cells = {(c.model, c.image_size): c for c in measure_cost(runs, [256, 64, 128], device="cpu", seconds=0)}
+    cells = {(c.model, c.image_size): c for c in measure_latency(runs, [256, 64, 128], device="cpu", seconds=0)}
     assert list(cells) == [(name, size) for name in ("an", "contextual") for size in (64, 128, 256)]
     for cell in cells.values():
         assert cell.milliseconds is not None and cell.milliseconds > 0 and cell.passes == 1 and not cell.skipped
@@ -45,7 +46,7 @@ def test_memory_grows_with_the_pixels_and_attention_holds_its_scores(runs: dict[
 
 
 def test_what_would_not_fit_is_skipped_with_the_bytes_of_its_scores(runs: dict[str, Path], tmp_path: Path) -> None:
-    cells = measure_cost(runs, [64, 128, 512, 1024], device="cpu", seconds=0, allowed_bytes=60_000_000)
+    cells = measure_latency(runs, [64, 128, 512, 1024], device="cpu", seconds=0, allowed_bytes=60_000_000)
     found = {(cell.model, cell.image_size): cell for cell in cells}
     assert not found["an", 512].skipped and not found["contextual", 128].skipped
     skipped = found["contextual", 512]
@@ -55,17 +56,17 @@ def test_what_would_not_fit_is_skipped_with_the_bytes_of_its_scores(runs: dict[s
     assert found["contextual", 1024].skipped == "a smaller size did not fit"
 
     # Neither its scores alone nor four times the memory at 256 are too much; sixteen times would be.
-    _, foretold = measure_cost(
+    _, foretold = measure_latency(
         {"c": runs["contextual"]}, [256, 512], device="cpu", seconds=0, allowed_bytes=200_000_000
     )
     assert foretold.skipped.startswith("would need up to")
 
-    files = write_cost(cells, "cpu", tmp_path / "cost")
+    files = write_latency(cells, "cpu", tmp_path / "cost")
     values = json.loads(files[0].read_text(encoding="utf-8"))
     assert values["environment"]["device"] == "cpu" and values["environment"]["threads"] == torch.get_num_threads()
     assert values["cells"][6]["score_bytes"] == skipped.score_bytes
     text = files[1].read_text(encoding="utf-8")
-    assert "| | 64 x 64 | 128 x 128 | 512 x 512 | 1024 x 1024 |" in text
+    assert "|  | 64 x 64 | 128 x 128 | 512 x 512 | 1024 x 1024 |" in text
     assert "are allowed; a score matrix 64.0 MiB |" in text
 
 
@@ -79,8 +80,8 @@ def test_a_lack_of_memory_is_reported_and_any_other_failure_is_not_hidden(
         monkeypatch.setattr(InpaintingGenerator, "forward", forward)
 
     fail("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    (cell, after) = measure_cost({"an": runs["an"]}, [64, 128], device="cpu", seconds=0)
+    (cell, after) = measure_latency({"an": runs["an"]}, [64, 128], device="cpu", seconds=0)
     assert cell.skipped == "out of memory" and after.skipped == "a smaller size did not fit"
     fail("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
-        measure_cost({"an": runs["an"]}, [64], device="cpu", seconds=0)
+        measure_latency({"an": runs["an"]}, [64], device="cpu", seconds=0)

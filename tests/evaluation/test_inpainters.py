@@ -1,4 +1,4 @@
-"""Two tiny models and the floors from the command line to the tables, and who may not be measured."""
+"""Two tiny models and the baselines from the command line to the tables, and who may not be measured."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from attnorm import cli
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import override
 from attnorm.data.images import load_images
-from attnorm.evaluation import inpainting
-from attnorm.evaluation.floors import mean_fill
-from attnorm.evaluation.inpainting import evaluate, markdown, name_runs, to_dict
-from attnorm.evaluation.manifest import read_examples, read_manifest
+from attnorm.evaluation import inpainters
+from attnorm.evaluation.baselines import mean_fill
+from attnorm.evaluation.inpainters import evaluate_inpainters, name_runs, to_dict
+from attnorm.evaluation.test_set import read_examples, read_manifest
 from attnorm.inference import Inpainter
 from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
+from attnorm.reports.inpainting import make_document
+from attnorm.reports.render import to_markdown
 from attnorm.run_directory import RunDirectory
 
 NUM_IMAGES = 12
@@ -77,12 +79,12 @@ def command(runs: list[Path], frozen: Path, out: Path, *more: str) -> list[str]:
     return ["evaluate", *map(str, runs), "--manifest", str(frozen), "--out", str(out), "--device", "cpu", *more]
 
 
-def test_the_command_line_measures_every_model_and_floor_image_by_image(
+def test_the_command_line_measures_every_model_and_baseline_image_by_image(
     runs: list[Path], frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores"
     cli.main(command(runs, frozen, out, "--batch-size", "3"))
-    names = ("scores.csv", "scores.json", "scores.md", "sheet.png")
+    names = ("scores.csv", "scores.json", "scores.md", "image-grid.png")
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
     assert {path.name for path in out.iterdir()} == set(names)
 
@@ -90,11 +92,11 @@ def test_the_command_line_measures_every_model_and_floor_image_by_image(
     images, masks = read_examples(manifest, load_images(manifest.data.source, 40))
     with open(out / "scores.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 4  # two models and two floors; every third of twelve images
+    assert len(rows) == 4 * 4  # two models and two baselines; every third of twelve images
     for path in runs:
         model = Inpainter(path, device="cpu").model
         for i, entry in enumerate(manifest.entries):  # one at a time, from the definitions
-            (row,) = [row for row in rows if row["contestant"] == path.name and row["image"] == entry.file]
+            (row,) = [row for row in rows if row["method"] == path.name and row["image"] == entry.file]
             with torch.no_grad():
                 refined = model(images[i : i + 1].float() / 127.5 - 1, masks[i : i + 1]).refined
             raw = ((refined + 1) * 127.5).round().to(torch.uint8)
@@ -104,15 +106,15 @@ def test_the_command_line_measures_every_model_and_floor_image_by_image(
                 value = float(row[name] or "nan")  # nothing where no pixel is so far from the edge
                 assert value == pytest.approx(expected[name].item(), rel=2e-3, nan_ok=True), name
     floor = measure(images, mean_fill(images, masks), masks)
-    means = [row for row in rows if row["contestant"] == "mean fill"]
+    means = [row for row in rows if row["method"] == "mean fill"]
     assert [float(row["psnr_hole"]) for row in means] == floor["psnr_hole"].tolist()
     assert all(row["psnr_raw"] == "" for row in means)
 
     values: dict[str, Any] = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert values["manifest"]["images"] == 4 and values["manifest"]["sha256"] == manifest.sha256
     assert [values["models"][name]["seed"] for name in ("an", "contextual")] == [0, 1]
-    for name, summary in {**values["models"], **values["floors"]}.items():
-        own = [row for row in rows if row["contestant"] == name]
+    for name, summary in {**values["models"], **values["baselines"]}.items():
+        own = [row for row in rows if row["method"] == name]
         for score, mean in summary["means"].items():
             found = [float(row[score]) for row in own if row[score]]
             assert mean == pytest.approx(sum(found) / len(found)) and (len(found) == 4 or score in DISTANCE_SCORES)
@@ -121,16 +123,16 @@ def test_the_command_line_measures_every_model_and_floor_image_by_image(
     assert len(values["differences"]) == 5 * 3 + 9 + 4 * 6
     for difference in values["differences"]:
         first, second = (
-            {**values["models"], **values["floors"]}[difference[key]]["means"][difference["score"]]
+            {**values["models"], **values["baselines"]}[difference[key]]["means"][difference["score"]]
             for key in ("first", "second")
         )
         assert difference["mean"] == pytest.approx(first - second)
         assert difference["low"] <= difference["mean"] <= difference["high"]
 
-    with Image.open(out / "sheet.png") as sheet:
-        assert np.asarray(sheet.convert("RGB")).std() > 10
+    with Image.open(out / "image-grid.png") as grid:
+        assert np.asarray(grid.convert("RGB")).std() > 10
     text = (out / "scores.md").read_text(encoding="utf-8")
-    assert "| paper: Ours | 25.09 | 0.8541 | - | 0.0334 |" in text and "| paper: CA [38] | 23.78 |" in text
+    assert "| CA [38] | contextual | 23.78 |" in text and "| Ours | an | 25.09 |" in text
     assert f"| {2 * values['models']['an']['means']['mae_pasted']:.4f} |" in text
 
 
@@ -146,23 +148,23 @@ def test_nothing_is_overwritten_unless_asked_and_the_same_comes_out_again(
     assert "overwrite" in refused(["manifest", "--like", str(runs[0]), "--out", str(frozen)])
 
 
-def evaluated(runs: list[Path], frozen: Path, **options: Any) -> inpainting.Evaluation:
+def evaluated(runs: list[Path], frozen: Path, **options: Any) -> inpainters.Evaluation:
     manifest = read_manifest(frozen)
     examples = read_examples(manifest, load_images(manifest.data.source, 40))
-    return evaluate(runs, manifest, examples, device="cpu", **options)
+    return evaluate_inpainters(runs, manifest, examples, device="cpu", **options)
 
 
 def test_a_model_that_returns_the_truth_has_finite_scores_and_is_better_than_another(
     runs: list[Path], frozen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = inpainting._fill
+    fill = inpainters._fill
 
     def perfect(inpainter: Inpainter, images: Tensor, masks: Tensor) -> Tensor:
         return images if inpainter.path.is_relative_to(runs[0]) else fill(inpainter, images, masks)
 
-    monkeypatch.setattr(inpainting, "_fill", perfect)
-    evaluation = evaluated(runs, frozen, with_floors=False)
-    values = json.loads(json.dumps(to_dict(evaluation), allow_nan=False))
+    monkeypatch.setattr(inpainters, "_fill", perfect)
+    evaluation = evaluated(runs, frozen, with_baselines=False)
+    values = json.loads(json.dumps(to_dict(evaluation.scores), allow_nan=False))
     assert values["models"]["an"]["images_without_error"] == 4
     assert values["models"]["contextual"]["images_without_error"] == 0
     best = 20 * math.log10(255) + 10 * math.log10(3 * 32 * 32)
@@ -172,12 +174,18 @@ def test_a_model_that_returns_the_truth_has_finite_scores_and_is_better_than_ano
     assert set(SCORES) | {"psnr_1-2"} <= set(supported) <= {*SCORES, *DISTANCE_SCORES}
     for name, mean in supported.items():
         assert (mean < 0) == name.startswith("mae")
-    (reading,) = re.findall(r"^- an against contextual: (.*)$", markdown(evaluation), re.MULTILINE)
+    (reading,) = re.findall(
+        r"^- an against contextual: (.*)$", to_markdown(make_document(evaluation.scores)), re.MULTILINE
+    )
     assert reading.startswith("an is better in PSNR pasted, SSIM pasted, MAE pasted, PSNR hole")
     assert "contextual is" not in reading and "undecided" not in reading
-    section = markdown(evaluation).split("## PSNR by distance from the hole's edge")[1].split("##")[0]
+    section = (
+        to_markdown(make_document(evaluation.scores))
+        .split("## PSNR by distance from the hole's edge")[1]
+        .split("##")[0]
+    )
     rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in section.splitlines() if "|" in line)}
-    model, rival = (model.scores for model in evaluation.models)
+    model, rival = (evaluation.by_image[name] for name in ("an", "contextual"))
     for name, images, mean, difference in zip(
         DISTANCE_SCORES, rows["images"], rows["contextual"], rows["an - contextual"], strict=True
     ):
@@ -185,18 +193,18 @@ def test_a_model_that_returns_the_truth_has_finite_scores_and_is_better_than_ano
         assert images == str(len(found)) and mean == (f"{found.mean():.2f}" if len(found) else "-"), name
         gain = np.nanmean(model[name] - rival[name]) if len(found) > 1 else None
         assert difference.startswith("-" if gain is None else f"**{gain:+.2f} ["), name
-    (truth,) = {tuple(part.shape) for part in (evaluation.sheet.images, *evaluation.sheet.results.values())}
-    assert truth == (4, 3, 32, 32) and torch.equal(evaluation.sheet.results["an"], evaluation.sheet.images)
-    sheet = evaluation.sheet
-    changed = (sheet.results["contextual"] != sheet.images).any(1, keepdim=True)
-    assert changed.any() and not (changed & ~sheet.masks).any()
+    (truth,) = {tuple(part.shape) for part in (evaluation.grid.images, *evaluation.grid.results.values())}
+    assert truth == (4, 3, 32, 32) and torch.equal(evaluation.grid.results["an"], evaluation.grid.images)
+    grid = evaluation.grid
+    changed = (grid.results["contextual"] != grid.images).any(1, keepdim=True)
+    assert changed.any() and not (changed & ~grid.masks).any()
 
 
 def test_equal_models_differ_in_nothing(runs: list[Path], frozen: Path, photographs: Path, tmp_path: Path) -> None:
     twin = make_run(tmp_path / "twin", photographs, "an", seed=0)
-    evaluation = evaluated([runs[0], twin], frozen, with_floors=False)
-    assert all((d.mean, d.low, d.high) == (0, 0, 0) and not d.is_supported for d in evaluation.differences)
-    text = markdown(evaluation)
+    evaluation = evaluated([runs[0], twin], frozen, with_baselines=False)
+    assert all((d.mean, d.low, d.high) == (0, 0, 0) and not d.is_supported for d in evaluation.scores.differences)
+    text = to_markdown(make_document(evaluation.scores))
     assert "- an against twin: undecided: PSNR pasted, SSIM pasted" in text and "**" not in text
 
 

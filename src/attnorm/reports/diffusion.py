@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from attnorm.experiments.diffusion import ARMS, SITES
-from attnorm.experiments.regional_report import Mean, _table, mean_of
-from attnorm.figures import save_figure
-from attnorm.system.files import write_json, write_text
+from attnorm.metrics.intervals import Mean, mean_of
+from attnorm.reports.figures import save_figure
+from attnorm.reports.render import Document, Picture, Section, Strong, Table, write_document
+from attnorm.system.files import write_json
 
 REFERENCE = "an"  # the arm that the others are compared with
 
@@ -24,11 +24,10 @@ def write_report(out: Path) -> list[Path]:
         return []
     about = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
     arms = [summary for arm in ARMS if (summary := _summary(arm, results))]
-    write_text(out / "report.md", _markdown(arms, results, about))
+    document = write_document(_document(arms, results, about), out, "report")
     plain = json.loads(json.dumps({**about, "arms": arms}), parse_constant=lambda name: None)  # JSON has no NaN
     write_json(out / "report.json", plain)
-    save_figure(_curves(results), out / "curves.png")
-    return [out / "report.md", out / "report.json", out / "curves.png"]
+    return [*document, out / "report.json", save_figure(_curves(results), out / "curves.png")]
 
 
 def _summary(arm: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -51,56 +50,58 @@ def _summary(arm: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _markdown(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: dict[str, Any]) -> str:
+def _document(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: dict[str, Any]) -> Document:
     protocol = about["protocol"]
     seeds = len({result["seed"] for result in results})
     least = min(arm["milliseconds_a_step"] for arm in arms)
-
-    def show(value: dict[str, Any] | None, digits: int = 5) -> str:
-        if value is None:
-            return ""
-        half = "" if math.isnan(value["half"]) else f" ± {value['half']:.{digits}f}"
-        return f"{value['mean']:.{digits}f}{half}"
-
-    rows = [
+    rows = tuple(
         (
             ARMS[arm["arm"]][0],
-            show(arm["score"]),
-            "" if arm["minus_an"] is None else _bold(Mean(**arm["minus_an"]), show(arm["minus_an"])),
+            _show(arm["score"]),
+            _show_difference(arm["minus_an"]),
             f"{arm['milliseconds_a_step'] / least:.2f}",
             f"{arm['parameters']:,}",
-            show(arm["entropy"], 2),
-            show(arm["change"], 3),
+            _show(arm["entropy"], 2),
+            _show(arm["change"], 3),
         )
         for arm in arms
-    ]
+    )
     header = ("block", "loss", "minus AN's, paired", "CPU time a step", "parameters", "entropy", "change")
-    lines = [
-        "# A context block in a diffusion U-Net",
-        "",
+    about_loss = (
         f"EDM's denoising loss on {protocol['test_images']} held-out images at {protocol['test_levels']} levels of "
         "noise, the same noises for all, averaged weights; mean ± 95% interval (Student's) over "
-        f"{seeds} seed(s); bold where the interval leaves out 0. A block follows {' and '.join(SITES)}, at maps of 16 "
-        "pixels, by `attnorm.insert_after`.",
-        "",
-        *_table(header, rows),
-        "",
+        f"{seeds} seed(s); bold leaves out 0. A block follows {' and '.join(SITES)}, at maps of 16 pixels, by "
+        "attnorm.insert_after."
+    )
+    note = (
         "CPU time is of a training step, as a multiple of the quickest arm's (median over seeds). Entropy (1: uniform) "
-        "and change (what AN adds, as a share of its input) are means over both sites, at the middle level.",
-        "",
-        "![Loss against steps](curves.png)",
-        "",
-        f"`attnorm experiment diffusion --data {about['source']} --out DIR --scale {protocol['scale']}`: "
+        "and change (what AN adds, as a share of its input) are means over both sites, at the middle level."
+    )
+    how = (
+        f"attnorm experiment diffusion --data {about['source']} --out DIR --scale {protocol['scale']}: "
         f"{protocol['steps']:,} steps of {protocol['batch_size']} images, width {protocol['width']}, Adam at "
         f"{protocol['lr']:g}, {protocol['precision']}, {about['threads']} thread(s) of {about['processor']}, torch "
-        f"{about['torch']}, commit {results[0]['commit'] or 'unknown'}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"{about['torch']}, commit {results[0]['commit'] or 'unknown'}."
+    )
+    return Document(
+        "A context block in a diffusion U-Net",
+        (
+            Section("", (about_loss,), (Table("", header, rows, (note,)),)),
+            Section("How", (how,), pictures=(Picture("curves.png", "Loss against steps."),)),
+        ),
+    )
 
 
-def _bold(found: Mean, text: str) -> str:
-    text = text if text.startswith("-") else f"+{text}"
-    return f"**{text}**" if abs(found.mean) > found.half else text
+def _show(value: dict[str, Any] | None, digits: int = 5) -> str:
+    return "" if value is None else Mean(**value).text(digits)
+
+
+def _show_difference(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    found = Mean(**value)
+    text = found.text(5, sign="+")
+    return Strong(text) if found.is_supported else text
 
 
 def _curves(results: list[dict[str, Any]]) -> Figure:

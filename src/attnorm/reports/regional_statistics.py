@@ -1,4 +1,4 @@
-"""The report of `attnorm experiment regional-statistics`: tables with intervals over seeds, pictures, a reading."""
+"""The report of `attnorm experiment regional-statistics`: tables with intervals over seeds, pictures, what they say."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
 
 from attnorm.experiments.regional_statistics import (
     ARMS,
@@ -26,8 +25,10 @@ from attnorm.experiments.regional_statistics import (
     example_images,
     read_results,
 )
-from attnorm.figures import save_figure
-from attnorm.system.files import write_json, write_text
+from attnorm.metrics.intervals import Mean, mean_of
+from attnorm.reports.figures import save_figure
+from attnorm.reports.render import Document, Picture, Section, Strong, Table, write_document
+from attnorm.system.files import write_json
 
 REFERENCE = "an"  # the arm that the others are compared with
 AXES = {
@@ -35,26 +36,6 @@ AXES = {
     "distance": "d, cells",
     "num_entities": "n, entities of AN",
 }
-
-
-class Mean(NamedTuple):
-    """Over seeds, with Student's 95% interval, of mean +- half; NaN where one seed says nothing of it."""
-
-    mean: float
-    half: float
-    num: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if math.isnan(self.half) else f" ± {self.half:.3f}")
-
-
-def mean_of(values: Sequence[float]) -> Mean:
-    """mean +- t(n - 1) s / sqrt(n), of at least one value."""
-    num = len(values)
-    if num == 1:
-        return Mean(values[0], math.nan, 1)
-    half = stats.t.ppf(0.975, num - 1) * np.std(values, ddof=1) / math.sqrt(num)
-    return Mean(float(np.mean(values)), float(half), num)
 
 
 class Results:
@@ -98,10 +79,9 @@ def write_report(out: Path) -> list[Path]:
     if strips:
         save_figure(predictions_figure(strips), out / "predictions.png")
         written.append(out / "predictions.png")
-    text = markdown(results, costs, about, read_results(out, "tuning"))
-    write_text(out / "report.md", text)
+    document = make_document(results, costs, about, read_results(out, "tuning"))
     write_json(out / "report.json", to_dict(results, costs, about))
-    return [out / "report.md", out / "report.json", *written]
+    return [*write_document(document, out, "report"), out / "report.json", *written]
 
 
 def to_dict(results: Results, costs: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
@@ -122,101 +102,91 @@ def to_dict(results: Results, costs: dict[str, Any], about: dict[str, Any]) -> d
     return {**about, "errors": plain, "cost": costs, "trainings": list(results.rows.values())}
 
 
-def markdown(
+def make_document(
     results: Results, costs: dict[str, Any], about: dict[str, Any], tuning: Sequence[dict[str, Any]] = ()
-) -> str:
+) -> Document:
     """The tables, what they support, and how they came about."""
     protocol = about["protocol"]
-    sizes = [int(size) for size in protocol["test_images"]]
-    lines = [
-        "# Regional statistics",
-        "",
+    task = (
         f"Cells of {CELL} pixels with one of K textures; in some of them colour and contrast are hidden and to be "
         "predicted. What tells them are cells of the same texture, at least d cells away; the convolutions reach "
         f"{REACH} pixels. Error: mean absolute difference over the hidden pixels, of colours in [-1, 1]; mean ± 95% "
-        f"interval (Student's) over {len(results.seeds)} seeds.",
-        "",
-        f"## Base: K = {BASE.num_textures}, d = {BASE.distance}, n = {BASE.num_entities}, trained at {TRAINED_AT} "
-        "pixels",
-        "",
-        *_table(
-            (
-                "block",
-                *(f"error at {size}" for size in sizes),
-                "minus AN's, paired",
-                "still falling by",
-                "parameters",
-                "learning rate",
-            ),
-            [
-                (
-                    ARMS[arm].title,
-                    *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
-                    "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
-                    _show(results.mean(arm, BASE, still_falling)),
-                    f"{next(row['parameters'] for key, row in results.rows.items() if key[0] == arm):,}",
-                    f"{next(row['lr'] for key, row in results.rows.items() if key[0] == arm):g}",
-                )
-                for arm in results.arms
-            ],
-        ),
-        "",
-        "Still falling by: the error on training images in the ninth tenth of the steps minus that in the last. A "
-        "block that does no better than none after so many steps may need more of them.",
-        "",
-        "![Hidden cells as the arms of the first seed predict them](predictions.png)",
-        "",
-        *_sweep("num_textures", results),
-        "![Error against the number of textures](error-against-textures.png)",
-        "",
-        *_sweep("distance", results),
-        *_sweep("num_entities", results),
-        *_layouts(results),
-        *_costs(costs),
-        *_tuning(tuning),
-        "## Reading",
-        "",
-        *readings(results),
-        *cost_readings(costs),
-        "",
-        "## How",
-        "",
-        f"`attnorm experiment regional-statistics --out DIR --scale {protocol['scale']}`: {len(results.rows)} "
+        f"interval (Student's) over {len(results.seeds)} seeds. Of differences, what stands out leaves out 0."
+    )
+    how = (
+        f"attnorm experiment regional-statistics --out DIR --scale {protocol['scale']}: {len(results.rows)} "
         f"trainings of {protocol['steps']} steps of {protocol['batch_size']} images, Adam; "
         f"{sum(row['seconds'] for row in results.rows.values()) / 3600:.1f} hours on {about['threads']} thread(s) of "
         f"{about['processor']}, torch {about['torch']}, commit {about['commit'] or 'unknown'}. Arms of "
         "a seed start with the same weights around the block and see the same images; the test images are the same "
-        "for all. Larger images are measured at the base setting alone.",
-    ]
-    return "\n".join(lines) + "\n"
+        "for all. Larger images are measured at the base setting alone."
+    )
+    sections = (
+        Section("", (task,)),
+        _base(results, [int(size) for size in protocol["test_images"]]),
+        *(_sweep(field, results) for field in AXES),
+        _layouts(results),
+        _costs(costs),
+        _tuning(tuning),
+        Section("What the intervals say", points=(*conclusions(results), *cost_conclusions(costs))),
+        Section("How", (how,)),
+    )
+    return Document("Regional statistics", tuple(section for section in sections if section is not None))
 
 
-def _sweep(field: str, results: Results) -> list[str]:
+def _base(results: Results, sizes: Sequence[int]) -> Section:
+    header = (
+        *("block", *(f"error at {size}" for size in sizes)),
+        *("minus AN's, paired", "still falling by", "parameters", "learning rate"),
+    )
+    rows = tuple(
+        (
+            ARMS[arm].title,
+            *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
+            "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
+            _show(results.mean(arm, BASE, still_falling)),
+            f"{next(row['parameters'] for key, row in results.rows.items() if key[0] == arm):,}",
+            f"{next(row['lr'] for key, row in results.rows.items() if key[0] == arm):g}",
+        )
+        for arm in results.arms
+    )
+    note = (
+        "Still falling by: the error on training images in the ninth tenth of the steps minus that in the last. A "
+        "block that does no better than none after so many steps may need more of them."
+    )
+    title = (
+        f"Base: K = {BASE.num_textures}, d = {BASE.distance}, n = {BASE.num_entities}, trained at {TRAINED_AT} pixels"
+    )
+    picture = Picture("predictions.png", "Hidden cells as the arms of the first seed predict them.")
+    return Section(title, (), (Table("", header, rows, (note,)),), pictures=(picture,))
+
+
+def _sweep(field: str, results: Results) -> Section | None:
     settings = [
         setting for setting in SWEEPS[field] if any(results.by_seed(arm, setting, _one) for arm in results.arms)
     ]
-    arms = [REFERENCE] if field == "num_entities" else results.arms
-    arms = [arm for arm in arms if arm in results.arms]
+    arms = [arm for arm in ([REFERENCE] if field == "num_entities" else results.arms) if arm in results.arms]
     if len(settings) < 2 or not arms:
-        return []
+        return None
     header = ("block", *(f"{getattr(setting, field)}" for setting in settings))
-    rows = [
+    rows = tuple(
         (ARMS[arm].title, *(_show(results.mean(arm, setting, error_at(TRAINED_AT))) for setting in settings))
         for arm in arms
-    ]
-    lines = [f"## Error against {AXES[field]}", "", *_table(header, rows), ""]
+    )
+    tables = [Table("", header, rows)]
     if len(arms) > 1 and REFERENCE in arms:
-        differences = [
+        differences = tuple(
             (ARMS[arm].title, *(_signed(results.difference(arm, setting)) for setting in settings))
             for arm in arms
             if arm != REFERENCE
-        ]
-        lines += ["Minus AN's, paired by seed; bold where the interval leaves out 0:", "", *_table(header, differences)]
-        lines += [""]
-    return lines
+        )
+        tables.append(Table("Minus AN's, paired by seed", header, differences))
+    picture = Picture("error-against-textures.png", "Error against the number of textures.")
+    pictures = (picture,) if field == "num_textures" else ()
+    return Section(f"Error against {AXES[field]}", (), tuple(tables), pictures=pictures)
 
 
-def _layouts(results: Results) -> list[str]:
+def _layouts(results: Results) -> Section | None:
     rows = []
     for arm in ("an_fixed", "an"):
         for setting in dict.fromkeys(setting for sweep in SWEEPS.values() for setting in sweep):
@@ -226,56 +196,47 @@ def _layouts(results: Results) -> list[str]:
                     for key in ("entropy", "entities_in_use", "rho")
                 )
                 rows.append((ARMS[arm].title, setting.name, *(_show(value) for value in values)))
-    if not rows:
-        return []
     header = ("block", "setting", "entropy (0 hard, 1 uniform)", "entities in use", "rho")
-    return ["## What AN's layouts look like", "", *_table(header, rows), ""]
+    return Section("What AN's layouts look like", (), (Table("", header, tuple(rows)),)) if rows else None
 
 
-def _costs(costs: dict[str, Any]) -> list[str]:
+def _costs(costs: dict[str, Any]) -> Section | None:
     if not costs:
-        return []
+        return None
     sizes = list(next(iter(costs.values())))
-    rows = [
+    rows = tuple(
         (
             ARMS[arm].title,
             *(f"{cells[size]['milliseconds']:.1f} ms, {cells[size]['peak_bytes'] / 2**20:.1f} MiB" for size in sizes),
         )
         for arm, cells in ((arm, costs[arm]) for arm in ARMS if arm in costs)
-    ]
-    return [
-        "## What the block costs",
-        "",
+    )
+    text = (
         "Forward, one image of 32 channels, evaluation: median time, and the most that is held beyond weights and "
-        "input. Other work on the machine disturbs the times, not the bytes.",
-        "",
-        *_table(("block", *(f"{size} pixels" for size in sizes)), rows),
-        "",
-    ]
+        "input. Other work on the machine disturbs the times, not the bytes."
+    )
+    table = Table("", ("block", *(f"{size} pixels" for size in sizes)), rows)
+    return Section("What the block costs", (text,), (table,))
 
 
-def _tuning(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _tuning(rows: Sequence[dict[str, Any]]) -> Section | None:
     if not rows:
-        return []
+        return None
     errors = {(row["arm"], row["lr"]): row["errors"][str(TRAINED_AT)] for row in rows}
     rates = sorted({lr for _, lr in errors})
-    cells = [
+    cells = tuple(
         (ARMS[arm].title, *(f"{errors[arm, lr]:.3f}" if (arm, lr) in errors else "-" for lr in rates))
         for arm in ARMS
         if any(arm == name for name, _ in errors)
-    ]
-    return [
-        "## Learning rates",
-        "",
+    )
+    text = (
         "Error at the base setting, on a seed and images that are used for nothing else. The scalar that opens a block "
-        f"(rho, gate) learns {GATE_LR_SCALE} times as fast.",
-        "",
-        *_table(("block", *(f"{lr:g}" for lr in rates)), cells),
-        "",
-    ]
+        f"(rho, gate) learns {GATE_LR_SCALE} times as fast."
+    )
+    return Section("Learning rates", (text,), (Table("", ("block", *(f"{lr:g}" for lr in rates)), cells),))
 
 
-def readings(results: Results) -> list[str]:
+def conclusions(results: Results) -> list[str]:
     """A line for each block beside AN: at which K it is better, worse or undecided."""
     lines = []
     for arm in results.arms:
@@ -284,16 +245,16 @@ def readings(results: Results) -> list[str]:
             difference = results.difference(arm, setting) if arm != REFERENCE else None
             if difference is None or difference.num < 2:
                 continue
-            kind = "undecided" if abs(difference.mean) <= difference.half else "AN is better"
+            kind = "AN is better" if difference.is_supported else "undecided"
             kind = "AN is worse" if kind != "undecided" and difference.mean < 0 else kind
             kinds[kind].append(str(setting.num_textures))
         said = [f"{kind} at K = {', '.join(counts)}" for kind, counts in kinds.items() if counts]
         if said:
-            lines.append(f"- {ARMS[arm].title}: {'; '.join(said)}.")
+            lines.append(f"{ARMS[arm].title}: {'; '.join(said)}.")
     return lines or ["One seed says nothing of seeds."]
 
 
-def cost_readings(costs: dict[str, Any]) -> list[str]:
+def cost_conclusions(costs: dict[str, Any]) -> list[str]:
     """How many times the time and memory of AN each attention takes, at each size."""
     lines = []
     for arm in ("linear_attention", "self_attention", "pre_norm_attention"):
@@ -303,7 +264,7 @@ def cost_readings(costs: dict[str, Any]) -> list[str]:
                 an = costs[REFERENCE][size]
                 time, held = (cell[key] / an[key] for key in ("milliseconds", "peak_bytes"))
                 said.append(f"{time:.1f} and {held:.1f} at {size} pixels")
-            lines.append(f"- {ARMS[arm].title}: times AN's time and memory, {'; '.join(said)}.")
+            lines.append(f"{ARMS[arm].title}: times AN's time and memory, {'; '.join(said)}.")
     return lines
 
 
@@ -370,19 +331,11 @@ def _one(row: dict[str, Any]) -> float:
 
 
 def _show(found: Mean | None) -> str:
-    return "-" if found is None else str(found)
+    return "-" if found is None else found.text()
 
 
 def _signed(found: Mean | None) -> str:
     if found is None:
         return "-"
-    text = f"{found.mean:+.3f}" + ("" if math.isnan(found.half) else f" ± {found.half:.3f}")
-    return f"**{text}**" if abs(found.mean) > found.half else text
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{' --- |' * len(header)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    text = found.text(sign="+")
+    return Strong(text) if found.is_supported else text
