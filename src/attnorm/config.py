@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 FORMAT_VERSION = 1
 
 Task = Literal["class_conditional", "inpainting"]
+Recipe = Literal["paper", "projected"]
 Context = Literal["an", "self_attention", "none"]
 
 T = TypeVar("T")
@@ -121,6 +122,9 @@ class ClassConditionalConfig:
     # D: projection of the label, or AC-GAN's classifier.
     head: Literal["projection", "auxiliary"] = field(default="projection", metadata=_ROW)
     an: AttentiveNormConfig = field(default_factory=AttentiveNormConfig, metadata=_ROW)
+    # Channels of G's 4x4 map and after each up-block, in multiples of the width; none: SAGAN's.
+    g_channels: tuple[int, ...] = ()
+    latent_in_norms: bool = False  # G's conditional norms depend on the latent too, as in BigGAN
 
     def __post_init__(self) -> None:
         sizes = (32, 64, 128, 256)
@@ -129,6 +133,11 @@ class ClassConditionalConfig:
         _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; expected 0 (from the data) or more")
         _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; expected at least 1")
         last = int(math.log2(self.image_size)) - 2
+        _require(
+            not self.g_channels or (len(self.g_channels) == last + 1 and min(self.g_channels) >= 1),
+            f"model.g_channels is {self.g_channels}; expected {last + 1} multiples of the width for {self.image_size} "
+            "pixels, or none for SAGAN's",
+        )
         for block in self.an_blocks:
             _require(
                 1 <= block <= last,
@@ -139,6 +148,20 @@ class ClassConditionalConfig:
     def temperature(self) -> float | Literal["auto"]:
         """tau of Eq. 4: as set, or by the rule for None: the paper's 0.1 scaled with the width (row 7)."""
         return 0.1 * math.sqrt(64 / self.width) if self.an.temperature is None else self.an.temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedConfig:
+    """The recipe "projected": discriminators on features of a fixed network (Sauer et al., 2021)."""
+
+    feature_size: int = 64  # pixels to which images are enlarged for the fixed network
+    width: int = 64  # channels of the largest mixed map; the deeper ones have 2, 4 and 8 times as many
+    # What discriminators see of real and generated images (Zhao et al., 2020), in this order.
+    augmentations: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+
+    def __post_init__(self) -> None:
+        _require(self.feature_size >= 32, f"projected.feature_size is {self.feature_size}; expected at least 32")
+        _require(self.width >= 1, f"projected.width is {self.width}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +314,9 @@ class Config:
     row: str = field(default="", metadata=_REPORTING)
     task: Task = "class_conditional"
     model: ClassConditionalConfig | InpaintingConfig = field(default_factory=ClassConditionalConfig)  # the task's
+    recipe: Recipe = "paper"  # of the class-conditional task: what judges, and by which losses
     inpainting: InpaintingTaskConfig | None = None  # that task's own settings
+    projected: ProjectedConfig | None = None  # that recipe's
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -300,6 +325,11 @@ class Config:
         _require(
             isinstance(self.model, MODELS[self.task]) and (self.inpainting is not None) == (self.task == "inpainting"),
             f"task is {self.task}, but the other settings are not; choose a preset of that task",
+        )
+        _require(
+            (self.projected is not None) == (self.recipe == "projected")
+            and (self.recipe == "paper" or self.task == "class_conditional"),
+            f"recipe is {self.recipe}, but the other settings are not; choose a preset of that recipe",
         )
         _require(
             self.data.stored_size == 0 or self.data.stored_size >= self.model.image_size,

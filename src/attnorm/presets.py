@@ -16,6 +16,7 @@ from attnorm.config import (
     InpaintingConfig,
     InpaintingTaskConfig,
     OptimiserConfig,
+    ProjectedConfig,
     RunConfig,
 )
 
@@ -208,6 +209,35 @@ def inpaint_smoke() -> Config:
     )
 
 
+def cifar10_projected() -> Config:
+    """CIFAR-10 worth looking at from one CPU core within hours: discriminators on features of a fixed network."""
+    return Config(
+        recipe="projected",
+        projected=ProjectedConfig(width=32),
+        model=ClassConditionalConfig(
+            image_size=32,
+            width=32,
+            g_channels=(8, 8, 4, 2),
+            latent_in_norms=True,
+            g_spectral_norm=False,
+            an_blocks=(2,),  # a map of 16x16
+            site="insert",  # so that each arm keeps all conditional norms
+        ),
+        data=DataConfig(flip=True),
+        optim=OptimiserConfig(g_lr=5e-4, d_lr=5e-4, beta2=0.99, ema_decay=0.999),
+        run=RunConfig(
+            batch_size=32,
+            duration_images=600_000,
+            precision="auto",
+            channels_last=True,
+            log_every_images=3_200,
+            layout_every_images=16_000,
+            grid_every_images=16_000,
+            checkpoint_every_images=16_000,
+        ),
+    )
+
+
 def _model(**changes: object) -> Callable[[Config], Config]:
     return lambda config: replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
 
@@ -268,6 +298,13 @@ INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
     "inpaint64": (inpaint64, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none")),
     "inpaint-smoke": (inpaint_smoke, ("an", "contextual", "none")),
 }
+# The context blocks at equal budgets, of a recipe of today.
+CONTEXT_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
+    "an": ("Attentive Normalization", lambda config: config),
+    "self_attention": ("self-attention", _model(context="self_attention")),
+    "none": ("no context block", _model(context="none")),
+}
+RECIPES: dict[str, Callable[[], Config]] = {"cifar10-projected": cifar10_projected}
 FAMILIES: dict[str, Callable[[], Config]] = {
     "paper-imagenet128": imagenet128,
     "cifar10": cifar10,
@@ -289,6 +326,10 @@ def _build() -> dict[str, tuple[str, Config]]:
         for row, (description, change) in rows_of(family).items():
             name = f"{family}-{row}"
             presets[name] = (description, replace(change(base()), preset=name, family=family, row=row))
+    for family, base in RECIPES.items():
+        for row, (description, change) in CONTEXT_ROWS.items():
+            config = replace(change(base()), preset=f"{family}-{row}", family=family, row=row)
+            presets[config.preset] = (f"recipe {config.recipe}: {description}", config)
     for family, (base, rows) in INPAINTING_FAMILIES.items():
         for row in rows:
             description, change = INPAINTING_ROWS[row]

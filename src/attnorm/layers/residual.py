@@ -15,7 +15,8 @@ class UpBlock(nn.Module):
     """Generator block: norm, ReLU, nearest x2, 3x3, norm, ReLU, 3x3; the shortcut is nearest x2 and a 1x1.
 
     With an AttentiveNorm2d it takes the place of the second norm ("replace"), or stands before it ("insert"): between
-    the convolution and the activation, as section 4 says. `after` is applied to the block's sum (self-attention).
+    the convolution and the activation, as section 4 says. `after` is applied to the block's sum (self-attention). With
+    a `latent_dim` the norms depend on the latent too.
     """
 
     def __init__(
@@ -27,25 +28,27 @@ class UpBlock(nn.Module):
         an: AttentiveNorm2d | None = None,
         site: Literal["replace", "insert"] = "replace",
         after: nn.Module | None = None,
+        latent_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.norm1 = ConditionalBatchNorm2d(in_channels, num_classes)
+        self.norm1 = ConditionalBatchNorm2d(in_channels, num_classes, latent_dim=latent_dim)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.an = an
         keeps_norm = an is None or site == "insert"
-        self.norm2 = ConditionalBatchNorm2d(out_channels, num_classes) if keeps_norm else None
+        norm2 = ConditionalBatchNorm2d(out_channels, num_classes, latent_dim=latent_dim) if keeps_norm else None
+        self.norm2 = norm2
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.after = after
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, z: Tensor | None = None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
-        h = F.relu(self.norm1(x, condition))
+        h = F.relu(self.norm1(x, condition, z))
         h = self.conv1(F.interpolate(h, scale_factor=2))
         if self.an is not None:
             h = self.an(h)
         if self.norm2 is not None:
-            h = self.norm2(h, condition)
+            h = self.norm2(h, condition, z)
         h = self.conv2(F.relu(h))
         # A 1x1 convolution commutes with nearest upsampling; done first it costs a quarter.
         h = h + F.interpolate(self.shortcut(x), scale_factor=2)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import hashlib
 import http.client
-import io
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from attnorm.config import ConfigError, UserError, did_you_mean
 from attnorm.system.devices import temporary_tf32
 from attnorm.system.files import default_cache_dir, write_atomically
+from attnorm.system.published_weights import read_weights, verify
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -59,7 +58,7 @@ class Extractor(abc.ABC):
 
     def __init__(self, device: torch.device, weights: Path | None = None) -> None:
         self.device = device
-        state = _read_weights(weights or self._find_weights(), self.weights_sha256)
+        state = read_weights(weights or self._find_weights(), self.weights_sha256)
         with torch.random.fork_rng(devices=[]):  # building draws weights, which are then replaced
             self.network = self._build(state).to(device, torch.float32).eval().requires_grad_(False)
 
@@ -206,28 +205,6 @@ def load_extractor(name: str, *, device: torch.device, inception_weights: Path |
     return EXTRACTORS[name](device, inception_weights)
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a file whose content is as expected. What was verified is what is read, by torch's restricted
-    reader, which makes tensors and calls nothing.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of weights") from error
-    _verify(str(path), content, sha256)
-    state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
-    return state
-
-
-def _verify(what: str, content: bytes, sha256: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise UserError(
-            f"{what} has SHA-256 {found} ({len(content):,} bytes); expected {sha256}: it is damaged, or another file; "
-            "remove it and get it again"
-        )
-
-
 def _download(url: str, path: Path, sha256: str) -> None:
     """The file at `url` becomes `path` once all of it has come and is what was expected."""
     from rich.console import Console
@@ -248,7 +225,7 @@ def _download(url: str, path: Path, sha256: str) -> None:
                 disable=not console.is_terminal,
             ) as reader:
                 shutil.copyfileobj(reader, file)
-        _verify(f"what came from {url}", temporary.read_bytes(), sha256)
+        verify(f"what came from {url}", temporary.read_bytes(), sha256)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, fetch)

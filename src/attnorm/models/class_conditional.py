@@ -38,7 +38,8 @@ class Generator(nn.Module):
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
         _require_classes(config)
-        channels = [multiple * config.width for multiple in G_CHANNELS[config.image_size]]
+        multiples = config.g_channels or G_CHANNELS[config.image_size]
+        channels = [multiple * config.width for multiple in multiples]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size
         self.linear = nn.Linear(config.latent_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -51,6 +52,7 @@ class Generator(nn.Module):
                 an=_attentive_norm(after, config) if has_context and config.context == "an" else None,
                 site=config.site,
                 after=SelfAttention2d(after) if has_context and config.context == "self_attention" else None,
+                latent_dim=config.latent_dim if config.latent_in_norms else 0,
             )
             self.blocks.append(block)
         self.norm = BatchNorm2d(channels[-1])
@@ -66,7 +68,7 @@ class Generator(nn.Module):
         """
         h = self.linear(z).unflatten(1, (-1, 4, 4))
         for block in self.blocks:
-            h = block(h, condition)
+            h = block(h, condition, z)
         return torch.tanh(self.to_rgb(F.relu(self.norm(h))))
 
 

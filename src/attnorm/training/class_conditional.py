@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.data.images import ImageSet
@@ -30,6 +30,9 @@ from attnorm.training.task import Phase, adam, describe_layouts
 
 class ClassConditionalTask:
     """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator."""
+
+    generator: nn.Module
+    discriminator: nn.Module
 
     def __init__(self, config: Config, device: torch.device) -> None:
         assert isinstance(config.model, ClassConditionalConfig)

@@ -50,11 +50,13 @@ from attnorm.training.hooks import (
 from attnorm.training.hooks import TrainingError as TrainingError
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
+from attnorm.training.projected import ProjectedTask
 from attnorm.training.resume import load_state, open_run
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
 TASKS: dict[str, type[Task]] = {"class_conditional": ClassConditionalTask, "inpainting": InpaintingTask}
+RECIPES: dict[str, type[Task]] = {"projected": ProjectedTask}  # other ways to train one of the tasks
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,16 @@ def resolve(config: Config, images: ImageSet) -> Config:
             f"{images.source} was read at {width}x{height} pixels, less than model.image_size "
             f"({config.model.image_size}); read it at that size or a larger one"
         )
-    return TASKS[config.task].resolve(config, images)
+    return _task(config).resolve(config, images)
+
+
+def _task(config: Config) -> type[Task]:
+    return RECIPES.get(config.recipe, TASKS[config.task])
 
 
 def make_task(config: Config, images: ImageSet, device: torch.device) -> Task:
     """The task of a resolved configuration, at its start."""
-    return TASKS[config.task].for_images(config, images, device)
+    return _task(config).for_images(config, images, device)
 
 
 def _share_batch_norm(config: Config, task: Task, group: ProcessGroup) -> None:

@@ -1,0 +1,96 @@
+"""The recipe "projected": a generator against discriminators on features of a fixed network (Sauer et al., 2021)."""
+
+# N batch, S image size, C channels of a mixed map.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnorm.config import ClassConditionalConfig, Config
+from attnorm.data.stream import Batch
+from attnorm.layers.observe import observe_layouts
+from attnorm.models.class_conditional import Generator
+from attnorm.models.projected import ProjectedDiscriminator
+from attnorm.system.devices import find_precision
+from attnorm.training.augmentation import augment
+from attnorm.training.class_conditional import ClassConditionalTask
+from attnorm.training.losses import hinge_discriminator_loss, hinge_generator_loss, orthogonality_loss
+from attnorm.training.state import ExponentialAverage, TrainingState
+from attnorm.training.task import Phase, adam, describe_layouts
+
+
+class ProjectedTask(ClassConditionalTask):
+    """Hinge GAN in a fixed network's features. A step is one update of the generator, then one of the discriminators.
+
+    The discriminators judge the images that the generator was updated with (before that update), so that these are made
+    and looked at by the fixed network once a step.
+    """
+
+    discriminator: ProjectedDiscriminator
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        assert isinstance(config.model, ClassConditionalConfig) and config.projected is not None
+        self.config, self.model, self.settings = config, config.model, config.projected
+        self.generator = Generator(self.model).to(device)
+        self.discriminator = ProjectedDiscriminator(self.settings, self.model.num_classes).to(device)
+        if config.run.channels_last:
+            for network in (self.generator, self.discriminator):
+                network.to(memory_format=torch.channels_last)
+        if find_precision(config.run.precision, device) == "bfloat16":
+            self.discriminator.projector.features.to(torch.bfloat16)
+        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
+        self.state = TrainingState(
+            networks={
+                "generator": self.generator,
+                "discriminator": self.discriminator,
+            },
+            optimisers={
+                "generator": adam(self.generator, config.optim.g_lr, config),
+                "discriminator": adam(self.discriminator, config.optim.d_lr, config),
+            },
+            averages={"ema": self.average},
+        )
+        self._judged: tuple[list[Tensor], Tensor] | None = None  # mixed maps of generated images, and their labels
+
+    def position(self, images_seen: int) -> int:
+        return images_seen * 2
+
+    def phases(self, images_seen: int) -> Sequence[Phase]:
+        return [Phase("generator", self._generator_loss), Phase("discriminator", self._discriminator_loss)]
+
+    def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        fake = self.generator(self._latents(batch.labels), batch.labels).float()  # only the labels are used
+        maps = self.discriminator.projector(augment(fake, self.settings.augmentations))
+        self._judged = [part.detach() for part in maps], batch.labels
+        adversarial = hinge_generator_loss(self.discriminator(maps, batch.labels).float())
+        orthogonality = orthogonality_loss(self.generator)
+        loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
+        return loss, {"generator/loss": adversarial, "generator/orthogonality": orthogonality}
+
+    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._judged is not None  # by the phase before
+        fake_maps, fake_labels = self._judged
+        self._judged = None
+        with torch.no_grad():
+            real_maps = self.discriminator.projector(augment(batch.images, self.settings.augmentations))
+        # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
+        both = [torch.cat(pair) for pair in zip(real_maps, fake_maps, strict=True)]
+        real, fake = self.discriminator(both, torch.cat([batch.labels, fake_labels])).float().chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        logged = {
+            "discriminator/loss": loss,
+            "discriminator/real_score": real.mean(),
+            "discriminator/fake_score": fake.mean(),
+        }
+        return loss, logged
+
+    @torch.no_grad()
+    def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
+        """Of the averaged generator's AttentiveNorm2d, on fixed latents with the batch's labels."""
+        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        with observe_layouts(self.average.network) as seen:
+            self.average.network(latents.to(batch.labels.device), batch.labels)
+        return describe_layouts("generator", self.average.network, seen)

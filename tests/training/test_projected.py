@@ -1,0 +1,156 @@
+"""The recipe "projected": its losses to the letter, what learns and what does not, and resuming to the last bit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from attnorm.checkpoint import read_checkpoint
+from attnorm.config import Config, ConfigError, ProjectedConfig, from_dict, override, to_dict
+from attnorm.data.images import ImageSet, fingerprint
+from attnorm.data.stream import Batch
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.presets import PRESETS
+from attnorm.training.augmentation import augment
+from attnorm.training.projected import ProjectedTask
+from attnorm.training.trainer import run_phase, train
+
+TINY = (
+    "model.width=2",
+    "model.num_classes=3",
+    "model.latent_dim=4",
+    "projected.feature_size=32",
+    "projected.width=2",
+    "run.device=cpu",
+    "run.precision=float32",
+    "run.batch_size=4",
+    "run.duration_images=16",
+    "run.checkpoint_every_images=8",
+    "run.layout_every_images=8",
+    "run.grid_every_images=8",
+    "run.keep_checkpoints=9",
+)
+
+
+def tiny(context: str = "an", *settings: str) -> Config:
+    return override(PRESETS[f"cifar10-projected-{context}"][1], [*TINY, *settings])
+
+
+def task_of(config: Config) -> ProjectedTask:
+    torch.manual_seed(0)
+    task = ProjectedTask(config, torch.device("cpu"))
+    for module in task.generator.modules():
+        if isinstance(module, AttentiveNorm2d):
+            torch.nn.init.constant_(module.rho, 0.5)
+    return task
+
+
+def batch() -> Batch:
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return Batch(images, torch.tensor([0, 1, 2, 1]))
+
+
+def test_losses_are_hinges_of_every_score_of_augmented_images() -> None:
+    task = task_of(tiny())
+    task.discriminator.eval()  # no power iterations between the passes
+    generate, discriminate = task.phases(0)
+    torch.manual_seed(7)
+    loss, logged = generate.loss(batch())
+    torch.manual_seed(8)
+    d_loss, _ = discriminate.loss(batch())
+
+    torch.manual_seed(7)
+    labels = batch().labels
+    fake = task.generator(torch.randn(4, 4), labels)
+    fake = augment(fake, ("color", "translation", "cutout"))
+    torch.manual_seed(8)
+    real = augment(batch().images, ("color", "translation", "cutout"))
+    scores = [
+        torch.cat([head(h, labels) for head, h in zip(task.discriminator.heads, maps, strict=True)], 1)
+        for maps in (task.discriminator.projector(real), task.discriminator.projector(fake))
+    ]
+    expected = torch.relu(1 - scores[0]).mean() + torch.relu(1 + scores[1]).mean()
+    torch.testing.assert_close(d_loss, expected)
+    torch.testing.assert_close(logged["generator/loss"], -scores[1].mean())
+    torch.testing.assert_close(loss, -scores[1].mean() + 1e-3 * logged["generator/orthogonality"])
+
+
+def test_the_generators_update_moves_all_of_it_and_nothing_else() -> None:
+    task = task_of(tiny())
+    before = {name: tensor.clone() for name, tensor in task.state.tensors().items()}
+    features = [part.clone() for part in task.discriminator.projector.features.buffers()]
+    generate, discriminate = task.phases(0)
+    run_phase(generate, task.state, batch())
+    still = {name for name, parameter in task.generator.named_parameters() if parameter.grad is None}
+    assert not still
+    # Biases that a batch norm takes off again have gradients of rounding alone.
+    weights = [name for name, p in task.generator.named_parameters() if p.ndim == 4]
+    assert all(task.generator.get_parameter(name).grad.abs().max() > 0 for name in weights)
+    assert all(parameter.grad is None for parameter in task.discriminator.parameters())
+    run_phase(discriminate, task.state, batch())
+    after = task.state.tensors()
+    for name in ("discriminator.heads.0.score.parametrizations.weight.original", "generator.linear.weight"):
+        assert not torch.equal(before[name], after[name])
+    mixing = [name for name in before if ".projector." in name]
+    assert len(mixing) == 4 + 3 and all(torch.equal(before[name], after[name]) for name in mixing)
+    for part, old in zip(task.discriminator.projector.features.buffers(), features, strict=True):
+        assert torch.equal(part, old)
+
+
+def test_discriminators_judge_the_images_that_the_generator_was_updated_with() -> None:
+    task = task_of(tiny())
+    made: list[torch.Tensor] = []
+    task.generator.register_forward_hook(lambda *arguments: made.append(arguments[2]))
+    looks: list[int] = []
+    task.discriminator.projector.features.register_forward_hook(lambda *arguments: looks.append(len(arguments[2][0])))
+    for phase in task.phases(0):
+        run_phase(phase, task.state, batch())
+    assert len(made) == 1 and looks == [4, 4]  # made once; looked at once, and so are the real ones
+
+
+def test_arms_differ_in_the_context_block_alone() -> None:
+    networks = {context: task_of(tiny(context)).generator for context in ("an", "self_attention", "none")}
+    shapes = {
+        context: {
+            name: tuple(p.shape)
+            for name, p in network.named_parameters()
+            if ".an." not in name and ".after." not in name
+        }
+        for context, network in networks.items()
+    }
+    assert shapes["an"] == shapes["self_attention"] == shapes["none"]
+    assert sum(isinstance(m, AttentiveNorm2d) for m in networks["an"].modules()) == 1
+
+
+@pytest.mark.parametrize("settings", [(), ("run.precision=bfloat16", "run.channels_last=true")])
+def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(24) % 3
+    images = ImageSet(pixels, labels, ("a", "b", "c"), "by hand", fingerprint(pixels, labels, ("a", "b", "c")))
+    console = Console(file=io.StringIO())
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(tiny("an", *settings), images, whole, console=console)
+    train(tiny("an", *settings, "run.duration_images=8"), images, halves, console=console)
+    train(tiny("an", *settings), images, halves, console=console)
+    ours, theirs = (read_checkpoint(out / "checkpoints/000000016.safetensors")[0] for out in (whole, halves))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert not any("features" in name for name in ours)
+
+
+def test_the_recipe_and_its_settings_go_together() -> None:
+    config = tiny()
+    assert from_dict(Config, to_dict(config)) == config
+    assert Config().recipe == "paper" and Config().projected is None
+    with pytest.raises(ConfigError, match="recipe is paper"):
+        Config(projected=ProjectedConfig())
+    old = to_dict(Config())
+    for name in ("recipe", "projected"):
+        del old[name]
+    del old["model"]["g_channels"]
+    assert from_dict(Config, old) == Config()  # as earlier versions wrote it
