@@ -14,8 +14,8 @@ def test_colour_is_brightness_then_saturation_then_contrast():
     torch.manual_seed(3)
     got = AUGMENTATIONS["color"](images())
     torch.manual_seed(3)
-    draws = torch.rand(3, 64)
-    for image, seen, brightness, saturation, contrast in zip(images(), got, *draws, strict=True):
+    draws = torch.rand(64, 3)
+    for image, seen, brightness, saturation, contrast in zip(images(), got, *draws.T, strict=True):
         x = image + brightness - 0.5
         grey = x.mean(0)
         x = grey + (x - grey) * 2 * saturation

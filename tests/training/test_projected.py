@@ -16,6 +16,7 @@ from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.presets import PRESETS
+from attnorm.system.randomness import BatchPart
 from attnorm.training.augmentation import augment
 from attnorm.training.projected import ProjectedTask
 from attnorm.training.trainer import run_phase, train
@@ -111,6 +112,23 @@ def test_discriminators_judge_the_images_that_the_generator_was_updated_with() -
     for phase in task.phases(0):
         run_phase(phase, task.state, batch())
     assert len(made) == 1 and looks == [4, 4]  # made once; looked at once, and so are the real ones
+
+
+def test_a_batch_in_two_parts_gives_the_gradients_of_the_whole() -> None:
+    gradients = []
+    for parts in ([None], [BatchPart(0, 2, 4), BatchPart(2, 4, 4)]):
+        task = task_of(tiny("none"))
+        task.generator.eval()  # batch norm's moments are a part's
+        batches = [
+            batch() if part is None else Batch(*(tensor[part.start : part.stop] for tensor in batch()[:2]), part=part)
+            for part in parts
+        ]
+        for phase in task.phases(0):
+            torch.manual_seed(2)
+            run_phase(phase, task.state, *batches)
+        gradients.append([p.grad for p in task.discriminator.parameters()])
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_arms_differ_in_the_context_block_alone() -> None:

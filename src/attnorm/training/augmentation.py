@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnorm.models.inpainting import crop_around
+from attnorm.system.randomness import draw_for_images
 
 
 def color(images: Tensor) -> Tensor:
@@ -20,7 +21,8 @@ def color(images: Tensor) -> Tensor:
     contrast (the distance from the mean of the image) times U(0.5, 1.5).
     """
     brightness, saturation, contrast = (
-        part[:, None, None, None].to(images) for part in torch.rand(3, len(images)).unbind()
+        part[:, None, None, None].to(images)
+        for part in draw_for_images(len(images), lambda count: torch.rand(count, 3)).unbind(1)
     )
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
@@ -33,14 +35,14 @@ def translation(images: Tensor) -> Tensor:
     """Moved by at most an eighth of the side in either direction, zeros where nothing comes in."""
     side = images.shape[2]
     most = round(side / 8)
-    corners = torch.randint(2 * most + 1, (len(images), 2)).to(images.device)
+    corners = draw_for_images(len(images), lambda count: torch.randint(2 * most + 1, (count, 2))).to(images.device)
     return crop_around(F.pad(images, (most,) * 4), corners, side)
 
 
 def cutout(images: Tensor) -> Tensor:
     """A square of half the side is zero, its centre anywhere, so that part of it may lie outside."""
     side = images.shape[2]
-    centres = torch.randint(side, (len(images), 2)).to(images.device)
+    centres = draw_for_images(len(images), lambda count: torch.randint(side, (count, 2))).to(images.device)
     offset = torch.arange(side, device=images.device) - centres[..., None]  # [N, 2, S]
     inside = (offset >= -(side // 4)) & (offset < side // 2 - side // 4)
     hole = inside[:, 0, :, None] & inside[:, 1, None, :]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,8 @@ class ProjectedTask(ClassConditionalTask):
             },
             averages={"ema": self.average},
         )
-        self._judged: tuple[list[Tensor], Tensor] | None = None  # mixed maps of generated images, and their labels
+        # Of each part of the batch that the generator was updated with: mixed maps, and labels.
+        self._judged: deque[tuple[list[Tensor], Tensor]] = deque()
 
     def position(self, images_seen: int) -> int:
         return images_seen * 2
@@ -64,16 +66,14 @@ class ProjectedTask(ClassConditionalTask):
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         fake = self.generator(self._latents(batch.labels), batch.labels).float()  # only the labels are used
         maps = self.discriminator.projector(augment(fake, self.settings.augmentations))
-        self._judged = [part.detach() for part in maps], batch.labels
+        self._judged.append(([part.detach() for part in maps], batch.labels))
         adversarial = hinge_generator_loss(self.discriminator(maps, batch.labels).float())
         orthogonality = orthogonality_loss(self.generator)
         loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
         return loss, {"generator/loss": adversarial, "generator/orthogonality": orthogonality}
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self._judged is not None  # by the phase before
-        fake_maps, fake_labels = self._judged
-        self._judged = None
+        fake_maps, fake_labels = self._judged.popleft()
         with torch.no_grad():
             real_maps = self.discriminator.projector(augment(batch.images, self.settings.augmentations))
         # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
