@@ -87,7 +87,7 @@ class ProcessGroup:
         if self.store is None:
             return True
         try:
-            return self.store.add(f"attnorm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{what}", 1) == 1
+            return self.store.add(f"attnorm/{_attempt()}/{what}", 1) == 1
         except RuntimeError:  # the store is lost too
             return True
 
@@ -146,7 +146,7 @@ def process_group() -> Iterator[ProcessGroup]:
         # A process may wait long for another one's work.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-            store=dist.PrefixStore("attnorm", _store),
+            store=dist.PrefixStore(f"attnorm/{_attempt()}", _store),
             rank=rank,
             world_size=count,
             timeout=datetime.timedelta(days=2),
@@ -156,6 +156,11 @@ def process_group() -> Iterator[ProcessGroup]:
         finally:
             dist.destroy_process_group()
             _store = None
+
+
+def _attempt() -> str:
+    """How often torchrun has started the processes anew: its store remembers those of before, who are gone."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def is_loss_of_a_process(error: BaseException) -> bool:
