@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,26 @@ def test_a_tensor_that_is_not_what_was_written_is_named_and_others_are_read(tmp_
             read_checkpoint(tmp_path / "x.safetensors")
         assert torch.equal(read_checkpoint(tmp_path / "x.safetensors", prefix="raw.")[0]["b"], values[1])
         assert "ema.a is not what was written" in find_damage(tmp_path / "x.safetensors")
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """In the header, where a number would be another one, as in a tensor; and the checkpoint before is taken."""
+    run = RunDirectory(tmp_path / "run")
+    run.create(CONFIG, {})
+    for number in (8, 16):
+        save_checkpoint(run.checkpoint_file(number), {"ema.a": torch.ones(9)}, replace(HEADER, images_seen=number))
+    file, draw = run.checkpoint_file(16), random.Random(0)
+    whole = file.read_bytes()
+    for flipped in range(150):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        os.utime(file, ns=(0, flipped))  # what was found is remembered as long as the file is the same
+        try:
+            assert find_damage(file), flipped
+        except AssertionError:  # but for the name of the checksum itself, without which the header is read as it is
+            assert read_checkpoint(file)[1] == replace(HEADER, images_seen=16)
+    assert run.latest() == run.checkpoint_file(8)
 
 
 def test_a_checksum_is_of_type_shape_and_bytes() -> None:

@@ -1,7 +1,7 @@
 """One checkpoint: a safetensors file that is written atomically and verified when it is read; no pickle.
 
 It holds every tensor of the training state, and in its header the configuration, the classes and a checksum of each
-tensor: a checkpoint alone rebuilds its model, and damage is found.
+tensor, beside one of the header itself: a checkpoint alone rebuilds its model, and damage is found.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attnorm import config as configuration
 from attnorm.config import FORMAT_VERSION, Config, UserError
 from attnorm.system.files import write_atomically
 
-HEADER_KEY = "attnorm"
+HEADER_KEY, HEADER_CHECKSUM_KEY = "attnorm", "attnorm_checksum"
 REMEDY = "take an earlier one, or remove it and resume"
 
 
@@ -59,8 +59,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def checksum(tensor: Tensor) -> str:
     """BLAKE2b, 64 bits in hexadecimal, of a tensor's type, shape and bytes: it tells damage, not forgery."""
     tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return _digest(f"{tensor.dtype} {list(tensor.shape)}".encode(), tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -92,14 +97,14 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -
             "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
         }
     )
-    write_tensors(path, tensors, {HEADER_KEY: text})
+    write_tensors(path, tensors, {HEADER_KEY: text, HEADER_CHECKSUM_KEY: _digest(text.encode())})
 
 
 def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], Header]:
     """The tensors whose names start with `prefix` (which is cut off), and the header.
 
     Raises:
-        DamagedError: the file is not whole, a tensor is not what was written, or holds what is not a number.
+        DamagedError: the file is not whole, its header or a tensor is not what was written, or one is not finite.
         CheckpointError: it is no checkpoint, or of a newer version.
     """
     with _opened(path) as (file, header, checksums):
@@ -128,11 +133,14 @@ def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
     """A checkpoint file, its header, and the checksum of each tensor (none in those of older versions)."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(HEADER_KEY)
             if text is None:
-                raise CheckpointError(
+                raise DamagedError(
                     f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
                 )
+            if metadata.get(HEADER_CHECKSUM_KEY, _digest(text.encode())) != _digest(text.encode()):
+                raise DamagedError(f"{path} is damaged: its header is not what was written; {REMEDY}")
             yield file, *_parse_header(path, text)
     except safetensors.SafetensorError as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {REMEDY}") from error
