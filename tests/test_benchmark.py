@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -252,15 +253,6 @@ def test_the_sampled_positions_are_those_of_the_reference() -> None:
     assert torch.equal(first, second)
 
 
-def test_no_gradient_of_the_checked_layer_vanishes() -> None:
-    x, gradient = checks.make_tensors((2, 8, 16, 16), torch.device("cpu"), torch.float64)
-    layer = checks.build(FUSED.reference, 8, torch.device("cpu")).double()
-    gradients, _ = checks._run(layer, x, gradient, "training", torch.float64)
-    assert set(gradients) == {checks.INPUT, *dict(layer.named_parameters())}
-    small = {name for name, value in gradients.items() if value.abs().max() < 1e-6}
-    assert small == {"value.bias"}  # by mathematics: what follows takes the mean away
-
-
 # Memory and operations
 
 
@@ -274,21 +266,6 @@ def test_peak_bytes_are_exact() -> None:
 
     assert [timing.peak_bytes(known) for _ in range(3)] == [12004] * 3
     assert timing.peak_bytes(lambda: None) == 0
-
-
-def test_peak_bytes_see_the_backward_pass_and_scratch_memory() -> None:
-    x = torch.ones(1000, requires_grad=True)
-
-    def step() -> None:
-        (x.exp() * x).backward(torch.ones(1000))
-
-    # At the end of the backward pass: exp(x) saved, and the gradients; before: output, product, the ones given.
-    x.grad = None
-    first = timing.peak_bytes(step)
-    x.grad = None
-    assert timing.peak_bytes(step) == first and first % 4000 == 0 and 3 * 4000 <= first <= 7 * 4000
-    # A sort's indices and values are two outputs; its scratch copies are more.
-    assert timing.peak_bytes(lambda: torch.arange(1000.0).sort()) >= 4000 + 4000 + 8000
 
 
 @pytest.mark.parametrize(("impl", "least", "most"), [("reference", 60, 200), ("fused", 4, 9)])
@@ -321,24 +298,31 @@ def test_least_bytes_and_operations_are_those_of_the_formula() -> None:
     assert timing.least_operations(shape, "training") == 2 * 64 * (forward + backward)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is the GNU C library's")
-def test_retained_memory_is_not_paid_for_twice() -> None:
-    """In a process of its own: the setting cannot be taken back."""
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is of the GNU C library 2.33")
+def test_retained_memory_is_kept_and_used_again() -> None:
+    """By what the allocator says that it holds, which no other process changes. In a process of its own: the setting
+    cannot be taken back."""
     program = """
-import resource, torch
+import ctypes, torch
 from attnorm.benchmark.timing import retain_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in fields]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+def held():  # bytes, after a block of 64 MiB was made and freed
     torch.ones(16 * 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(3)))
+    info = mallinfo()
+    return info.arena + info.hblkhd
+print(held(), held())
 retain_memory()
-print(min(faults() for _ in range(8)))  # it takes some blocks until one fits between what is held already
+print(*(held() for _ in range(8)))  # it takes some blocks until one fits between what is held already
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    left, retained = map(int, done.stdout.split())
-    assert retained == 0 < 30 <= left  # 64 MiB are 16384 faults, or 32 with huge pages
+    left, *retained = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert left[0] == left[1] <= retained[0][0] - 64 * 2**20
+    assert retained[0][-1] == retained[0][-2]
 
 
 # What follows from the measurements

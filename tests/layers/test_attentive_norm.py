@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -26,12 +25,8 @@ class Tolerance(NamedTuple):
 TOLERANCES = {
     # Loops and matrix products add in different orders: some hundred roundings of 1e-16, and gradients of up to 1e2.
     "float64": Tolerance(rtol=1e-9, atol=1e-11),
-    # The same, of second derivatives of a square, which reach 1e4.
-    "float64, second derivatives": Tolerance(rtol=1e-8, atol=1e-9),
     # x = 1e3 + N(0,1) is itself rounded to 3e-5, v(x) and logits to a few times that; E[x^2] - mu^2 would err by 0.09.
     "float32, offset 1e3": Tolerance(rtol=0, atol=1e-3),
-    # The same sums in another order or layout of memory, of numbers of size 10 at most.
-    "float32": Tolerance(rtol=1e-5, atol=1e-5),
 }
 # Of a whole tensor, as |got - expected| / |expected|.
 RELATIVE_ERRORS = {
@@ -311,60 +306,15 @@ def test_every_switch_equals_the_equations(case: Case, impl: str) -> None:
         if name not in zero_by_mathematics(layer):
             assert value.abs().max() > 1e-4, f"the reference gradient of {name} vanishes"
     assert_all_close(layer_results(layer, x), expected, TOLERANCES["float64"])
-
-
-OF_THE_LAYOUT = (
-    *("defaults", "evaluation", "temperature", "reduction-1", "reduction-beyond-C", "one-entity", "self-sampling-off"),
-    *("shared-sampling", "clamp-t"),
-)
-
-
-@pytest.mark.parametrize("name", OF_THE_LAYOUT)
-def test_layout_equals_the_equations(name: str) -> None:
-    case = SWITCHES[name]
-    layer = make_layer(**case.switches).train(case.training)
-    x = feature_map(2, 4, 3, 4)
-    expected = run_literal(layer, dict(layer.named_parameters()), x).layout
-    _, layout = layer(x, return_layout=True, generator=seeded())
-    torch.testing.assert_close(layout, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_clamped_t_outside_the_unit_interval_has_no_gradient(impl: str) -> None:
-    layer = make_layer(num_entities=4, clamp_t=True, impl=impl)
-    with torch.no_grad():
-        layer.t.copy_(torch.tensor([-0.5, 0.3, 0.8, 1.5]))
-    gradient = layer_results(layer, feature_map(2, 4, 4, 4))["t"]
-    assert gradient[0] == gradient[3] == 0
-    assert gradient[1:3].abs().min() > 1e-4
-
-
-@pytest.mark.parametrize("statistics", ["weighted", "masked", "released"])
-def test_training_moves_running_moments_a_tenth_of_the_way(statistics: str) -> None:
-    layer = make_layer(moments="batch", statistics=statistics)
-    x = feature_map(2, 4, 3, 3, offset=2.0)
     literal = run_literal(layer, dict(layer.named_parameters()), x)
-    mean, var = (0.9 * buffer.clone() for buffer in (layer.running_mean, layer.running_var))
-    layer(x, generator=seeded())
-    torch.testing.assert_close(layer.running_mean, mean + 0.1 * literal.mean[0], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(layer.running_var, var + 0.1 * literal.var[0], rtol=1e-9, atol=1e-11)
-
-
-def test_evaluation_leaves_running_moments_alone() -> None:
-    layer = make_layer(moments="batch").eval()
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    layer(feature_map(2, 4, 3, 3))
-    assert before.keys() == {"running_mean", "running_var"}
+    _, layout = layer(x, return_layout=True, generator=seeded())
+    torch.testing.assert_close(layout, literal.layout, rtol=1e-10, atol=1e-12)
+    # Training moves running moments a tenth of the way; evaluation leaves them alone.
+    share = 0.1 if layer.training else 0
     for name, buffer in layer.named_buffers():
-        assert torch.equal(buffer, before[name])
-
-
-def test_image_is_normalized_alone_unless_moments_are_over_the_batch() -> None:
-    x = feature_map(2, 4, 3, 3)
-    elsewhere = torch.cat([x[:1], x[1:] * 5])
-    for moments, is_alone in (("instance", True), ("batch", False)):
-        layer = make_layer(moments=moments, self_sampling=False)
-        assert torch.allclose(layer(x)[0], layer(elsewhere)[0], rtol=0, atol=1e-12) == is_alone
+        moment = (literal.mean if name == "running_mean" else literal.var)[0]
+        torch.testing.assert_close(buffer, before[name].lerp(moment, share), rtol=1e-9, atol=1e-11)
 
 
 # Eq. 1
@@ -391,14 +341,6 @@ def test_orthogonality_penalty_equals_equation_1(orthogonality: str) -> None:
     torch.testing.assert_close(gradient.flatten(1), expected_gradient)
 
 
-@pytest.mark.parametrize(("orthogonality", "expected"), [("cosine", 1.0), ("raw", 3.0)])
-def test_orthogonality_penalty_of_two_rows_at_45_degrees(orthogonality: str, expected: float) -> None:
-    layer = AttentiveNorm2d(2, 2, orthogonality=orthogonality)
-    with torch.no_grad():
-        layer.entities.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]])[:, :, None, None])
-    assert layer.orthogonality_penalty().item() == pytest.approx(expected, abs=1e-6)
-
-
 # Shapes, strides and precisions
 
 SHAPES = {
@@ -417,23 +359,6 @@ def test_shape_equals_the_equations(shape: tuple[int, ...], impl: str) -> None:
     layer = make_layer(channels, entities, impl=impl)
     x = feature_map(num_images, channels, height, width)
     assert_all_close(layer_results(layer, x), literal_results(layer, x), TOLERANCES["float64"])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_batch_of_zero_images_gives_zero_images(impl: str, training: bool) -> None:
-    for moments in ("instance", "batch"):
-        layer = make_layer(impl=impl, moments=moments).train(training)
-        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-        x = torch.zeros(0, 4, 4, 4, dtype=torch.float64, requires_grad=True)
-        out, layout = layer(x, return_layout=True)
-        out.sum().backward()
-        assert out.shape == (0, 4, 4, 4)
-        assert layout.shape == (0, 3, 4, 4)
-        assert x.grad is not None and x.grad.shape == x.shape
-        assert not layer.entities.weight.grad.any()
-        for name, buffer in layer.named_buffers():
-            assert torch.equal(buffer, before[name])
 
 
 STRIDES = {
@@ -502,37 +427,7 @@ def test_first_and_second_derivatives_are_those_of_the_output(impl: str, trainin
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_penalty_equals_the_equations(impl: str) -> None:
-    """WGAN-GP differentiates the norm of a gradient: a kernel that is differentiable once gives silent zeros there."""
-    layer = make_layer(impl=impl)
-    x = feature_map(2, 4, 3, 4)
-
-    def penalty(out: Tensor, x: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
-        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-
-    x_layer, x_literal = (x.clone().requires_grad_() for _ in range(2))
-    parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
-    value = penalty(layer(x_layer, generator=seeded()), x_layer)
-    expected = penalty(run_literal(layer, parameters, x_literal).out, x_literal)
-    got_all = with_gradients(value, {"x": x_layer, **dict(layer.named_parameters())})
-    expected_all = with_gradients(expected, {"x": x_literal, **parameters})
-    for name, gradient in expected_all.items():
-        if name not in zero_by_mathematics(layer):
-            assert gradient.abs().max() > 1e-4, name
-    assert_all_close(got_all, expected_all, TOLERANCES["float64, second derivatives"])
-
-
 # What the layer is at special values
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_one_entity_equals_instance_norm(impl: str) -> None:
-    layer = make_layer(4, 1, value_projection=False, impl=impl)
-    x = feature_map(2, 4, 5, 5, offset=3.0)
-    normalized = F.instance_norm(x, weight=layer.weight[0], bias=layer.bias[0], eps=layer.eps)
-    torch.testing.assert_close(layer(x), x + layer.rho * normalized, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
@@ -542,31 +437,6 @@ def test_new_layer_is_exactly_the_identity(dtype: torch.dtype, training: bool) -
     layer = AttentiveNorm2d(8).to(dtype).train(training)
     x = feature_map(2, 8, 6, 5, offset=1.0, dtype=dtype)
     assert torch.equal(layer(x), x)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_permuting_pixels_permutes_the_output_in_evaluation(impl: str) -> None:
-    layer = make_layer(impl=impl).eval()
-    x = feature_map(2, 4, 4, 5)
-    order = torch.randperm(20, generator=seeded())
-
-    def permuted(x: Tensor) -> Tensor:
-        return x.flatten(2)[:, :, order].unflatten(2, (4, 5))
-
-    assert not torch.allclose(permuted(x), x)
-    torch.testing.assert_close(layer(permuted(x)), permuted(layer(x)), rtol=1e-10, atol=1e-12)
-
-
-def test_returned_layout_is_the_one_that_was_used() -> None:
-    layer = make_layer(value_projection=False, affine=False)
-    x = feature_map(2, 4, 4, 4)
-    out, layout = layer(x, return_layout=True, generator=seeded())
-    assert not torch.allclose(layout, layer.layout(x, generator=seeded(9)), atol=1e-3)  # training draws it anew
-    s, point = layout[:, :, None], x[:, None]
-    area = s.sum((3, 4), keepdim=True)
-    mean = (s * point).sum((3, 4), keepdim=True) / area
-    var = (s * (point - mean) ** 2).sum((3, 4), keepdim=True) / area
-    torch.testing.assert_close(out, x + layer.rho * ((point - mean) / (var + 1e-5).sqrt() * s).sum(1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -43,12 +43,6 @@ def test_each_image_has_its_own_class_scale_and_shift(training: bool) -> None:
             torch.testing.assert_close(out[image, channel], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_one_hot_mixture_equals_the_label() -> None:
-    layer, x = make_layer().eval(), feature_map(5)
-    one_hot = torch.nn.functional.one_hot(LABELS, 4).double()
-    torch.testing.assert_close(layer(x, one_hot), layer(x, LABELS), rtol=1e-12, atol=1e-12)
-
-
 def test_mixture_is_linear_in_the_tables() -> None:
     layer, x = make_layer().eval(), feature_map(2)
     mixture = torch.tensor([[0.25, 0.75, 0, 0], [0, 0.5, 0, 0.5]], dtype=torch.float64)

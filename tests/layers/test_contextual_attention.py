@@ -100,7 +100,7 @@ def literal(x: Tensor, mask: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]] = {
     "all-known": ((1, 2, 6, 8), []),
-    "one-mask-each": ((3, 2, 8, 10), [(0, 7, 9), (1, 0, 0), (1, 1, 1), (1, 3, 2)]),
+    "one-mask-each": ((3, 2, 6, 8), [(0, 5, 7), (1, 0, 0), (1, 1, 1), (1, 3, 2)]),
     "odd-pixel": ((1, 2, 8, 8), [(0, 5, 5)]),  # which reducing the mask by nearest neighbour would lose
     "tall": ((2, 3, 10, 4), [(1, 0, 3)]),
     "one-patch": ((1, 2, 2, 2), []),
@@ -124,36 +124,6 @@ def test_equals_loops_over_patches_with_gradient(
     (gradient,) = torch.autograd.grad(out, x, projection)
     (expected_gradient,) = torch.autograd.grad(expected, x_literal, projection)
     torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=atol / scale)
-
-
-def test_each_image_has_its_own_mask() -> None:
-    x = feature_map(1, 3, 8, 8).expand(3, -1, -1, -1)
-    mask = mask_of(3, 8, 8, (0, 0, 0), (1, 7, 7))
-    out = attend(x, mask)
-    for image in range(3):
-        torch.testing.assert_close(out[image : image + 1], attend(x[:1], mask[image : image + 1]), rtol=0, atol=1e-15)
-    assert (out[0] - out[1]).abs().max() > 1e-4 and (out[1] - out[2]).abs().max() > 1e-4
-
-
-def test_a_sharp_match_copies_what_is_known() -> None:
-    """In a picture that repeats every 8 pixels, a hole is filled with what is 8 pixels beside it."""
-    tile = 400 * feature_map(8, 8, 8)
-    x = tile.repeat(1, 3, 3)[None]
-    mask = torch.zeros(1, 1, 24, 24)
-    mask[..., 8:12, 8:12] = 1
-    out = attend(x, mask)
-    # Away from the border, where patches are partly zeros.
-    torch.testing.assert_close(out[..., 4:20, 4:20], x[..., 4:20, 4:20], rtol=1e-6, atol=1e-6)
-
-
-def test_missing_pixels_are_never_pasted() -> None:
-    """Half of the map is missing and holds another constant than what is known: only the latter comes back."""
-    x = torch.ones(1, 1, 16, 16, dtype=torch.float64)
-    x[..., 8:] = -5
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 8:] = 1
-    out = attend(x, mask)
-    assert out.min() >= 0 and out.max() > 1e-3
 
 
 def test_no_known_patch_gives_zeros_and_a_finite_gradient() -> None:

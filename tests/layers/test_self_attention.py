@@ -77,24 +77,6 @@ def test_equals_softmax_over_pooled_keys_with_all_gradients(shape: tuple[int, ..
         assert all(value.abs().max() > 1e-4 for value in expected_gradients)
 
 
-def test_attends_without_a_scale() -> None:
-    """Two positions, q . k of log 3 and 0 with two-channel keys: weights 3/4 and 1/4, not those of log 3 / sqrt(2)."""
-    layer = make_layer(16)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-        layer.gate.fill_(1.0)
-        layer.query.weight[0, 0] = 1.0  # the query is (x_0, 0)
-        layer.key.weight[0, 1] = 1.0  # the key (x_1, 0)
-        layer.value.weight[0, 2] = 1.0  # the value (x_2, 0, ...)
-        layer.project.weight[3, 0] = 1.0  # what is attended goes to channel 3
-    x = torch.zeros(1, 16, 2, 4, dtype=torch.float64)  # two pooling windows
-    x[0, 0] = 1.0
-    x[0, 1, :, :2] = torch.log(torch.tensor(3.0, dtype=torch.float64))
-    x[0, 2, :, 2:] = 1.0
-    torch.testing.assert_close(layer(x)[0, 3], torch.full((2, 4), 0.25, dtype=torch.float64))
-
-
 def test_new_layer_is_exactly_the_identity() -> None:
     torch.manual_seed(0)
     layer = SelfAttention2d(8)

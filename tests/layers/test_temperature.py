@@ -6,9 +6,6 @@ import copy
 import functools
 import logging
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,19 +82,6 @@ def test_moments_are_those_of_the_first_batch_and_then_follow() -> None:
     assert layer.num_batches_tracked.item() == 14
 
 
-def literal(layer: AttentiveNorm2d, x: Tensor) -> Tensor:
-    """Eq. 2 to 4 on (x - mean) / deviation, without self-sampling."""
-    z = (x - layer.feature_mean[:, None, None]) / layer.feature_var.sqrt()
-    logits = torch.einsum("kc,nchw->nkhw", layer.entities.weight[:, :, 0, 0], z)
-    return torch.softmax(1.6 / math.sqrt(x.shape[1]) * logits, dim=1)
-
-
-def test_layout_is_that_of_standardized_features() -> None:
-    x = features(2, 6, 5, 7, dtype=torch.float64)
-    layer = trained(6, x, num_entities=3).eval()
-    torch.testing.assert_close(layer.layout(x), literal(layer, x), rtol=1e-6, atol=1e-9)
-
-
 def test_self_sampling_meets_standardized_features_too() -> None:
     """The same layout as that of a layer of fixed tau on features that were standardized beforehand."""
     x = 0.01 * features(2, 16, 6, 6, dtype=torch.float64)
@@ -111,20 +95,6 @@ def test_self_sampling_meets_standardized_features_too() -> None:
     got, expected = layer.layout(x, generator=draws[0]), fixed.layout(z, generator=draws[1])
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
     assert not torch.allclose(got, layer.eval().layout(x), atol=1e-2)
-
-
-@pytest.mark.parametrize("impl", ["reference", "native"])
-def test_every_implementation_computes_the_same(impl: str) -> None:
-    x = features(2, 8, 9, 5)
-    layers = {name: trained(8, x, num_entities=5, impl=name) for name in ("fused", impl)}
-    results = {}
-    for name, layer in layers.items():
-        inputs = x.clone().requires_grad_()
-        out = layer(inputs, generator=torch.Generator().manual_seed(1))
-        out.square().sum().backward()
-        results[name] = [out, inputs.grad, layer.entities.weight.grad, layer.key.weight.grad, layer.feature_mean]
-    for got, expected in zip(results[impl], results["fused"], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_evaluation_changes_nothing_and_draws_nothing() -> None:
@@ -247,37 +217,6 @@ def test_weights_of_before_are_known_with_a_renewed_weight_too() -> None:
 def test_what_is_no_temperature_is_refused(temperature: object) -> None:
     with pytest.raises(ValueError, match=f"temperature is {temperature!r}; expected a positive number or 'auto'"):
         AttentiveNorm2d(8, temperature=temperature)  # type: ignore[arg-type]
-
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from attnorm import AttentiveNorm2d
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
-layer = AttentiveNorm2d(4, num_entities=3)
-for step in range(3):
-    x = torch.load(f"{folder}/x.pt", weights_only=True) * (step + 1)
-    here = 0 if step == 2 else 1  # one image here, three there; at last none here
-    layer(x[:here] if rank == 0 else x[here:])
-torch.save(layer.state_dict(), f"{folder}/{rank}.pt")
-"""
-
-
-def test_two_processes_have_the_moments_of_one_with_all_images(tmp_path: Path) -> None:
-    x = features(4, 4, 5, 5) + 2000  # beside whose square the variance has no digit in float32
-    torch.save(x, tmp_path / "x.pt")
-    command = [sys.executable, "-c", PROCESS]
-    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
-    torch.manual_seed(0)
-    alone = AttentiveNorm2d(4, num_entities=3)
-    for step in range(3):
-        alone(x * (step + 1))
-    for rank in (0, 1):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name in ("feature_mean", "feature_var", "num_batches_tracked"):
-            torch.testing.assert_close(state[name], alone.state_dict()[name], rtol=1e-4, atol=0)
 
 
 def test_moments_of_a_map_of_millions_keep_their_digits() -> None:

@@ -263,17 +263,6 @@ def test_the_mask_may_be_of_any_type() -> None:
         assert torch.equal(generator(image, other).refined, expected.refined)
 
 
-def test_a_thin_stroke_is_missing_for_contextual_attention() -> None:
-    """One pixel of sixteen: nearest-neighbour reduction would not see it."""
-    generator, image = build("contextual"), pictures(1)
-    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
-    mask[..., 7, 9] = True
-    seen = []
-    generator.context.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    generator(image, mask)
-    assert seen[0].nonzero().tolist() == [[0, 0, 1, 2]]
-
-
 @pytest.mark.parametrize(
     ("image", "mask", "message"),
     [
@@ -377,18 +366,10 @@ def test_critics_score_each_image_by_itself() -> None:
 
 @pytest.mark.parametrize("critic", ["whole", "local"])
 def test_gradient_penalty_has_a_gradient(critic: str) -> None:
-    """(||grad D|| - 1)^2 against differences of it; it has none for the last bias alone, which shifts every score."""
     network, images, crops = critic_and_images()
-
-    def penalty(scale: float = 0) -> Tensor:
-        x = (images + scale * direction if critic == "whole" else crops + scale * direction).requires_grad_()
-        scores = network(x, crops) if critic == "whole" else network(images, x)
-        (slope,) = torch.autograd.grad(getattr(scores, critic).sum(), x, create_graph=True)
-        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
-
-    x = images if critic == "whole" else crops
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    penalty().backward()
+    x = (images if critic == "whole" else crops).requires_grad_()
+    (slope,) = torch.autograd.grad(getattr(network(images, crops), critic).sum(), x, create_graph=True)
+    (slope.flatten(1).norm(dim=1) - 1).square().mean().backward()
     zero = {
         name
         for name, parameter in getattr(network, critic).named_parameters()
@@ -396,19 +377,6 @@ def test_gradient_penalty_has_a_gradient(critic: str) -> None:
     }
     # A leaky ReLU is linear by pieces: the biases do not move the slope either, but for moving the pieces.
     assert zero == {name for name, _ in getattr(network, critic).named_parameters() if name.endswith("bias")}
-    for name, parameter in getattr(network, critic).named_parameters():
-        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
-        if name.endswith("weight"):
-            step = 1e-7 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-            values = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter.add_(sign * step)
-                values.append(penalty().item())
-                with torch.no_grad():
-                    parameter.sub_(sign * step)
-            expected = (parameter.grad * step).sum().item() * 2
-            assert values[0] - values[1] == pytest.approx(expected, rel=1e-3), name
 
 
 def test_wrong_sizes_for_the_critics_are_told_what_was_expected() -> None:

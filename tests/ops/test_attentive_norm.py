@@ -56,9 +56,17 @@ def assert_close(got: list[Tensor], expected: list[Tensor], limit: float) -> Non
         assert (ours.double() - theirs.double()).norm() <= limit * max(theirs.norm().item(), 1e-2 * scale)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(2, 8, 6, 7), (1, 16, 5, 5), (2, 6, 3, 2)])
-@pytest.mark.parametrize("switches", [{}, {"affine": False}, {"self_sampling": False}, {"shared_sampling": True}])
+@pytest.mark.parametrize(
+    ("shape", "training", "switches"),
+    [
+        ((2, 8, 6, 7), True, {}),
+        ((1, 16, 5, 5), False, {}),
+        ((2, 6, 3, 2), True, {"affine": False}),
+        ((2, 8, 6, 7), False, {"affine": False}),
+        ((1, 16, 5, 5), True, {"self_sampling": False}),
+        ((2, 6, 3, 2), True, {"shared_sampling": True}),
+    ],
+)
 def test_the_layer_is_the_same_by_every_implementation(
     impl: str, shape: tuple[int, ...], training: bool, switches: dict[str, bool]
 ) -> None:
@@ -71,8 +79,9 @@ def test_the_layer_is_the_same_by_every_implementation(
         assert found[0].is_contiguous(memory_format=layout)
 
 
-def test_one_entity_is_instance_normalization(impl: str) -> None:
-    layer = make_layer(8, 1, impl).eval()
+@pytest.mark.parametrize("plain", ["", "reference", "fused"])
+def test_one_entity_is_instance_normalization(impl: str, plain: str) -> None:
+    layer = make_layer(8, 1, plain or impl).eval()
     x = torch.randn(2, 8, 6, 6)
     assert layer.value is not None and layer.weight is not None and layer.bias is not None
     normalized = nn.functional.instance_norm(layer.value(x), weight=layer.weight[0], bias=layer.bias[0])

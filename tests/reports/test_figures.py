@@ -120,13 +120,6 @@ def test_region_statistics_equal_a_loop_over_pixels() -> None:
         assert row["regions"].keys() == pixels.keys()
 
 
-def test_an_entity_that_wins_no_pixel_has_no_statistics() -> None:
-    layout = torch.zeros(1, 3, 2, 2)
-    layout[0, 2] = 1
-    (row,) = figures.region_statistics(Observation(torch.ones(1, 2, 2, 2), layout))
-    assert row["regions"] == {2: {"mean": 1.0, "std": 0.0, "share": 1.0}}
-
-
 @pytest.mark.parametrize(
     ("usage", "expected"),
     [([1.0, 0.0, 0.0], 1.0), ([0.25] * 4, 4.0), ([0.5, 0.5, 0.0], 2.0), ([0.9, 0.1], 1.3841)],
@@ -149,13 +142,6 @@ def test_metrics_are_read_up_to_a_line_that_is_being_written(run: Path, tmp_path
 
 
 # Pictures
-
-
-def test_saving_makes_the_folder_and_a_picture(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    path = figures.save_figure(figures.images_figure([images, images], ["a", "b"]), tmp_path / "new/deep/x.png")
-    look_at(path)
-    assert [entry.name for entry in path.parent.iterdir()] == ["x.png"]
 
 
 def test_the_samples_figure_shows_each_class_and_seed(sampler: Sampler) -> None:
@@ -201,15 +187,6 @@ def test_the_statistics_figure_shows_the_largest_regions_with_their_numbers(tmp_
     assert titles(figure)[:3] == expected
 
 
-def test_the_statistics_figure_fills_up_where_regions_are_few(tmp_path: Path) -> None:
-    layout = torch.zeros(1, 2, 4, 4)
-    layout[:, 0] = 1
-    seen = Observation(torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)), layout)
-    figure = figures.statistics_figure(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), seen)
-    look_at(figures.save_figure(figure, tmp_path / "x.png"))
-    assert len(titles(figure)) == 2
-
-
 def test_the_interpolation_figure_shows_one_entity_on_one_scale(tmp_path: Path) -> None:
     layout = torch.zeros(2, 2, 4, 4)
     layout[0, 1, 0, 0], layout[1, 1, 0, 0] = 1.0, 0.5
@@ -231,17 +208,6 @@ def test_curves_show_what_the_metrics_say(run: Path, tmp_path: Path) -> None:
     assert entropy.lines[0].get_xydata().tolist() == [[0, 0.5], [16, 0.75]]
     assert usage.lines[0].get_xydata() == pytest.approx(np.array([[0, 2.0], [16, 1.0]]))
     assert [line.get_label() for line in losses.lines] == ["generator/loss", "discriminator/loss"]
-
-
-def test_curves_of_several_runs_are_told_apart(run: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "metrics.jsonl").write_text('{"images_seen": 8, "generator/loss": 1.0}\n', encoding="utf-8")
-    figure = figures.curves_figure({"one": run, "two": empty})
-    look_at(figures.save_figure(figure, tmp_path / "x.png"))
-    labels = [line.get_label() for line in figure.axes[0].lines]
-    assert labels[0] == "one generator/loss" and "two generator/loss" in labels
-    assert len({line.get_color() for line in figure.axes[0].lines if line.get_label().endswith("generator/loss")}) == 2
 
 
 def test_a_dozen_runs_have_a_dozen_colours() -> None:
@@ -386,12 +352,6 @@ def test_the_page_of_a_run_without_layers_or_originals_leaves_these_out(tmp_path
     text = write_page(path, Sampler(path, device="cpu"), tmp_path / "out").read_text(encoding="utf-8")
     assert set(re.findall(r'src="([^"]+)"', text)) == {"samples.png", "interpolation.png", "curves.png"}
     assert not (tmp_path / "out/layouts.png").exists()
-
-
-def test_the_page_needs_a_run_directory(sampler: Sampler, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a run directory"):
-        write_page(sampler.path, sampler, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_any_kind_are_drawn_as_they_are(tmp_path: Path, run: Path) -> None:
