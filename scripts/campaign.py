@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import platform
 import random
@@ -35,17 +36,20 @@ from safetensors.torch import load_file
 # What a process needs is imported once, here: it is forked, and starts at once.
 from attnorm import cli
 from attnorm.checkpoint import find_damage
+from attnorm.data import builtin
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import append_lines, read_lines, write_text
 from attnorm.system.provenance import commit, processor
+from attnorm.training import trainer
 
+PRELOADED = (trainer, builtin)
 PRESETS = ("smoke", "inpaint-smoke")
 INTERVAL, DURATION = 16, 80  # images between checkpoints, and of a run
 SETTINGS = (
     *(f"run.duration_images={DURATION}", f"run.checkpoint_every_images={INTERVAL}", "run.log_every_images=8"),
     *("run.keep_checkpoints=3", "run.device=cpu", "run.precision=float32"),
 )
-PATIENCE = 120.0  # seconds, after which what has not ended hangs
+PATIENCE = 900.0  # seconds, after which what has not ended hangs: long, for a machine that others use too
 
 
 @dataclass
@@ -373,6 +377,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    builtin.builtin_views = functools.cache(builtin.builtin_views)  # made once, for all that are forked
+    for size in (32, 40):
+        builtin.builtin_views(size)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "faults.jsonl"
     known: dict[Any, Undisturbed] = {}

@@ -169,6 +169,12 @@ def test_the_built_in_data_are_the_default_of_smoke(tmp_path: Path, capsys: pyte
 # The resolved configuration
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run takes is measured in tests/test_training_step.py."""
+    monkeypatch.setattr("attnorm.cli.training._say_what_it_takes", lambda config: None)
+
+
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     cli.main(["train", "--preset", "smoke", "--dry-run", *arguments])
     return json.loads(capsys.readouterr().out)

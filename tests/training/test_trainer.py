@@ -519,7 +519,7 @@ def test_rows_hold_losses_scores_and_what_the_layouts_do(whole: Path) -> None:
         for network in ("generator", "discriminator"):
             assert math.isfinite(row[f"{network}/loss"]) and row[f"{network}/orthogonality"] > 0
         assert math.isfinite(row["discriminator/real_score"]) and math.isfinite(row["discriminator/fake_score"])
-    looks = [row for row in rows if "step" not in row]
+    looks = [row for row in rows if "layout/generator.blocks.2.an/rho" in row]
     assert [row["images_seen"] for row in looks] == [0, 8, 16, 24, 32]
     for row in looks:
         for site in ("layout/generator.blocks.2.an", "layout/discriminator.blocks.0.an"):
@@ -530,6 +530,8 @@ def test_rows_hold_losses_scores_and_what_the_layouts_do(whole: Path) -> None:
     seconds = [row["seconds"] for row in times if "step" in row]
     assert seconds == sorted(seconds) and seconds[0] > 0
     assert any((whole / "tensorboard").glob("events*"))
+    spreads = [(row["images_seen"], row["samples/diversity"]) for row in rows if "samples/diversity" in row]
+    assert [seen for seen, _ in spreads] == [0, 16, 32] and all(0 < spread < 1 for _, spread in spreads)
 
 
 def test_the_run_directory_says_what_was_trained_on_what(whole: Path) -> None:

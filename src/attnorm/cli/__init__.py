@@ -27,6 +27,7 @@ from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
 from attnorm.cli.terminal import console, describe_os_error, out_of_memory
 from attnorm.cli.training import presets, train
+from attnorm.cli.watching import watch
 from attnorm.config import UserError, did_you_mean
 
 EPILOGUE = """Attentive Normalization for class-conditional image generation (Wang et al., CVPR 2020).
@@ -35,7 +36,7 @@ A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs
 
 # As `attnorm --help` lists them.
 VERBS = (
-    *(train, sample, interpolate, layout, inpaint, page, curves, export),
+    *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
     *(manifest, evaluate, bench, experiment, report, reproduce, presets),
 )
 

@@ -42,7 +42,7 @@ def train(
         out: The run directory: made, or resumed.
         data: A folder of class folders, a folder of images, a zip of either, CIFAR-10's binary files, or "builtin".
         settings: Change a setting of the preset, for example --set model.width=32 run.batch_size=64.
-        dry_run: Print the resolved configuration and stop.
+        dry_run: Print the resolved configuration, say what memory and time the run will take, and stop.
     """
     if preset not in PRESETS:
         hint = did_you_mean(preset, PRESETS)
@@ -53,7 +53,8 @@ def train(
     if dry_run:
         values = configuration.to_dict(config)
         values["model"]["an"]["temperature"] = config.model.temperature
-        print(json.dumps(values, indent=2))
+        print(json.dumps(values, indent=2), flush=True)
+        _say_what_it_takes(config)
         return
     if out is None:
         raise ConfigError("--out is missing: name the run directory to make or resume, for example --out runs/first")
@@ -121,6 +122,31 @@ def _train(config: Config, out: Path, group: ProcessGroup) -> None:
         raise SystemExit(130)
     if outcome.reason == "out of time":
         console.print("Raise run.max_minutes (0: no limit) and give the same command to go on.")
+
+
+def _say_what_it_takes(config: Config) -> None:
+    from attnorm.benchmark.training_step import estimate
+    from attnorm.system.devices import device_name, find_device, memory_of
+
+    device, processes = find_device(config.run.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    console.print("measuring a few steps on random images ...")
+    found = estimate(config, device, processes=processes)
+    there = memory_of(device)
+    of = f" of {there / 2**30:.1f} GiB" if there else ""
+    each = " in each process" if processes > 1 else ""
+    seconds = min(found.seconds, config.run.max_minutes * 60 or found.seconds)
+    limit = f" (run.max_minutes ends it after {seconds / 3600:,.2f})" if seconds < found.seconds else ""
+    console.print(
+        f"about {found.bytes / 2**30:.2f} GiB{of}{each} on {device_name(device)}, of which "
+        f"{found.state_bytes / 2**30:.2f} for weights and moments; {found.images_per_second * processes:,.1f} images a "
+        f"second, {found.seconds / 3600:,.2f} hours for {config.run.duration_images:,} images{limit}"
+    )
+    if there and found.bytes > there:
+        console.print(
+            "that is too much: a larger run.accumulate needs less, as does run.precision=bfloat16", style="yellow"
+        )
 
 
 def presets() -> None:

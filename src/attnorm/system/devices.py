@@ -47,6 +47,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of the machine, or of a GPU; 0 where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
 def usable_memory(device: torch.device) -> int:
     """Bytes that one measurement may take: half of the machine's memory, nine tenths of a GPU's."""
     if device.type == "cuda":

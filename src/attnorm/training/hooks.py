@@ -18,11 +18,10 @@ from attnorm.run_directory import RunDirectory
 from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step
 from attnorm.training.logger import Logger
+from attnorm.training.signs import UNIFORM_LAYOUT, collapse, layout_is_uniform
 from attnorm.training.task import Task
 
-UNIFORM_LAYOUT = 0.98  # normalised entropy above which AN is instance normalization in all but name
-
-
+COLUMNS = 8  # of a picture of samples
 NONE = torch.iinfo(torch.int64).max  # a step that never comes
 
 
@@ -43,6 +42,7 @@ class Training:
     logger: Logger | None  # the first process's
     first_bad_step: Tensor  # whose loss was not finite, or NONE; on the device, and read only when something is due
     logged: dict[str, Tensor] = field(default_factory=dict)  # what the phases of the last step returned
+    warned: set[str] = field(default_factory=set)  # what was said of a collapse
     uniform_for: Counter[str] = field(default_factory=Counter)  # how many times in a row a layout was found uniform
 
     @property
@@ -132,7 +132,7 @@ def log_layouts(training: Training) -> None:
     for key, value in statistics.items():
         if not (key.endswith("/entropy") and isinstance(value, float)):
             continue
-        training.uniform_for[key] = training.uniform_for[key] + 1 if value > UNIFORM_LAYOUT else 0
+        training.uniform_for[key] = training.uniform_for[key] + 1 if layout_is_uniform(value) else 0
         if training.uniform_for[key] == 3:
             training.logger.say(
                 f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is instance "
@@ -148,8 +148,16 @@ def log_validation(training: Training) -> None:
 
 
 def save_samples(training: Training) -> None:
+    """A picture of samples, and how much those of a row differ; says so where the generator has collapsed."""
     assert training.logger
-    training.logger.save_grid(training.images_seen, training.task.sample_grid(), columns=8)
+    grid = training.task.sample_grid(columns=COLUMNS)
+    training.logger.save_grid(training.images_seen, grid, columns=COLUMNS)
+    spread = grid.unflatten(0, (-1, COLUMNS)).std(1).mean().item()
+    training.logger.log(training.images_seen, {"samples/diversity": spread})
+    text = collapse(training.run.read_metrics())
+    if text and text[:20] not in training.warned:
+        training.warned.add(text[:20])
+        training.logger.say(f"warning: {text}")
 
 
 def save_missing(training: Training) -> None:
@@ -159,8 +167,8 @@ def save_missing(training: Training) -> None:
 
 
 def save_missing_samples(training: Training) -> None:
-    if not training.run.sample_file(training.images_seen).exists():
-        save_samples(training)
+    if training.logger and not training.run.sample_file(training.images_seen).exists():
+        training.logger.save_grid(training.images_seen, training.task.sample_grid(), columns=COLUMNS)
 
 
 def save(training: Training) -> None:

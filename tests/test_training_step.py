@@ -1,0 +1,115 @@
+"""What a run is said to take before it begins, and what is to be seen of it afterwards."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from attnorm import cli
+from attnorm.benchmark import training_step
+from attnorm.benchmark.training_step import estimate, kinds_of_steps, measured_step, peak_of, random_images
+from attnorm.cli.watching import progress_of, render, sparkline
+from attnorm.config import Config, override
+from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
+from attnorm.training.signs import collapse
+from attnorm.training.trainer import make_task, resolve
+
+CPU = torch.device("cpu")
+TINY = ("model.image_size=32", "model.num_classes=3", "model.width=4", "model.latent_dim=4", "run.batch_size=16")
+
+
+def test_memory_is_that_of_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extrapolated from four images to sixteen, beside sixteen measured; and a quarter of it in four parts."""
+    config = override(Config(), TINY)
+    monkeypatch.setattr(training_step, "PIXELS", {"cpu": 4 * 32**2})
+    found = estimate(config, CPU)
+    images = random_images(config)
+    task = make_task(resolve(config, images), images, CPU)
+    step = measured_step(task, config, images, 16, 0, CPU)
+    step()
+    assert found.step_bytes == pytest.approx(peak_of(step, CPU), rel=0.05)
+    assert found.state_bytes == sum(tensor.nbytes for tensor in task.state.tensors().values())
+    parts = estimate(override(config, ["run.accumulate=4"]), CPU)
+    assert parts.step_bytes < 0.4 * found.step_bytes
+
+
+def test_time_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock by which every step lasts a second: four images each, 160 in all, in two processes."""
+    moments = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: next(moments))
+    found = estimate(override(PRESETS["smoke"][1], ["model.width=2"]), CPU, processes=2)
+    assert (found.images_per_second, found.seconds) == (4, 160 / 4 / 2)
+
+
+def test_each_phase_of_a_run_counts_as_long_as_it_lasts() -> None:
+    config = override(PRESETS["inpaint-smoke"][1], ["inpainting.switch_images=40", "model.width=2"])
+    images = random_images(config)
+    shares = kinds_of_steps(make_task(config, images, CPU), config)
+    assert len(shares) == 2 and shares[0] == pytest.approx(40 / 152, abs=0.02) and sum(shares.values()) == 1
+
+
+def test_a_dry_run_says_memory_and_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = training_step.Estimate(2**30, 2**40, 8.0, 7200.0)
+    monkeypatch.setattr(training_step, "estimate", lambda *_, **__: found)
+    cli.main(["train", "--preset", "smoke", "--dry-run"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["preset"] == "smoke"
+    assert (
+        "about 1025.00 GiB of" in said.err and "of which 1.00 for weights and moments; 8.0 images a second" in said.err
+    )
+    assert "2.00 hours for 160 images" in said.err and "that is too much: a larger run.accumulate" in said.err
+
+
+def rows(name: str, values: list[float]) -> list[dict[str, Any]]:
+    return [{"images_seen": i, name: value} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sign"),
+    [
+        ("samples/diversity", [0.3, 0.2, 0.04], "differ by 0.040 only (by 0.300 once)"),
+        ("samples/diversity", [0.3, 0.04, 0.2], ""),
+        ("samples/diversity", [0.04, 0.03, 0.02], ""),  # it never was more
+        ("discriminator/loss", [1.0, *[0.01] * 5], "the discriminator's loss stays below 0.05"),
+        ("discriminator/loss", [*[0.01] * 4, 0.06], ""),
+        ("discriminator/loss", [0.01] * 4, ""),
+    ],
+)
+def test_a_collapse_is_told(name: str, values: list[float], sign: str) -> None:
+    assert (sign in collapse(rows(name, values))) and bool(sign) == bool(collapse(rows(name, values)))
+
+
+def test_progress_is_the_pace_of_the_newest_lines() -> None:
+    steps = [{"images_seen": 10 * i, "seconds": 100.0 + i if i > 3 else i, "step": i} for i in range(1, 11)]
+    assert progress_of(steps, 400, 0.0) == "100 of 400 images (25%), 10.0/s, 0:00:30 left"
+    assert progress_of(steps, 400, 2.0) == "100 of 400 images (25%), 10.0/s, 0:00:10 left"
+    assert progress_of(steps[:1], 400, 0.0) == "10 of 400 images (2%)"
+    assert progress_of([], 400, 0.0) == "nothing logged yet of 400 images"
+
+
+def test_a_curve_is_drawn_between_its_smallest_and_largest() -> None:
+    assert sparkline([0.0, 1.0, 7.0]) == "▁▂█" and sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([0.0, 2.0, 5.0, 9.0], width=2) == "▁█"
+
+
+def test_what_is_watched_is_what_was_logged(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create(PRESETS["smoke"][1], {"source": "photographs", "num_images": 7})
+    logged = [
+        {"images_seen": 8 * i, "step": i, "seconds": 2.0 * i, "generator/loss": 5.0 - i, "layout/g.an/entropy": 0.99}
+        for i in range(1, 5)
+    ]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in logged), encoding="utf-8")
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render(run))
+    text = console.export_text()
+    assert "7 images of photographs" in text and "32 of 160 images (20%), 4.0/s, 0:00:32 left" in text
+    assert "generator/loss" in text and "█▆▃▁ 1" in text and "none yet" in text
+    assert "layout/g.an/entropy is 0.990: the layout is uniform" in text
