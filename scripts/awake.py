@@ -41,8 +41,8 @@ ALTERNATIVES = {
     "learnt": "the same, learnt: exp of a parameter",
     "first": "tau set once, on the first training batch, to a spread of 1.6",
     "running": "tau from the running spread of the logits",
-    "auto": "features centred a channel and scaled by one running deviation (what the layer does)",
-    "channel": "features centred and scaled a channel by running moments",
+    "global": "features centred a channel and scaled by one running deviation",
+    "channel": "features centred and scaled a channel by running moments (what the layer does)",
     "pixel": "features of each pixel scaled to an RMS of 1",
     "instance": "features standardized a channel in each image",
 }
@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 class Alternative(AttentiveNorm2d):
     """AN whose logits see the features as `name` says; everything else is the layer's, in its plain form."""
 
-    name = "auto"
+    name = "channel"
 
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, **{**options, "impl": "auto"})
@@ -65,7 +65,7 @@ class Alternative(AttentiveNorm2d):
             self.log_tau = nn.Parameter(torch.tensor(math.log(self.fixed_temperature)))
 
     def layout(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        if self.name == "auto":
+        if self.name == "channel":
             return super().layout(x, generator=generator)
         with no_autocast(x):
             features, tau = self._as_logits_see(x.float())
@@ -73,7 +73,7 @@ class Alternative(AttentiveNorm2d):
             return soft_layout(features, tau * filters, tau * offset)
 
     def forward(self, x: Tensor, *, return_layout: bool = False, generator: torch.Generator | None = None) -> Any:
-        if self.name == "auto":
+        if self.name == "channel":
             return super().forward(x, return_layout=return_layout, generator=generator)
         with no_autocast(x):
             if self.training:
@@ -104,10 +104,10 @@ class Alternative(AttentiveNorm2d):
                 return x, self.log_tau.exp()
             case "first" | "running":
                 return x, SPREAD / self.feature_moments[0, 0].clone().sqrt() if self.seen else self.fixed_temperature
-            case "channel":
+            case "global":
                 mean, square = self.feature_moments.clone()
-                deviation = (square - mean.square() + 1e-12).sqrt() if self.seen else torch.ones_like(mean)
-                return (x - mean[:, None, None]) / deviation[:, None, None], by_channels
+                deviation = (square - mean.square()).mean().add(1e-12).sqrt() if self.seen else torch.ones(())
+                return (x - mean[:, None, None]) / deviation, by_channels
             case "pixel":
                 return x * (x.square().mean(1, keepdim=True) + 1e-12).rsqrt(), by_channels
             case "instance":
@@ -171,7 +171,7 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
     Alternative.name = alternative
     for module in (attnorm.models.class_conditional, attnorm.models.inpainting):
         module.AttentiveNorm2d = Alternative  # type: ignore[attr-defined]
-    tau = "auto" if alternative == "auto" else "none"
+    tau = "auto" if alternative == "channel" else "none"
     settings = [f"data.source={source}", f"run.seed={seed}", f"model.an.temperature={tau}", *more]
     config = override(PRESETS[preset][1], settings)
     images = read_images(config)
@@ -180,7 +180,7 @@ def trial(preset: str, source: str, alternative: str, seed: int, more: list[str]
     task = trainer.make_task(config, images, CPU)
     for network in [*task.state.networks.values(), *(average.network for average in task.state.averages.values())]:
         for module in network.modules():
-            if isinstance(module, Alternative) and alternative != "auto":
+            if isinstance(module, Alternative) and alternative != "channel":
                 module.temperature = 1.0
     stream, state, begun = Stream(config, images, CPU), task.state, time.perf_counter()
     precision = find_precision(config.run.precision, CPU)

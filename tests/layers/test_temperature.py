@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnorm import AttentiveNorm2d, layout_entropy
@@ -70,7 +70,7 @@ def test_moments_are_those_of_the_first_batch_and_then_follow() -> None:
     for number, x in enumerate(batches, start=1):
         layer(x)
         columns = x.double().transpose(0, 1).flatten(1)
-        mean, var = columns.mean(1), columns.var(1, correction=0).mean()
+        mean, var = columns.mean(1), columns.var(1, correction=0)
         share = max(1 / number, 0.1)
         if number == 1:
             expected_mean, expected_var = mean, var
@@ -90,7 +90,7 @@ def test_self_sampling_meets_standardized_features_too() -> None:
         layer.t.fill_(0.8)
     fixed = AttentiveNorm2d(16, 4, temperature=1.6 / 4).double()
     fixed.load_state_dict(layer.state_dict(), strict=False)
-    z = (x - layer.feature_mean[:, None, None]) / layer.feature_var.sqrt()
+    z = (x - layer.feature_mean[:, None, None]) / layer.feature_var.sqrt()[:, None, None]
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
     got, expected = layer.layout(x, generator=draws[0]), fixed.layout(z, generator=draws[1])
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
@@ -173,7 +173,7 @@ def test_half_precision_holds_deviations_whose_square_it_does_not() -> None:
     layer = AttentiveNorm2d(4, 3, self_sampling=False, impl="fused").half()
     for _ in range(3):
         out = layer(x)
-    assert layer.feature_var.isfinite() and out.isfinite().all()
+    assert layer.feature_var.isfinite().all() and out.isfinite().all()
     assert layout_entropy(layer.eval().layout(x)) < 0.9
 
 
@@ -204,6 +204,28 @@ def test_moments_are_saved_and_weights_without_them_keep_their_tau(caplog: pytes
     assert restored.temperature == "auto" and torch.equal(restored(x), layer(x))
 
 
+def test_weights_with_one_deviation_for_all_channels_have_the_layout_that_they_were_trained_with() -> None:
+    x = features(2, 8, 6, 6)
+    layer = trained(8, x).eval()
+    state = {**layer.state_dict(), "feature_var": torch.tensor(2.5)}
+    layer.load_state_dict(state)
+    z = (x - layer.feature_mean[:, None, None]) / 2.5**0.5
+    logits = torch.einsum("kc,nchw->nkhw", layer.entities.weight[:, :, 0, 0], z)
+    torch.testing.assert_close(layer.layout(x), torch.softmax(1.6 / 8**0.5 * logits, 1))
+    assert state["feature_var"].ndim == 0 and layer.feature_var.shape == (8,)
+
+
+def test_no_channel_rules_the_layout_by_its_scale_and_one_that_hardly_varies_adds_little() -> None:
+    x = features(4, 16, 8, 8)
+    loud, still = x.clone(), x.clone()
+    loud[:, 3] *= 1000
+    torch.testing.assert_close(trained(16, loud).eval().layout(loud), trained(16, x).eval().layout(x))
+    still[:, 3] = 5 + 1e-6 * torch.randn(4, 8, 8)
+    layer, without = trained(16, still, num_entities=3).eval(), trained(16, still, num_entities=3).eval()
+    nn.init.zeros_(without.entities.weight[:, 3])
+    assert (layer.layout(still) - without.layout(still)).abs().max() < 1e-4
+
+
 def test_weights_of_before_are_known_with_a_renewed_weight_too() -> None:
     x = features(2, 8, 6, 6)
     before, restored = trained(8, x, temperature=0.1), AttentiveNorm2d(8)
@@ -224,8 +246,6 @@ def test_moments_of_a_map_of_millions_keep_their_digits() -> None:
     mean, var = _moments(x)
     expected_var, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), expected_var.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), expected_var, rtol=1e-5, atol=0)
     low = _moments(x.bfloat16())
-    torch.testing.assert_close(
-        low[1].double(), x.bfloat16().double().var((0, 2, 3), correction=0).mean(), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(low[1].double(), x.bfloat16().double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)

@@ -26,9 +26,11 @@ from attnorm.system.devices import no_autocast
 log = logging.getLogger("attnorm")
 
 # The standard deviation over the entities of the logits that the paper's tau of 0.1 gives features of unit variance in
-# its 256 channels; and how much of the features' running moments a batch replaces (row 7).
+# its 256 channels; how much of the features' running moments a batch replaces; and the least variance of a channel
+# beside the median (row 7).
 SPREAD = 1.6
 MOMENTUM = 0.1
+LEAST_VAR = 0.01
 
 
 class AttentiveNorm2d(nn.Module):
@@ -39,10 +41,10 @@ class AttentiveNorm2d(nn.Module):
         num_entities: n, how many semantic entities compete for each pixel.
         temperature: tau of Eq. 4, which multiplies the logits: a number, or "auto". By itself the layer keeps the
             spread of the logits that the paper has, whatever the scale, offset and number of the features: entities,
-            keys and queries meet (X - mean) / deviation, and tau is 1.6 / sqrt(C). The mean of each channel and the
-            deviation, one number, are running moments of the training batches (over all processes, where there are
-            several: all have to come here), from the first batch on. They are saved with the weights and fixed in
-            evaluation, and inside torch.func's transformations; no gradient goes through them.
+            keys and queries meet (X - mean) / deviation, and tau is 1.6 / sqrt(C). Mean and deviation of each channel
+            are running moments of the training batches (over all processes, where there are several: all have to come
+            here), from the first batch on. They are saved with the weights and fixed in evaluation, and inside
+            torch.func's transformations; no gradient goes through them.
         affine: alpha_i and beta_i of Eq. 5, one pair per entity and channel.
         value_projection: Normalize v(X), a 1x1 convolution of X, rather than X itself.
         reduction: k(X) and q(X) have C / reduction channels, at least 1.
@@ -209,10 +211,12 @@ class AttentiveNorm2d(nn.Module):
         weight, bias = (part.to(dtype) for part in self._weights(name, x))
         if self.temperature == "auto":
             assert self.feature_mean is not None and self.feature_var is not None
-            # Copies: the next batch changes the moments, perhaps before the gradients of this one are computed. And a
-            # deviation below the rounding of the means is none.
+            # Copies: the next batch changes the moments, perhaps before the gradients of this one are computed.
             mean, var = self.feature_mean.to(dtype, copy=True), self.feature_var.to(dtype, copy=True)
-            weight = weight * (var + 1e-10 * mean.square().mean() + 1e-30).rsqrt()
+            # A channel that hardly varies counts as one of a tenth of the others' deviation; and a deviation below the
+            # rounding of its mean is none.
+            var = var.clamp_min(LEAST_VAR * var.sort().values[len(var) // 2])
+            weight = weight * (var + 1e-10 * mean.square() + 1e-30).rsqrt()
             bias = bias - weight @ mean
         return weight, bias
 
@@ -233,14 +237,14 @@ class AttentiveNorm2d(nn.Module):
         if are_shared:
             # In float64, where a variance survives beside the square of a mean; a process without images adds nothing.
             count = x.numel() / self.num_features
-            squares = batch_var.double() + batch_mean.double().square().mean()
-            sums = torch.cat([batch_mean.double(), squares[None], squares.new_ones(1)])
+            squares = batch_var.double() + batch_mean.double().square()
+            sums = torch.cat([batch_mean.double(), squares, squares.new_ones(1)])
             sums = sums * count if count else torch.zeros_like(sums)
             dist.all_reduce(sums)
-            batch_mean, squares = sums[:-2] / sums[-1], sums[-2] / sums[-1]
-            batch_var = (squares - batch_mean.square().mean()).clamp_min(0)
+            batch_mean, squares = (sums[:-1] / sums[-1]).chunk(2)
+            batch_var = (squares - batch_mean.square()).clamp_min(0)
         # A batch that is not finite is left out: the moments would never be finite again.
-        is_finite = batch_mean.isfinite().all() & batch_var.isfinite()
+        is_finite = batch_mean.isfinite().all() & batch_var.isfinite().all()
         batches += is_finite
         share = batches.clamp_min(1).reciprocal().clamp_min(MOMENTUM)
         for moment, new in ((mean, batch_mean), (var, batch_var.clamp_max(torch.finfo(var.dtype).max))):
@@ -256,13 +260,16 @@ class AttentiveNorm2d(nn.Module):
             elif not has_moments and self.temperature == "auto":
                 log.warning("the weights have no %sfeature_mean: temperature becomes 0.1, as they were trained", prefix)
                 self._set_temperature(0.1)
+        var = state_dict.get(f"{prefix}feature_var")
+        if var is not None and var.ndim == 0:  # once one number for all channels: the same layouts
+            state_dict[f"{prefix}feature_var"] = var.repeat(self.num_features)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _set_temperature(self, temperature: float | Literal["auto"]) -> None:
         self.temperature = temperature
         is_auto, like = temperature == "auto", self.rho.detach()
         self.register_buffer("feature_mean", like.new_zeros(self.num_features) if is_auto else None)
-        self.register_buffer("feature_var", like.new_ones(()) if is_auto else None)
+        self.register_buffer("feature_var", like.new_ones(self.num_features) if is_auto else None)
         self.register_buffer("num_batches_tracked", like.new_zeros((), dtype=torch.int64) if is_auto else None)
 
     def _weights(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,16 +334,16 @@ class AttentiveNorm2d(nn.Module):
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of every channel of all images, [C], and the variance about it over all channels, []."""
+    """Mean and variance of every channel over all images, [C] each."""
     dtype = at_least_float32(x)
     if torch.compiler.is_compiling():
         var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-        return mean, var.mean()
-    # On a CPU that takes twice as long as the layer's own forward, and elsewhere a copy of 16-bit features. Parts need
-    # neither: on a CPU they stay in the cache, and are short enough for a sum of squares in float32, which over
-    # millions of values would be off by a thousandth there.
+        return mean, var
+    # On a CPU that takes several times as long as the layer's own forward, and elsewhere a copy of 16-bit features.
+    # Parts need neither: on a CPU they stay in the cache.
     length = 2**17 if x.device.type == "cpu" else 2**22
     mean = x.mean((0, 2, 3), dtype=dtype)
-    parts = x.split(max(length * x.shape[2] // max(x.numel(), 1), 1), dim=2)
-    norms = [torch.linalg.vector_norm(part - mean[:, None, None]) for part in parts]
-    return mean, torch.stack(norms).square().sum() / x.numel()
+    squares = torch.zeros_like(mean)
+    for part in x.split(max(length * x.shape[2] // max(x.numel(), 1), 1), dim=2):
+        squares += (part - mean[:, None, None]).square_().sum((0, 2, 3))
+    return mean, squares / max(x.numel() // x.shape[1], 1)
