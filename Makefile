@@ -5,11 +5,13 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test
+.PHONY: help demo test coverage docs
 
 help:
 	@echo "make demo   train a small generator on built-in photographs (about five minutes on two cores), write demo/index.html"
 	@echo "make test   lint, types and tests"
+	@echo "make coverage   the tests once more, and the lines that none of them runs"
+	@echo "make docs   the documents and the reference of the package as web pages, build/docs/index.html"
 	@echo "Both first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
 
 demo: .venv/.installed
@@ -27,6 +29,13 @@ test: .venv/.installed
 	@$(BIN)/mypy
 	@echo "== Tests"
 	@$(BIN)/python -m pytest --durations=20 -n $(JOBS) --dist loadfile
+
+coverage: .venv/.installed
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov=attnorm --cov-report=term-missing:skip-covered
+
+docs: .venv/.installed
+	@$(BIN)/sphinx-build -q -b html docs build/docs
+	@echo "Open build/docs/index.html in a browser."
 
 # constraints.txt holds a set of releases that works together; pyproject.toml says what may differ from it.
 .venv/.installed: pyproject.toml constraints.txt

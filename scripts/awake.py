@@ -151,7 +151,8 @@ def features_of(images: Tensor, extractor: Any) -> Tensor:
 @torch.no_grad()
 def score(config: Config, task: Any, images: Any, real: Path) -> float:
     """Of the averaged generator, less is better: in inpainting the validation L1 in the hole, else the Fréchet distance
-    of 1,000 images on EfficientNet-Lite0's features."""
+    of 1,000 images on EfficientNet-Lite0's features.
+    """
     if config.task == "inpainting":
         return task.validate(task.state.images_seen)["validation/hole_l1"]
     extractor = load_extractor("efficientnet-lite0", device=CPU)

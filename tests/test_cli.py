@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnorm.cli.training._say_what_it_takes", lambda config: None)
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     cli.main(["train", "--preset", "smoke", "--dry-run", *arguments])
     return json.loads(capsys.readouterr().out)
 

@@ -10,6 +10,7 @@ import struct
 import unicodedata
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("mode", "format", "options"), FILES, ids=lambda value: str(value)[:24])
-def test_outside_the_mask_every_sample_stays(mode: str, format: str, options: dict, tmp_path: Path) -> None:
+def test_outside_the_mask_every_sample_stays(mode: str, format: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Seen through Pillow, before and after; and inside the hole it is another picture, with the same alpha."""
     path = tmp_path / "photograph"  # what it is called does not matter
     picture(mode).save(path, format, **options)

@@ -39,10 +39,10 @@ from attnorm.config import (
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.data.stream import Stream
 from attnorm.evaluation import inpainters
+from attnorm.evaluation.collection import SPLITS
 from attnorm.evaluation.generation import (
     FRECHET_RESAMPLES,
     LAYOUT_IMAGES,
-    SPLITS,
     TABLE_2_CLASSES,
     evaluate_generator,
     scores_file,

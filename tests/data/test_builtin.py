@@ -6,12 +6,12 @@ from PIL import Image
 
 from attnorm.data import builtin
 from attnorm.data.builtin import builtin_photographs
-from attnorm.data.images import builtin_images, load_images
+from attnorm.data.images import ImageSet, builtin_images, load_images
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def refuse(*_, **__):
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the built-in data set reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -19,11 +19,11 @@ def _no_network(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data():
+def data() -> ImageSet:
     return builtin_images(16)
 
 
-def test_classes_and_counts(data):
+def test_classes_and_counts(data: ImageSet) -> None:
     assert data.classes == (
         "astronaut",
         "brick",
@@ -43,7 +43,7 @@ def test_classes_and_counts(data):
     assert "can only memorise" in data.note
 
 
-def test_same_views_every_time(data):
+def test_same_views_every_time(data: ImageSet) -> None:
     np.random.seed(1)  # nothing global matters
     again = load_images("builtin", 16)
     assert np.array_equal(again.images, data.images)
@@ -51,11 +51,11 @@ def test_same_views_every_time(data):
     assert builtin_images(8).fingerprint != data.fingerprint
 
 
-def test_every_view_is_distinct(data):
+def test_every_view_is_distinct(data: ImageSet) -> None:
     assert len({image.tobytes() for image in data.images}) == len(data)
 
 
-def test_classes_look_different(data):
+def test_classes_look_different(data: ImageSet) -> None:
     """A view is on average nearer to its own class's mean image than to any other's."""
     images = data.images.astype(np.float32).reshape(len(data), -1)
     means = np.stack([images[data.labels == label].mean(0) for label in range(10)])
@@ -65,7 +65,7 @@ def test_classes_look_different(data):
     assert (np.linalg.norm(means[:, None] - means, axis=2) + 1e9 * np.eye(10) > 300).all()
 
 
-def test_views_are_crops_of_their_photograph(monkeypatch):
+def test_views_are_crops_of_their_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a picture whose colour is its place, every view shows a square inside the allowed bounds, mirrored or not."""
     ramp = np.zeros((200, 200, 3), np.uint8)
     ramp[..., 0] = np.arange(200)
@@ -83,7 +83,7 @@ def test_views_are_crops_of_their_photograph(monkeypatch):
     assert np.abs(offset).max() < 0.12 and np.ptp(offset, axis=1).min() > 0.15
 
 
-def test_photographs_are_in_colour_and_full_size():
+def test_photographs_are_in_colour_and_full_size() -> None:
     photographs = builtin_photographs()
     assert sorted(photographs) == list(photographs)
     assert photographs["cat"].shape == (300, 451, 3) and photographs["retina"].shape == (1411, 1411, 3)
@@ -92,7 +92,7 @@ def test_photographs_are_in_colour_and_full_size():
     assert all(photograph.dtype == np.uint8 for photograph in photographs.values())
 
 
-def test_missing_photograph_is_named():
+def test_missing_photograph_is_named() -> None:
     with pytest.raises(ValueError, match=r"nobody\.png is missing from scikit-image.*reinstall"):
         builtin._open("nobody.png")
     with pytest.raises(ValueError, match="image_size=0"):

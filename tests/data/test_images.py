@@ -8,6 +8,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 # Sources
 
 
-def test_class_folders_give_their_pixels_in_sorted_order(tmp_path):
+def test_class_folders_give_their_pixels_in_sorted_order(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     data = load_images(str(root), SIZE)
     assert len(data) == 3
@@ -93,7 +94,7 @@ def test_class_folders_give_their_pixels_in_sorted_order(tmp_path):
     assert (data.source, data.skipped, data.note) == (str(root), (), "")
 
 
-def test_flat_folder_is_one_class_named_after_it(tmp_path):
+def test_flat_folder_is_one_class_named_after_it(tmp_path: Path) -> None:
     save(tmp_path / "pets" / "2.png", pixels(2))
     save(tmp_path / "pets" / "1.png", pixels(1))
     data = load_images(tmp_path / "pets", SIZE)
@@ -102,13 +103,13 @@ def test_flat_folder_is_one_class_named_after_it(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "imagery/"], ids=["bare", "single-root"])
-def test_zip_equals_folder(tmp_path, prefix):
+def test_zip_equals_folder(tmp_path: Path, prefix: Any) -> None:
     root = two_classes(tmp_path / "set")
     assert equal(load_images(zip_of(root, tmp_path / "s.zip", prefix), SIZE), load_images(root, SIZE))
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("", "birds"), ("pets/", "pets")], ids=["bare", "single-root"])
-def test_flat_zip_is_one_class(tmp_path, prefix, name):
+def test_flat_zip_is_one_class(tmp_path: Path, prefix: Any, name: Any) -> None:
     save(tmp_path / "flat" / "1.png", pixels(1))
     data = load_images(zip_of(tmp_path / "flat", tmp_path / "birds.zip", prefix), SIZE)
     assert data.classes == (name,)
@@ -116,7 +117,7 @@ def test_flat_zip_is_one_class(tmp_path, prefix, name):
 
 
 @pytest.mark.parametrize("spelling", ["./{}", "/{}", "set//{}", "set\\\\{}"], ids=["dot", "slash", "double", "windows"])
-def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path, spelling):
+def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path: Path, spelling: Any) -> None:
     root = two_classes(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         for file in filter(Path.is_file, root.rglob("*")):
@@ -128,7 +129,7 @@ def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path, spellin
     assert equal(load_images(tmp_path / "s.zip", SIZE), load_images(root, SIZE))
 
 
-def test_of_a_name_that_is_twice_in_a_zip_the_last_is_read_and_it_is_said(tmp_path):
+def test_of_a_name_that_is_twice_in_a_zip_the_last_is_read_and_it_is_said(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     archive = zip_of(root, tmp_path / "s.zip")
     with zipfile.ZipFile(archive, "a") as file:
@@ -140,13 +141,13 @@ def test_of_a_name_that_is_twice_in_a_zip_the_last_is_read_and_it_is_said(tmp_pa
     assert np.array_equal(data.images[2], chw(pixels(1)))
 
 
-def test_zip_leaves_nothing_on_disk(tmp_path):
+def test_zip_leaves_nothing_on_disk(tmp_path: Path) -> None:
     archive = zip_of(two_classes(tmp_path / "set"), tmp_path / "s.zip")
     load_images(archive, SIZE)
     assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".npy", ".json"}
 
 
-def test_loose_images_beside_class_folders_are_skipped(tmp_path):
+def test_loose_images_beside_class_folders_are_skipped(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     save(root / "loose.png", pixels(9))
     data = load_images(root, SIZE)
@@ -154,7 +155,7 @@ def test_loose_images_beside_class_folders_are_skipped(tmp_path):
     assert data.skipped == ("loose.png: lies beside the class folders, in none",)
 
 
-def test_hidden_files_are_ignored_and_links_followed(tmp_path):
+def test_hidden_files_are_ignored_and_links_followed(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     save(root / ".cache" / "x.png", pixels(9))
     save(root / "__MACOSX" / "x.png", pixels(9))
@@ -186,7 +187,7 @@ def cifar_archive(path: Path, files: dict[str, bytes], folder: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "archive"])
-def test_cifar10_binary_files_are_read_byte_by_byte(tmp_path, kind):
+def test_cifar10_binary_files_are_read_byte_by_byte(tmp_path: Path, kind: Any) -> None:
     files, images = cifar_files()
     files |= {"test_batch.bin": bytes(3073), "readme.html": b""}
     if kind == "archive":
@@ -201,7 +202,7 @@ def test_cifar10_binary_files_are_read_byte_by_byte(tmp_path, kind):
     assert data.skipped[0] == "automobile: no readable image, so it is not a class"
 
 
-def test_cifar10_class_names_come_from_its_meta_file(tmp_path):
+def test_cifar10_class_names_come_from_its_meta_file(tmp_path: Path) -> None:
     files, _ = cifar_files()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -211,7 +212,7 @@ def test_cifar10_class_names_come_from_its_meta_file(tmp_path):
     assert data.labels.tolist() == [1, 2, 0, 1]
 
 
-def test_cifar10_damage_is_an_error(tmp_path):
+def test_cifar10_damage_is_an_error(tmp_path: Path) -> None:
     files, _ = cifar_files()
     (tmp_path / "data_batch_1.bin").write_bytes(files["data_batch_1.bin"][:-1])
     with pytest.raises(ValueError, match=r"data_batch_1\.bin .* has 6145 bytes, expected a multiple of 3073"):
@@ -221,7 +222,7 @@ def test_cifar10_damage_is_an_error(tmp_path):
         load_images(tmp_path, 32)
 
 
-def test_a_batch_of_cifar10_that_is_twice_in_its_archive_is_refused(tmp_path):
+def test_a_batch_of_cifar10_that_is_twice_in_its_archive_is_refused(tmp_path: Path) -> None:
     path = cifar_archive(tmp_path / "c.tar", cifar_files()[0], "a")
     with tarfile.open(path) as archive:
         members = [(member, archive.extractfile(member).read()) for member in archive]
@@ -232,7 +233,7 @@ def test_a_batch_of_cifar10_that_is_twice_in_its_archive_is_refused(tmp_path):
         load_images(path, SIZE)
 
 
-def test_pickled_cifar10_is_refused(tmp_path):
+def test_pickled_cifar10_is_refused(tmp_path: Path) -> None:
     archive = cifar_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b"x"}, "cifar-10-batches-py")
     (tmp_path / "py").mkdir()
     (tmp_path / "py" / "data_batch_1").write_bytes(b"x")
@@ -241,7 +242,7 @@ def test_pickled_cifar10_is_refused(tmp_path):
             load_images(source, 32)
 
 
-def test_wrong_sources_say_what_to_do(tmp_path):
+def test_wrong_sources_say_what_to_do(tmp_path: Path) -> None:
     two_classes(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"photo does not exist; did you mean photos\? expected 'builtin',"):
         load_images(tmp_path / "photo", SIZE)
@@ -260,7 +261,7 @@ def test_wrong_sources_say_what_to_do(tmp_path):
 # Damage
 
 
-def test_unreadable_files_are_named_and_not_fatal(tmp_path):
+def test_unreadable_files_are_named_and_not_fatal(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     whole = (root / "cat" / "a.png").read_bytes()
     (root / "cat" / "broken.png").write_bytes(whole[:-60])
@@ -288,7 +289,7 @@ def test_unreadable_files_are_named_and_not_fatal(tmp_path):
 
 
 @pytest.mark.parametrize("side", [9, 12], ids=["pillow-warns", "pillow-refuses"])
-def test_decompression_bombs_are_skipped(tmp_path, monkeypatch, side):
+def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Any) -> None:
     root = two_classes(tmp_path / "set")
     save(root / "cat" / "bomb.png", pixels(0, side, side))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE**2)  # Pillow warns beyond it and refuses twice as much
@@ -297,7 +298,7 @@ def test_decompression_bombs_are_skipped(tmp_path, monkeypatch, side):
     assert len(data.skipped) == 1 and data.skipped[0].startswith("cat/bomb.png: Image size (")
 
 
-def test_too_large_files_are_skipped(tmp_path, monkeypatch):
+def test_too_large_files_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = two_classes(tmp_path / "set")
     save(root / "cat" / "vast.png", pixels(0, 32, 32))
     monkeypatch.setattr(sources, "_MAX_FILE_BYTES", 1000)
@@ -306,7 +307,7 @@ def test_too_large_files_are_skipped(tmp_path, monkeypatch):
     assert equal(load_images(zip_of(root, tmp_path / "s.zip"), SIZE), data)
 
 
-def test_nothing_left_is_an_error_that_names_the_first_files(tmp_path):
+def test_nothing_left_is_an_error_that_names_the_first_files(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat").mkdir(parents=True)
     for index in range(5):
         (tmp_path / "set" / "cat" / f"{index}.png").write_bytes(b"x")
@@ -327,7 +328,7 @@ def one(tmp_path: Path, array: np.ndarray, size: int, **options: object) -> np.n
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 20), (20, 31), (9, 12)], ids=["tall", "wide", "enlarged"])
-def test_centre_crop_and_lanczos(tmp_path, height, width):
+def test_centre_crop_and_lanczos(tmp_path: Path, height: Any, width: Any) -> None:
     array = pixels(0, height, width)
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -336,14 +337,14 @@ def test_centre_crop_and_lanczos(tmp_path, height, width):
     assert np.array_equal(one(tmp_path, array, 16), chw(expected))
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
     array = pixels(0)
     assert np.array_equal(one(tmp_path, array, SIZE, exif=exif), chw(np.rot90(array, -1)))
 
 
-def test_integers_of_32_bits_are_eight_or_sixteen_bits_or_skipped(tmp_path):
+def test_integers_of_32_bits_are_eight_or_sixteen_bits_or_skipped(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 1040
     save(tmp_path / "set" / "a.tif", grey)
     save(tmp_path / "set" / "b.tif", grey * 2)
@@ -369,7 +370,7 @@ def tiff(samples: np.ndarray, *changes: tuple[int, int], depth: int = 16) -> byt
     )
 
 
-def test_the_scale_of_grey_is_that_of_the_declared_depth(tmp_path):
+def test_the_scale_of_grey_is_that_of_the_declared_depth(tmp_path: Path) -> None:
     """16 bits with white at zero, and 12 bits, two samples in three bytes."""
     levels = np.arange(64).reshape(8, 8)
     (tmp_path / "set").mkdir()
@@ -391,7 +392,9 @@ def test_the_scale_of_grey_is_that_of_the_declared_depth(tmp_path):
     ],
     ids=["2-bit", "16-bit", "16-bit colour"],
 )
-def test_a_transparent_colour_of_a_png_is_laid_over_white(tmp_path, depth, colour_type, samples, key, expected):
+def test_a_transparent_colour_of_a_png_is_laid_over_white(
+    tmp_path: Path, depth: Any, colour_type: Any, samples: Any, key: Any, expected: Any
+) -> None:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -403,7 +406,7 @@ def test_a_transparent_colour_of_a_png_is_laid_over_white(tmp_path, depth, colou
     assert load_images(tmp_path / "one", 4).images[0, 0].tolist() == [expected] * 4
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     rgba = np.dstack([pixels(0), np.full((SIZE, SIZE), 255, np.uint8)])
     rgba[0, 0] = (10, 20, 30, 0)
     rgba[0, 1] = (0, 100, 255, 51)  # a fifth
@@ -413,7 +416,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert np.array_equal(result[:, 1:], chw(rgba[1:, :, :3]))
 
 
-def test_transparent_palette_is_laid_over_white(tmp_path):
+def test_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
     image = Image.fromarray(np.tile(np.array([0, 1], np.uint8), (SIZE, SIZE // 2)), "L")
     image.putpalette([10, 20, 30, 40, 50, 60])
     (tmp_path / "one").mkdir()
@@ -422,7 +425,7 @@ def test_transparent_palette_is_laid_over_white(tmp_path):
     assert result[:, 0, 0].tolist() == [255, 255, 255] and result[:, 0, 1].tolist() == [40, 50, 60]
 
 
-def test_progress_counts_every_file_once(tmp_path):
+def test_progress_counts_every_file_once(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     (root / "cat" / "fake.png").write_bytes(b"x")
     seen: list[tuple[int, int]] = []
@@ -435,7 +438,7 @@ def test_progress_counts_every_file_once(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "cifar"])
-def test_second_load_decodes_nothing(tmp_path, monkeypatch, kind):
+def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     source = two_classes(tmp_path / "set")
     if kind == "zip":
         source = zip_of(source, tmp_path / "s.zip")
@@ -447,7 +450,7 @@ def test_second_load_decodes_nothing(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("change", ["content", "added", "removed", "size"])
-def test_any_change_misses_the_cache(tmp_path, change):
+def test_any_change_misses_the_cache(tmp_path: Path, change: Any) -> None:
     root = two_classes(tmp_path / "set")
     first = load_images(root, SIZE)
     size = SIZE
@@ -490,7 +493,9 @@ def flip_last_byte(path: Path) -> None:
     ],
     ids=["byte", "truncated", "empty", "gone", "zeros", "half-json", "other-json", "labels"],
 )
-def test_damaged_cache_is_decoded_again(tmp_path, caplog, suffix, damage, memory):
+def test_damaged_cache_is_decoded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: Any, damage: Any, memory: Any
+) -> None:
     root = two_classes(tmp_path / "set")
     first = load_images(root, SIZE)
     (file,) = (tmp_path / "cache").glob(f"*{suffix}")
@@ -503,7 +508,7 @@ def test_damaged_cache_is_decoded_again(tmp_path, caplog, suffix, damage, memory
 
 
 @pytest.mark.parametrize("skip_one", [False, True], ids=["all", "one-skipped"])
-def test_large_sets_stay_mapped_and_are_equal(tmp_path, skip_one):
+def test_large_sets_stay_mapped_and_are_equal(tmp_path: Path, skip_one: Any) -> None:
     root = two_classes(tmp_path / "set")
     if skip_one:
         (root / "cat" / "aa.png").write_bytes(b"x")
@@ -522,7 +527,7 @@ def test_large_sets_stay_mapped_and_are_equal(tmp_path, skip_one):
         assert np.array_equal(data.images[0], chw(pixels(1)))
 
 
-def test_unwritable_cache_falls_back_on_memory(tmp_path, caplog):
+def test_unwritable_cache_falls_back_on_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = two_classes(tmp_path / "set")
     (tmp_path / "file").write_text("not a folder")
     expected = load_images(root, SIZE)
@@ -532,12 +537,12 @@ def test_unwritable_cache_falls_back_on_memory(tmp_path, caplog):
         load_images(root, SIZE, cache_dir=tmp_path / "file", max_memory_bytes=10)
 
 
-def test_what_is_kept_of_images_is_for_their_owner_alone(tmp_path):
+def test_what_is_kept_of_images_is_for_their_owner_alone(tmp_path: Path) -> None:
     load_images(two_classes(tmp_path / "set"), SIZE)
     assert [file.stat().st_mode & 0o777 for file in (tmp_path / "cache").iterdir()] == [0o600, 0o600]
 
 
-def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path, monkeypatch):
+def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = two_classes(tmp_path / "set")
 
     def full(*_: object) -> None:
@@ -549,12 +554,12 @@ def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path, monkeypat
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_two_writers_at_once_do_not_break_one_another(tmp_path, monkeypatch):
+def test_two_writers_at_once_do_not_break_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = two_classes(tmp_path / "set")
     together = threading.Barrier(2, timeout=120)
     decode_all = cache._decode_all
 
-    def decode_together(*arguments):
+    def decode_together(*arguments: Any) -> Any:
         together.wait()  # neither has seen the other's cache
         return decode_all(*arguments)
 
@@ -571,7 +576,7 @@ def test_two_writers_at_once_do_not_break_one_another(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path, monkeypatch):
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = two_classes(tmp_path / "set")
     folder = tmp_path / "cache"
 
@@ -603,7 +608,7 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path, monkeypatch)
     ],
     ids=["own", "xdg", "home"],
 )
-def test_cache_place_follows_the_environment(monkeypatch, variables, expected):
+def test_cache_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, variables: Any, expected: Any) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for name in ("ATTNORM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -615,7 +620,7 @@ def test_cache_place_follows_the_environment(monkeypatch, variables, expected):
 # Conversion
 
 
-def test_conversion_round_trip_is_exact():
+def test_conversion_round_trip_is_exact() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     floats = to_float(levels)
     assert floats.dtype == torch.float32
@@ -625,13 +630,13 @@ def test_conversion_round_trip_is_exact():
     assert torch.equal(to_uint8(floats.double()), levels)
 
 
-def test_to_uint8_rounds_to_nearest_and_clamps():
+def test_to_uint8_rounds_to_nearest_and_clamps() -> None:
     levels = torch.tensor([99.6, 100.4, -3.0, 300.0])
     assert to_uint8(levels / 127.5 - 1).tolist() == [100, 100, 0, 255]
     assert to_uint8(torch.tensor([torch.inf, -torch.inf])).tolist() == [255, 0]
 
 
-def test_conversions_refuse_the_other_side():
+def test_conversions_refuse_the_other_side() -> None:
     with pytest.raises(ValueError, match=r"torch\.float32 pixels, expected torch\.uint8"):
         to_float(torch.zeros(1))
     with pytest.raises(ValueError, match=r"torch\.uint8 pixels, expected floats"):
@@ -641,7 +646,7 @@ def test_conversions_refuse_the_other_side():
 # Order
 
 
-def test_every_epoch_is_another_permutation():
+def test_every_epoch_is_another_permutation() -> None:
     epochs = shuffled_indices(50, 0, 200, seed=1).reshape(4, 50)
     assert epochs.dtype == np.int64
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -650,7 +655,7 @@ def test_every_epoch_is_another_permutation():
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 130])
-def test_stream_does_not_depend_on_how_it_is_cut(batch):
+def test_stream_does_not_depend_on_how_it_is_cut(batch: Any) -> None:
     whole = shuffled_indices(30, 0, 400, seed=3)
     pieces = [shuffled_indices(30, start, min(batch, 400 - start), seed=3) for start in range(0, 400, batch)]
     assert np.array_equal(np.concatenate(pieces), whole)
@@ -658,7 +663,7 @@ def test_stream_does_not_depend_on_how_it_is_cut(batch):
     assert shuffled_indices(30, 5, 0, seed=3).size == 0
 
 
-def test_stream_depends_on_the_seed_alone():
+def test_stream_depends_on_the_seed_alone() -> None:
     a, b = shuffled_indices(50, 0, 50, seed=1), shuffled_indices(50, 0, 50, seed=2)
     assert not np.array_equal(a, b)
     a[:] = 0  # what callers do to a result must not reach the next one
@@ -669,12 +674,12 @@ def test_stream_depends_on_the_seed_alone():
     assert fresh.any() and np.array_equal(fresh, fresh_again)
 
 
-def test_stream_is_the_same_on_every_machine():
+def test_stream_is_the_same_on_every_machine() -> None:
     # The raw numbers of PCG64 never change, so neither may this; a run must resume elsewhere in the same order.
     assert shuffled_indices(8, 6, 6, seed=0).tolist() == [4, 5, 7, 4, 5, 1]
 
 
-def test_stream_refuses_nonsense():
+def test_stream_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="num_images=0"):
         shuffled_indices(0, 0, 1, seed=0)
     with pytest.raises(ValueError, match="seed=-1"):
@@ -684,7 +689,7 @@ def test_stream_refuses_nonsense():
 # Squares, and what is held out
 
 
-def test_squares_are_cut_where_they_are_asked_for():
+def test_squares_are_cut_where_they_are_asked_for() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 7, 9), np.uint8))
     tops, lefts = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
     squares = cut_squares(images, tops, lefts, 4)
@@ -696,7 +701,7 @@ def test_squares_are_cut_where_they_are_asked_for():
 @pytest.mark.parametrize(
     ("num_images", "every", "expected"), [(25, 10, [9, 19]), (4, 2, [1, 3]), (9, 10, []), (9, 0, [])]
 )
-def test_every_so_manieth_image_is_held_out(num_images, every, expected):
+def test_every_so_manieth_image_is_held_out(num_images: Any, every: Any, expected: Any) -> None:
     assert held_out_indices(num_images, every).tolist() == expected
 
 
@@ -725,7 +730,7 @@ def area_reduced(image: np.ndarray, size: int, left: float, side: int) -> np.nda
 
 
 @pytest.mark.parametrize("size", [256, 64])
-def test_street_view_squares_are_those_of_the_original_reduced_by_area(tmp_path, size):
+def test_street_view_squares_are_those_of_the_original_reduced_by_area(tmp_path: Path, size: Any) -> None:
     original = street(936, 537)
     save(tmp_path / "set" / "a.png", original)
     data = load_images(tmp_path / "set", size, fit="street-view")
@@ -740,7 +745,7 @@ def test_street_view_squares_are_those_of_the_original_reduced_by_area(tmp_path,
     assert np.abs(square - area_reduced(original, size, (936 - 537) / 2 - 8 * 537 / size, 537)).max() <= 0.51
 
 
-def test_the_small_street_view_is_told_apart_and_labelled(tmp_path):
+def test_the_small_street_view_is_told_apart_and_labelled(tmp_path: Path) -> None:
     original = street(227, 227)
     save(tmp_path / "set" / "a.png", original)
     data = load_images(tmp_path / "set", 256, fit="street-view")
@@ -749,7 +754,7 @@ def test_the_small_street_view_is_told_apart_and_labelled(tmp_path):
     assert "227x227" in data.note and "not comparable" in data.note
 
 
-def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tmp_path):
+def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tmp_path: Path) -> None:
     save(tmp_path / "set" / "b.png", street(936, 537))
     save(tmp_path / "set" / "c.png", street(227, 227))
     (tmp_path / "set" / "a.png").write_bytes(b"broken")
@@ -769,7 +774,7 @@ def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tm
         load_images(tmp_path / "none", 64, fit="street-view")
 
 
-def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path, monkeypatch):
+def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         save(tmp_path / "set" / f"{seed}.png", street(936, 537, seed))
     square = load_images(tmp_path / "set", 64)
@@ -826,7 +831,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
-def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(tmp_path, monkeypatch, code):
+def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Any
+) -> None:
     root = two_classes(tmp_path / "set")
     read = sources.read_regular
 
@@ -848,7 +855,7 @@ def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(tmp_path, mon
     assert equal(load_images(root, SIZE), data)
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = two_classes(tmp_path / "set")
     scan = os.scandir
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_line_is_every_pixel_near_the_segment(start: tuple[int, int], end: tup
     """Distances to 2,001 points along the segment, in floating point; the pixels at the very edge are not compared."""
     radius, size = 4, 32
     points = np.linspace(start, end, 2001)
-    places = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 1, 2)
+    places = np.stack(tuple(np.mgrid[:size, :size]), -1).reshape(-1, 1, 2)
     distance = np.sqrt(((places - points) ** 2).sum(-1)).min(1).reshape(size, size)
     drawn = np.zeros((size, size), bool)
     window, line = masks._line(size, start, end, radius)
@@ -142,7 +143,7 @@ def test_the_centre_mask_is_the_square_of_half_the_side() -> None:
         lambda: centre_mask(7),
     ],
 )
-def test_impossible_masks_are_told_what_was_expected(call) -> None:
+def test_impossible_masks_are_told_what_was_expected(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"got size=-?\d+, seed=-?\d+, index=-?\d+; expected 8 pixels or more"):
         call()
 

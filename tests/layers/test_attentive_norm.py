@@ -155,7 +155,9 @@ def literal_attentive_norm(
 # Building a layer and comparing it
 
 
-def make_layer(num_features: int = 4, num_entities: int = 3, *, dtype: torch.dtype = torch.float64, **switches: Any):
+def make_layer(
+    num_features: int = 4, num_entities: int = 3, *, dtype: torch.dtype = torch.float64, **switches: Any
+) -> AttentiveNorm2d:
     """A layer in which nothing is special: random parameters, unequal t, and rho not 0, or all gradients would be."""
     torch.manual_seed(0)
     layer = AttentiveNorm2d(num_features, num_entities, **{"temperature": 0.5, "reduction": 2, **switches})

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def patch(x: Tensor, top: int, left: int, side: int) -> Tensor:
     return torch.cat([pixel(x, top + i, left + j) for i in range(side) for j in range(side)])
 
 
-def fused(scores: dict, order: list[tuple[int, int]]) -> dict:
+def fused(scores: dict[Any, Any], order: list[tuple[int, int]]) -> dict[Any, Any]:
     """Every score plus those of the next and the previous pair in `order`."""
     position = {place: number for number, place in enumerate(order)}
     out = {}

@@ -1,5 +1,7 @@
 """The fixed feature network against timm's own, in value and in gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,11 +10,11 @@ from attnorm.models.feature_network import CHANNELS, DEVIATIONS, STAGES, Feature
 
 
 @pytest.fixture(scope="module")
-def networks():
+def networks() -> Any:
     return FeatureNetwork(), _pretrained().requires_grad_(False)
 
 
-def timms_maps(network, images):
+def timms_maps(network: Any, images: torch.Tensor) -> list[torch.Tensor]:
     x = network.bn1(network.conv_stem(((images + 1) * 127.5 - 127) / 128))
     maps = []
     for index, stage in enumerate(network.blocks):
@@ -23,7 +25,7 @@ def timms_maps(network, images):
 
 
 @pytest.mark.parametrize("side", [32, 50])  # 50 is 25, 13, 7, 4, 2: odd sides are padded on one side only
-def test_maps_and_the_images_gradient_are_timms(networks, side):
+def test_maps_and_the_images_gradient_are_timms(networks: Any, side: Any) -> None:
     ours, theirs = networks
     images = (torch.rand(2, 3, side, side) * 2 - 1).requires_grad_()
     expected = [m / d for m, d in zip(timms_maps(theirs, images), DEVIATIONS, strict=True)]
@@ -38,7 +40,7 @@ def test_maps_and_the_images_gradient_are_timms(networks, side):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
-def test_what_is_classified_is_what_the_weights_were_trained_for(networks):
+def test_what_is_classified_is_what_the_weights_were_trained_for(networks: Any) -> None:
     """The file's names are another library's: paired in the wrong order, the network would not know a photograph."""
     from skimage import data
 
@@ -47,7 +49,7 @@ def test_what_is_classified_is_what_the_weights_were_trained_for(networks):
     assert 281 <= logits.argmax().item() <= 285  # ImageNet's domestic cats
 
 
-def test_maps_of_photographs_have_about_unit_variance(networks):
+def test_maps_of_photographs_have_about_unit_variance(networks: Any) -> None:
     from attnorm.data.images import load_images, to_float
 
     images = load_images("builtin", 64).batch(torch.arange(0, 400, 20).numpy())[0]
@@ -59,7 +61,7 @@ def test_maps_of_photographs_have_about_unit_variance(networks):
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("depthwise", [True, False])
 @pytest.mark.parametrize("side", [8, 9])
-def test_the_gradient_of_a_fixed_convolution_is_autograds(stride, kernel, depthwise, side):
+def test_the_gradient_of_a_fixed_convolution_is_autograds(stride: Any, kernel: Any, depthwise: Any, side: Any) -> None:
     channels = 4
     convolution = nn.Conv2d(channels, channels, kernel, stride, groups=channels if depthwise else 1, bias=False)
     norm = nn.BatchNorm2d(channels).eval()
@@ -79,6 +81,6 @@ def test_the_gradient_of_a_fixed_convolution_is_autograds(stride, kernel, depthw
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_nothing_of_it_learns_or_goes_into_a_checkpoint(networks):
+def test_nothing_of_it_learns_or_goes_into_a_checkpoint(networks: Any) -> None:
     assert not list(networks[0].parameters())
     assert not networks[0].state_dict()

@@ -12,12 +12,12 @@ SMALL = ProjectedConfig(feature_size=32, width=4)
 
 
 @pytest.fixture(scope="module")
-def projector():
+def projector() -> Projector:
     torch.manual_seed(0)
     return Projector(SMALL)
 
 
-def test_mixing_is_a_random_1x1_of_each_map_and_a_random_3x3_of_the_next_smaller(projector):
+def test_mixing_is_a_random_1x1_of_each_map_and_a_random_3x3_of_the_next_smaller(projector: Projector) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     maps = projector.features(images)
     filters = projector.state_dict()
@@ -34,7 +34,7 @@ def test_mixing_is_a_random_1x1_of_each_map_and_a_random_3x3_of_the_next_smaller
         torch.testing.assert_close(h, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_mixing_keeps_the_variance():
+def test_mixing_keeps_the_variance() -> None:
     torch.manual_seed(0)
     projector = Projector(ProjectedConfig(feature_size=32, width=16))
     projector.features.forward = lambda images: [
@@ -44,7 +44,7 @@ def test_mixing_keeps_the_variance():
         assert 0.7 < h.std().item() < 1.2  # enlarging takes a little
 
 
-def test_images_are_enlarged_to_the_feature_size():
+def test_images_are_enlarged_to_the_feature_size() -> None:
     torch.manual_seed(0)
     larger = Projector(ProjectedConfig(feature_size=64, width=4))
     image = torch.rand(1, 3, 32, 32)
@@ -52,7 +52,7 @@ def test_images_are_enlarged_to_the_feature_size():
         torch.testing.assert_close(h, wanted)
 
 
-def test_a_score_is_a_linear_map_plus_the_product_with_the_classs_row():
+def test_a_score_is_a_linear_map_plus_the_product_with_the_classs_row() -> None:
     torch.manual_seed(1)
     discriminator = ProjectedDiscriminator(SMALL, 3).eval()
     maps, labels = discriminator.projector(torch.rand(2, 3, 32, 32)), torch.tensor([2, 0])
@@ -66,7 +66,7 @@ def test_a_score_is_a_linear_map_plus_the_product_with_the_classs_row():
         torch.testing.assert_close(part, wanted.flatten(1), rtol=1e-4, atol=1e-5)
 
 
-def test_every_weight_matrix_has_spectral_norm_one_after_power_iterations():
+def test_every_weight_matrix_has_spectral_norm_one_after_power_iterations() -> None:
     torch.manual_seed(0)
     discriminator = ProjectedDiscriminator(SMALL, 3)
     maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (8, 4), (16, 2), (32, 1))]

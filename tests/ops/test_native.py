@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_failed_build_gives_the_first_line_of_the_compilers_message(
     monkeypatch.setenv("CC", str(compiler))
     assert why().endswith("error: no vectors here")
     assert not list(cache.iterdir())
-    zeros = [torch.zeros(shape) for shape in ((1, 3, 2, 2), (1, 2, 3), (1, 2), (3, 3), (3,), (2, 3), (2, 3), ())]
+    zeros: Any = [torch.zeros(shape) for shape in ((1, 3, 2, 2), (1, 2, 3), (1, 2), (3, 3), (3,), (2, 3), (2, 3), ())]
     with pytest.raises(RuntimeError, match="no vectors here"):
         native.forward(*zeros, 1e-5)
 

@@ -21,7 +21,7 @@ from attnorm.ops.triton import check, launch, plans, unsupported_reason  # noqa:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make(n: int, c: int, k: int, h: int, w: int, mean: float = 0.3) -> tuple[Tensor, list[Tensor]]:
+def make(n: int, c: int, k: int, h: int, w: int, mean: float = 0.3) -> tuple[Tensor, Any]:
     """x, and the other arguments."""
     random = torch.Generator().manual_seed(c * 1000 + k)
 

@@ -1,16 +1,18 @@
 """Differentiable augmentation, against its definitions pixel by pixel."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from attnorm.training.augmentation import AUGMENTATIONS, augment
 
 
-def images():
+def images() -> torch.Tensor:
     return torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_colour_is_brightness_then_saturation_then_contrast():
+def test_colour_is_brightness_then_saturation_then_contrast() -> None:
     torch.manual_seed(3)
     got = AUGMENTATIONS["color"](images())
     torch.manual_seed(3)
@@ -23,7 +25,7 @@ def test_colour_is_brightness_then_saturation_then_contrast():
         torch.testing.assert_close(seen, x)
 
 
-def test_translation_moves_by_at_most_an_eighth_and_brings_in_zeros():
+def test_translation_moves_by_at_most_an_eighth_and_brings_in_zeros() -> None:
     moved = AUGMENTATIONS["translation"](images())
     shifts = set()
     for image, seen in zip(images(), moved, strict=True):
@@ -39,7 +41,7 @@ def test_translation_moves_by_at_most_an_eighth_and_brings_in_zeros():
     assert len(shifts) > 15  # of 25, each image its own
 
 
-def test_cutout_takes_a_square_of_half_the_side():
+def test_cutout_takes_a_square_of_half_the_side() -> None:
     ones = torch.ones(400, 3, 16, 16)
     seen = AUGMENTATIONS["cutout"](ones)
     rows, columns = (seen == 0).all(1).any(2), (seen == 0).all(1).any(1)
@@ -52,8 +54,8 @@ def test_cutout_takes_a_square_of_half_the_side():
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_gradients_go_through(name):
-    def seen(x):
+def test_gradients_go_through(name: Any) -> None:
+    def seen(x: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)
         return augment(x, [name])
 

@@ -179,7 +179,8 @@ class Runner:
 
 def time_in_turn(runners: Sequence[Runner], seconds: float, advance: Callable[[], None]) -> None:
     """One turn each, round and round, so that a machine that grows slower or faster does so for all alike; a runner
-    leaves when it has had its seconds."""
+    leaves when it has had its seconds.
+    """
     left = list(runners)
     while left:
         for runner in list(left):

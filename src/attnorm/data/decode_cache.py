@@ -231,7 +231,6 @@ def _size_of(contents: Contents, index: int) -> tuple[int, int] | None:
 
 def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[bytes], object]], _Labelling]) -> None:
     """Decode into the cache. Any number of processes may do so at once: each replaces whole files by equal ones."""
-
     record: dict[str, Any] = {}
 
     def write_header(file: BinaryIO, num_images: int) -> int:

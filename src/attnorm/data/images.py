@@ -100,6 +100,7 @@ def shuffled_indices(num_images: int, start: int, count: int, *, seed: int) -> n
         start: Position in images seen, at least 0.
         count: How many, at least 0; may straddle epochs.
         seed: At least 0.
+
     Returns:
         int64 [count], each in [0, num_images).
     """
@@ -149,6 +150,7 @@ def load_images(
             ~/.cache/attnorm. If it cannot be written, images are decoded into memory each time.
         max_memory_bytes: Pixels beyond this stay memory-mapped; by default half of the memory that is available.
         progress: Called with (done, total) after each decoded file; not called where the cache is used.
+
     Raises:
         ValueError: If the source does not exist, is of another kind, or holds no readable image.
     """

@@ -125,6 +125,7 @@ def read_mask(path: str | Path, threshold: int | None = None, invert: bool = Fal
         threshold: The least grey, of 0 to 255, that is missing; 16-bit files are scaled to 255. None: 128, but of a
             mask with two greys, whatever they are, the darker is black and the lighter white.
         invert: Black is missing instead: the complement of what would be returned without.
+
     Raises:
         UserError: If the file cannot be read as an image, or the threshold is not in 1 to 255.
     """

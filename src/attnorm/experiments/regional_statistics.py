@@ -386,7 +386,8 @@ def evaluate(network: Network, setting: Setting, num_images: dict[int, int], see
 
 def cost(arm: str, size: int, seconds: float) -> dict[str, Any]:
     """The block alone, forward, in evaluation mode, on one feature map of `size` pixels a side: milliseconds (median),
-    runs, and the most bytes held beyond weights and input."""
+    runs, and the most bytes held beyond weights and input.
+    """
     torch.manual_seed(0)
     block = ARMS[arm].build(BASE).eval()
     x = torch.randn(1, CHANNELS, size, size).contiguous(memory_format=torch.channels_last)

@@ -112,6 +112,7 @@ class Inpainter:
             mask: bool [1, H, W], True = missing.
             with_layouts: Keep the layouts as well; ConfigError where the model has none.
             progress: Called with (done, total) after each window.
+
         Raises:
             UserError: the mask is of another size, of nothing, or of everything, or hides all of a window.
         """

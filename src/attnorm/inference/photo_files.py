@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from attnorm.config import UserError
@@ -351,7 +351,7 @@ def _decode(path: Path, data: bytes) -> Photograph:
             if mode == "I" and format == "TIFF" and few:
                 mode, samples, note = "L", (grey // 257).astype(np.uint8), "its integers are kept with 8 bits"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             error = ValueError("it is no image, or of an unknown kind")
         raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
     if format == "MPO":

@@ -74,7 +74,8 @@ class Generator(nn.Module):
 
 class SpectralNorm(parametrizations._SpectralNorm):
     """torch's, one power iteration a training forward; in full precision under autocast, which on NVIDIA's GPUs would
-    make its matrix-vector products in bfloat16."""
+    make its matrix-vector products in bfloat16.
+    """
 
     def forward(self, weight: Tensor) -> Tensor:
         with no_autocast(weight):

@@ -52,7 +52,8 @@ def widened(x: Tensor) -> Tensor:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The order of the values of a feature map [N, C, H, W], which every operation and block hands on: channels_last
-    where only that fits its strides, else contiguous."""
+    where only that fits its strides, else contiguous.
+    """
     # Inside vmap a map has no format of its own, and torch answers no question about channels_last.
     if x.is_contiguous() or torch._C._functorch.is_batchedtensor(x):
         return torch.contiguous_format

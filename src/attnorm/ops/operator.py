@@ -37,7 +37,8 @@ def plain(
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4 to 6 in plain torch: (output, layout). Differentiable in every way that torch has, at several times the
-    memory of the operator. `settings` are those of `regional_norm`."""
+    memory of the operator. `settings` are those of `regional_norm`.
+    """
     layout = soft_layout(x, filters, offset)  # Eq. 4
     v = x
     if value_weight is not None:
@@ -166,7 +167,8 @@ def _double_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by grad, x, filters, offset, value_weight, value_bias, weight, bias and rho of the sum of the results
-    of `_backward`, each times its cotangent: `tangent` is that of dx, and the others end in `_dot`, None for zeros."""
+    of `_backward`, each times its cotangent: `tangent` is that of dx, and the others end in `_dot`, None for zeros.
+    """
     parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
     if not x.numel():
         like = _dense(x)
@@ -255,7 +257,8 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor |
 
 def _alone(part: Tensor) -> Tensor:
     """To differentiate by in this use of the layer alone: an x that came out of the same layer leads to the same
-    parameters again."""
+    parameters again.
+    """
     return part.view_as(part) if part.requires_grad else part.detach().requires_grad_()
 
 

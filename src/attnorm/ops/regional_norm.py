@@ -124,7 +124,8 @@ def _fused(
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Eq. 5 as four matrix products: with a_i = beta_i / sigma_i and b_i = alpha_i - a_i mu_i it is
-    x * (sum_i a_i S_i) + sum_i b_i S_i."""
+    x * (sum_i a_i S_i) + sum_i b_i S_i.
+    """
     shape = x.shape
     x, s = x.flatten(2), layout.flatten(2)  # [N, C, P], [N, K, P]
 

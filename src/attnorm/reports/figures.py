@@ -294,7 +294,8 @@ def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
 
 def _score_curves(scores: list[Score]) -> Iterator[Curve]:
     """Fréchet distances by protocol, real images and weights; of several draws the first seed's, of a repetition the
-    last, as in tables. Subset estimates are left out."""
+    last, as in tables. Subset estimates are left out.
+    """
     kinds: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
     for score in sorted(scores, key=lambda score: -score.seed):
         if score.metric == "frechet" and not score.subset:

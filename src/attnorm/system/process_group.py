@@ -18,7 +18,8 @@ from attnorm.system.devices import find_device
 
 T = TypeVar("T")
 
-_store: dist.Store | None = None  # of the group that this process is in
+# Of the group that this process is in; torch does not export the type.
+_store: dist.Store | None = None  # type: ignore[name-defined]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ProcessGroup:
 
     rank: int = 0
     count: int = 1
-    store: dist.Store | None = None  # what all of them can reach, while some are lost too
+    # What all of them can reach, while some are lost too.
+    store: dist.Store | None = None  # type: ignore[name-defined]
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` returns, once it has returned in every process.
@@ -142,11 +144,11 @@ def process_group() -> Iterator[ProcessGroup]:
         yield ProcessGroup()
     else:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # for gradients; all else is on the CPU
-        _store, rank, count = next(dist.rendezvous("env://"))
+        _store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # A process may wait long for another one's work.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-            store=dist.PrefixStore(f"attnorm/{_attempt()}", _store),
+            store=dist.PrefixStore(f"attnorm/{_attempt()}", _store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=count,
             timeout=datetime.timedelta(days=2),

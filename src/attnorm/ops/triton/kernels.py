@@ -46,7 +46,8 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 @triton.jit
 def _operand(a, INNER: tl.constexpr, PRECISION: tl.constexpr):
     """A factor of `_dot`. The units cut float32 to TF32, which makes every factor smaller: what ought to cancel does
-    not, and the gradient of the value projection loses a digit. So what is computed here is rounded to TF32 first."""
+    not, and the gradient of the value projection loses a digit. So what is computed here is rounded to TF32 first.
+    """
     if PRECISION == "tf32":
         a = ((a.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return a.to(INNER)
@@ -105,7 +106,8 @@ def _weights(
     C: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The filters [K, C] of input channels c, what rounding them to the precision of x has lost, and the value
-    projection [C, C]: logits keep their digits even where x has 8 bits (row 11)."""
+    projection [C, C]: logits keep their digits even where x has 8 bits (row 11).
+    """
     w = _matrix(value_weight, co, c, C, C, EXACT)
     f = _matrix(filters, k, c, K, C, EXACT)
     rounded = _operand(f, w.dtype, PRECISION)
@@ -119,7 +121,8 @@ def _raw_and_value(
     EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, VALUE: tl.constexpr = True,
 ):  # fmt: skip
     """filters x [K, TILE] and, if VALUE, value_weight x [C, TILE] (else zeros); in chunks of input channels where the
-    weights f and w of all of them do not fit beside the tile."""
+    weights f and w of all of them do not fit beside the tile.
+    """
     if CHUNK == CP:
         part = _tile(x, co, p, P, C, EXACT, CHANNELS_LAST)
         raw = _dot(f, part, None, PRECISION)
@@ -358,7 +361,8 @@ def differentiate(
     JP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """From the blocks' sums: this image's share of the gradients of beta, alpha and rho, and the coefficients of
-    dv = grad * (scale S) + (v - centre) * (slope S) + level S and of dS (see `gradients`)."""
+    dv = grad * (scale S) + (v - centre) * (slope S) + level S and of dS (see `gradients`).
+    """
     n = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     k = tl.arange(0, KP)
@@ -534,7 +538,8 @@ def tangents(
     VALUE_DOT: tl.constexpr,
 ):  # fmt: skip
     """Of one block, in six tables: sums of S grad and S grad v, and of the tangents of S with grad held, S grad v, S v
-    and S v^2 / 2, with v less its centre; and the sum of the tangent of S."""
+    and S v^2 / 2, with v less its centre; and the sum of the tangent of S.
+    """
     program = tl.program_id(0)
     n = program // J
     first = (program % J) * tiles * TILE
@@ -619,7 +624,8 @@ def curve(
     JP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """As `differentiate`, with the tangents of all that it finds: tables of scale, offset, slope and level, then of
-    their tangents; two of constants."""
+    their tangents; two of constants.
+    """
     n = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     k = tl.arange(0, KP)
@@ -696,7 +702,8 @@ def curvatures(
     VALUE_DOT: tl.constexpr, KEEP_DV: tl.constexpr,
 ):  # fmt: skip
     """dgrad and dx of one block; its share of the gradients of filters and their offset, of the tangents of both and of
-    the value projection."""
+    the value projection.
+    """
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply`
     n = program // J
     first = (program % J) * tiles * TILE

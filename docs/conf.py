@@ -1,0 +1,44 @@
+"""How `make docs` builds these pages and the reference of the package, without a network."""
+
+import re
+from typing import Any
+
+from attnorm import __version__
+
+project = "attnorm"
+author = "the attnorm authors"
+copyright = author
+release = version = __version__
+extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"attnorm {__version__}"
+exclude_patterns = ["results/*/**"]
+
+# The reference, a page a module, is made of the docstrings. The kernels are a language of their own.
+apidoc_modules = [
+    {
+        "path": "../src/attnorm",
+        "destination": "api",
+        "exclude_patterns": ["**/triton/kernels*", "**/__main__*", "**/studio/**"],
+        "separate_modules": True,
+        "module_first": True,
+        "no_headings": False,
+    }
+]
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
+napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
+default_role = "code"  # in a docstring `name` is a name
+python_use_unqualified_type_names = True
+myst_heading_anchors = 3
+suppress_warnings = ["myst.xref_missing", "ref.python"]  # links to files of the repository; names with two homes
+
+
+def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: |x| is a norm and *.json a pattern."""
+    lines[:] = [re.sub(r"([|*])", r"\\\1", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", escape)
