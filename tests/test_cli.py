@@ -32,12 +32,14 @@ from attnorm.run_directory import RunDirectory
 ROOT = Path(__file__).parents[1]
 VERBS = (
     "train",
+    "watch",
     "sample",
     "interpolate",
     "layout",
     "inpaint",
     "page",
     "curves",
+    "export",
     "bench",
     "manifest",
     "evaluate",
