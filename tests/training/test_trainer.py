@@ -320,13 +320,6 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch
     assert_finite(tmp_path / "run")
 
 
-def test_without_a_checkpoint_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(class_conditional, "hinge_generator_loss", lambda scores: scores.mean() * math.inf)
-    with pytest.raises(TrainingError, match=r"at step 1 .*last good checkpoint: none"):
-        run(tiny(), tmp_path / "run")
-    assert RunDirectory(tmp_path / "run").checkpoints() == []
-
-
 def assert_finite(out: Path) -> None:
     for path in RunDirectory(out).checkpoints():
         tensors, _ = read_checkpoint(path)
@@ -586,23 +579,6 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
         assert all(a != b for a, b in zip(same, turned, strict=True))
         mirrored[flip] = sum(turned)
     assert mirrored[False] == 0 and 16 < mirrored[True] < 48
-
-
-def test_batches_of_a_step_follow_one_another_through_the_epochs() -> None:
-    """Two steps of three discriminator updates and one of the generator see each of 32 images once."""
-    images, seen = random_images(32), []
-    config = tiny("optim.d_steps=3", "model.num_classes=3")
-    task = ClassConditionalTask(config, torch.device("cpu"))
-    stream = Stream(config, images, torch.device("cpu"))
-    for images_seen in (0, 4):
-        for index in range(4):
-            batch = stream.batch(task.position(images_seen) + 4 * index)
-            pixels = ((batch.images + 1) * 127.5).round().to(torch.uint8).numpy()
-            for image, label in zip(pixels, batch.labels.tolist(), strict=True):
-                (number,) = np.flatnonzero((images.images == image).all((1, 2, 3)))
-                assert images.labels[number] == label
-                seen.append(int(number))
-    assert sorted(seen) == list(range(32)) and seen != sorted(seen)
 
 
 def test_every_discriminator_update_gets_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
