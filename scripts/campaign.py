@@ -49,6 +49,7 @@ SETTINGS = (
     *(f"run.duration_images={DURATION}", f"run.checkpoint_every_images={INTERVAL}", "run.log_every_images=8"),
     *("run.keep_checkpoints=3", "run.device=cpu", "run.precision=float32"),
 )
+GRACE = 30.0  # seconds that torchrun allows the others of a process that has failed
 PATIENCE = 900.0  # seconds, after which what has not ended hangs: long, for a machine that others use too
 
 
@@ -61,18 +62,28 @@ class Leg:
     begun: float
 
     def wait(self) -> list[int]:
-        """Exit statuses; a process that hangs is killed and has 999."""
+        """Exit statuses. Where one process has failed, the others get SIGTERM and half a minute, as from torchrun; one
+        that hangs is killed and has 999.
+        """
         statuses: dict[int, int] = {}
+        failed_at = None
         while len(statuses) < len(self.pids):
             for pid in self.pids:
-                if pid not in statuses:
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:
-                        statuses[pid] = os.waitstatus_to_exitcode(status)
-                    elif time.monotonic() - self.begun > PATIENCE:
-                        os.kill(pid, signal.SIGKILL)
-                        os.waitpid(pid, 0)
-                        statuses[pid] = 999
+                if pid in statuses:
+                    continue
+                done, status = os.waitpid(pid, os.WNOHANG)
+                now = time.monotonic()
+                if done:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+                    if statuses[pid] and failed_at is None:
+                        failed_at = now
+                        for other in self.pids:
+                            if other not in statuses:
+                                os.kill(other, signal.SIGTERM)
+                elif now - self.begun > PATIENCE or (failed_at is not None and now - failed_at > GRACE):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    statuses[pid] = 999
             time.sleep(0.005)
         return [statuses[pid] for pid in self.pids]
 

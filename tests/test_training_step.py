@@ -13,10 +13,19 @@ from rich.console import Console
 
 from attnorm import cli
 from attnorm.benchmark import training_step
-from attnorm.benchmark.training_step import estimate, kinds_of_steps, measured_step, peak_of, random_images
+from attnorm.benchmark.training_step import (
+    SWITCHES,
+    Speed,
+    estimate,
+    kinds_of_steps,
+    measured_step,
+    peak_of,
+    random_images,
+)
 from attnorm.cli.watching import progress_of, render, sparkline
 from attnorm.config import Config, override
 from attnorm.presets import PRESETS
+from attnorm.reports.training_speed import table
 from attnorm.run_directory import RunDirectory
 from attnorm.training.signs import collapse
 from attnorm.training.trainer import make_task, resolve
@@ -65,6 +74,29 @@ def test_a_dry_run_says_memory_and_hours(capsys: pytest.CaptureFixture[str], mon
         "about 1025.00 GiB of" in said.err and "of which 1.00 for weights and moments; 8.0 images a second" in said.err
     )
     assert "2.00 hours for 160 images" in said.err and "that is too much: a larger run.accumulate" in said.err
+
+
+def test_speeds_are_medians_and_ratios_are_round_by_round() -> None:
+    """Every second round is disturbed alike: AN takes a tenth more than no block in each."""
+    speeds = [
+        Speed(context, switch, tuple(factor * took for took in (1.0, 4.0, 1.0)), 8)
+        for context, factor in (("none", 1.0), ("an", 1.1))
+        for switch in SWITCHES
+    ]
+    shown = table(speeds)
+    assert shown.rows[0] == ("none", *["8.00 (1.00x, +0.0%)"] * 4)
+    assert shown.rows[1] == ("an", *["7.27 (1.00x, +10.0%)"] * 4)
+
+
+def test_every_block_and_switch_has_its_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.width=2", "model.latent_dim=4", "run.batch_size=2", "run.precision=float32"]
+    command = ["bench", "train", "--preset", "smoke", "--seconds", "1e-9", "--device", "cpu", "--out", str(tmp_path)]
+    cli.main([*command, "--set", *settings])
+    found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
+    names = {(speed["context"], speed["switch"]) for speed in found["speeds"]}
+    assert names == {(context, switch) for context in ("none", "an", "self_attention") for switch in SWITCHES}
+    assert all(len(speed["seconds"]) == 3 and min(speed["seconds"]) > 0 for speed in found["speeds"])
+    assert "| self_attention |" in (tmp_path / "train.md").read_text(encoding="utf-8")
 
 
 def rows(name: str, values: list[float]) -> list[dict[str, Any]]:

@@ -366,8 +366,12 @@ def _measure_latency(runs: Sequence[Path], sizes: str, out: Path, device: str) -
 
 
 def bench(
-    part: Annotated[Literal["layer"], tyro.conf.Positional, tyro.conf.arg(metavar="PART")],
+    part: Annotated[Literal["layer", "train"], tyro.conf.Positional, tyro.conf.arg(metavar="PART")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    preset: Annotated[str, tyro.conf.arg(metavar="P")] = "cifar10-an",
+    settings: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
+    ] = (),
     cases: Names = "",
     implementations: Names = "",
     device: str = "auto",
@@ -381,8 +385,10 @@ def bench(
     """Time the layer, its implementations and what stands beside it, after checking each; Table 5 of the paper.
 
     Args:
-        part: What is timed: layer (there is nothing else yet).
-        out: Where bench.json, bench.md and time-against-pixels.png go.
+        part: What is timed: layer, or train: a whole step of a training with every context block and switch.
+        out: Where bench.json, bench.md and time-against-pixels.png go; of train: train.json and train.md.
+        preset: Of train: the training configuration; of its context block, precision and memory format all are tried.
+        settings: Of train: change a setting of the preset, for example --set run.batch_size=16.
         cases: Input sizes by name or group ("table5"), comma between; what this device can bear unless named.
         implementations: Of copy, instance_norm, group_norm, region_norm, conv+instance_norm, linear_attention,
             self_attention, an-reference, an-fused, an-inductor, an-native, an-triton ("an": all of these).
@@ -400,6 +406,11 @@ def bench(
     from attnorm.reports import benchmark as reports
 
     require_free(out, overwrite)
+    if part == "train":
+        from attnorm.cli.training import bench_training
+
+        bench_training(preset, settings, out, device, seconds, threads)
+        return
     with progress_bar() as progress:
         report = run(
             cases=cases,

@@ -14,6 +14,8 @@ from attnorm import config as configuration
 from attnorm.cli.terminal import (
     console,
     describe_os_error,
+    one_bar,
+    progress_bar,
     read_images,
     require_outside,
     require_writable,
@@ -44,10 +46,7 @@ def train(
         settings: Change a setting of the preset, for example --set model.width=32 run.batch_size=64.
         dry_run: Print the resolved configuration, say what memory and time the run will take, and stop.
     """
-    if preset not in PRESETS:
-        hint = did_you_mean(preset, PRESETS)
-        raise ConfigError(f"there is no preset {preset!r}; {hint}`attnorm presets` lists them")
-    config = configuration.override(PRESETS[preset][1], settings)
+    config = _configuration(preset, settings)
     if data:
         config = configuration.override(config, [f"data.source={data}"])
     if dry_run:
@@ -62,26 +61,45 @@ def train(
         raise ConfigError(
             f"--data is missing: the preset {preset} needs a folder, a zip, CIFAR-10's files or 'builtin'"
         )
-    from attnorm.run_directory import RunDirectory
-    from attnorm.system.process_group import is_loss_of_a_process, process_group
+    from attnorm.system.process_group import ProcessGroup, process_group
 
     require_outside(out, config.data.source)
-    with process_group() as group:
-        try:
-            _train(config, out, group)
-        except RuntimeError as error:
-            if group.count == 1 or not is_loss_of_a_process(error):
+    try:
+        with process_group() as group:
+            try:
+                _train(config, out, group)
+            except RuntimeError as error:
+                _end_if_one_is_lost(error, out, group)
                 raise
-            if group.says("that one is lost"):
-                console.quiet = False
-                kept = RunDirectory(out).checkpoints()
-                console.print(
-                    "attnorm: another process of this training was lost; the last checkpoint is "
-                    f"{kept[-1] if kept else 'none'}; the same command goes on from there",
-                    style="red",
-                )
-            sys.stderr.flush()
-            os._exit(1)  # without a word to those that are gone
+    except RuntimeError as error:  # while they meet
+        _end_if_one_is_lost(error, out, ProcessGroup())
+        raise
+
+
+def _end_if_one_is_lost(error: RuntimeError, out: Path, group: ProcessGroup) -> None:
+    """Says so, in one process, and ends this one."""
+    from attnorm.run_directory import RunDirectory
+    from attnorm.system.process_group import is_loss_of_a_process
+
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not is_loss_of_a_process(error):
+        return
+    if group.says("that one is lost"):
+        console.quiet = False
+        kept = RunDirectory(out).checkpoints()
+        console.print(
+            "attnorm: another process of this training was lost; the last checkpoint is "
+            f"{kept[-1] if kept else 'none'}; the same command goes on from there",
+            style="red",
+        )
+    sys.stderr.flush()
+    os._exit(1)  # without a word to those that are gone
+
+
+def _configuration(preset: str, settings: tuple[str, ...]) -> Config:
+    if preset not in PRESETS:
+        hint = did_you_mean(preset, PRESETS)
+        raise ConfigError(f"there is no preset {preset!r}; {hint}`attnorm presets` lists them")
+    return configuration.override(PRESETS[preset][1], settings)
 
 
 def _train(config: Config, out: Path, group: ProcessGroup) -> None:
@@ -147,6 +165,30 @@ def _say_what_it_takes(config: Config) -> None:
         console.print(
             "that is too much: a larger run.accumulate needs less, as does run.precision=bfloat16", style="yellow"
         )
+
+
+def bench_training(
+    preset: str, settings: tuple[str, ...], out: Path, device: str, seconds: float, threads: int
+) -> None:
+    """`attnorm bench train`."""
+    import torch
+    from rich.table import Table
+
+    from attnorm.benchmark.training_step import measure_speed
+    from attnorm.reports.training_speed import table, write_speeds
+    from attnorm.system.devices import find_device
+
+    config, found = _configuration(preset, settings), find_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    with progress_bar() as progress:
+        speeds = measure_speed(config, found, seconds=seconds, progress=one_bar(progress, "timing"))
+    shown = Table(*table(speeds).header, title=table(speeds).title, title_justify="left", box=None, pad_edge=False)
+    for row in table(speeds).rows:
+        shown.add_row(*row)
+    screen().print(shown)
+    for path in write_speeds(speeds, config, found, out):
+        print(path)
 
 
 def presets() -> None:
