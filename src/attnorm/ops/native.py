@@ -1,7 +1,8 @@
-"""Attentive Normalization on the CPU by native.c, which the machine's C compiler builds on first use.
+"""Attentive Normalization on the CPU by native.c, which a wheel brings along compiled, for some instruction sets.
 
-Importing this module builds nothing. What is built is kept in the cache folder ($ATTNORM_CACHE, else attnorm in
-$XDG_CACHE_HOME or ~/.cache), one file for each source, compiler and processor. ATTNORM_NATIVE=0 switches it off.
+Where it does not, or the variable CC names a compiler, the machine's C compiler builds it on first use, for the very
+processor: what is built is kept in the cache folder ($ATTNORM_CACHE, else attnorm in $XDG_CACHE_HOME or ~/.cache), one
+file for each source, compiler and processor. Importing this module builds nothing. ATTNORM_NATIVE=0 switches it off.
 """
 
 # N batch, C channels, K entities, P = H*W pixels; M = N, or 1 where the batch shares its filters.
@@ -305,8 +306,28 @@ def _library() -> ctypes.CDLL | str:
     return found
 
 
+def _shipped() -> ctypes.CDLL | None:
+    """The library that came with the wheel, for the highest instruction set that torch finds here; None: there is none.
+
+    setup.py makes them. A level that the machine has not would end the process, so nothing is tried.
+    """
+    levels = ("default", "avx2", "avx512")
+    highest = torch.backends.cpu.get_cpu_capability().lower()
+    for level in reversed(levels[: levels.index(highest) + 1] if highest in levels else levels[:1]):
+        path = _SOURCE.with_name(f"native-{level}.so")
+        if path.exists():
+            try:
+                return _load(path)
+            except (OSError, AttributeError) as error:  # of another platform, or damaged
+                _log.warning("not using %s: %s", path, error)
+    return None
+
+
 @functools.cache
 def _build_and_load(compiler: str, folder: str) -> ctypes.CDLL | str:
+    shipped = None if compiler else _shipped()
+    if shipped is not None:
+        return shipped
     command = shlex.split(compiler) or [next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")]
     if shutil.which(command[0]) is None:
         return f"no C compiler: {command[0]!r} is not found; install gcc or clang, or name one with CC"
