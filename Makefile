@@ -1,18 +1,19 @@
-# Both commands do all their own set-up: a virtual environment in .venv, then the work.
+# The commands do all their own set-up: a virtual environment in .venv, then the work.
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes that run the tests, each on one thread; 0 for this one alone.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage docs
+.PHONY: help demo studio test coverage docs
 
 help:
 	@echo "make demo   train a small generator on built-in photographs (about five minutes on two cores), write demo/index.html"
+	@echo "make studio open the studio in the browser, with what make demo trained (which it does first)"
 	@echo "make test   lint, types and tests"
 	@echo "make coverage   the tests once more, and the lines that none of them runs"
 	@echo "make docs   the documents and the reference of the package as web pages, build/docs/index.html"
-	@echo "Both first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
+	@echo "All first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
 
 demo: .venv/.installed
 	@echo "== Training the preset 'demo' for at most five minutes (Ctrl-C stops it; make demo goes on)"
@@ -20,6 +21,10 @@ demo: .venv/.installed
 	@echo "== Drawing what it learnt"
 	@$(BIN)/attnorm page demo/run --out demo --overwrite
 	@echo "Open demo/index.html in a browser."
+
+studio: .venv/.installed
+	@test -d demo/run/checkpoints || $(MAKE) --no-print-directory demo
+	@$(BIN)/attnorm studio demo/run
 
 test: .venv/.installed
 	@echo "== Lint and format"

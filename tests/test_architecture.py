@@ -42,7 +42,7 @@ def test_the_package_its_configuration_and_presets_need_the_standard_library_onl
 def test_using_the_layer_imports_torch_and_nothing_heavier() -> None:
     code = "from attnorm import AttentiveNorm2d\nimport torch\nAttentiveNorm2d(4)(torch.ones(1, 4, 2, 2))"
     modules = modules_after(code)
-    heavy = {"torchvision", "matplotlib", "tensorboard", "skimage", "PIL", "rich", "tyro", "gradio", "timm", "scipy"}
+    heavy = {"torchvision", "matplotlib", "tensorboard", "skimage", "PIL", "rich", "tyro", "uvicorn", "timm", "scipy"}
     heavy |= {"torch_fidelity", "safetensors", "triton", "onnx", "fastapi"}
     assert "torch" in modules and not modules & heavy
 

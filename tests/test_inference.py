@@ -12,6 +12,7 @@ from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config, override
 from attnorm.data.images import to_uint8
 from attnorm.inference import Sampler
+from attnorm.inference.sampler import truncated
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 from attnorm.training.class_conditional import ClassConditionalTask
 
@@ -189,3 +190,24 @@ def test_a_walk_needs_two_classes_and_two_steps(sampler: Sampler) -> None:
     for classes, steps in (([0], 5), ([0, 1], 1)):
         with pytest.raises(ValueError, match="expected at least 2 of each"):
             sampler.interpolate(0, classes, steps)
+
+
+def test_truncated_latents_are_the_quantiles_of_the_truncated_normal() -> None:
+    from scipy.stats import norm, truncnorm
+
+    latents = torch.tensor([-9.0, -2.5, -0.3, 0.0, 1e-4, 0.8, 3.0, 9.0])
+    for limit in (0.05, 1.0, 4.0):
+        expected = truncnorm(-limit, limit).ppf(norm.cdf(latents.double().numpy()))
+        torch.testing.assert_close(truncated(latents, limit), torch.from_numpy(expected).float(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(truncated(latents[1:-1], 12.0), latents[1:-1])
+    with pytest.raises(ValueError, match="expected a positive number"):
+        truncated(latents, 0.0)
+
+
+def test_a_walk_made_one_by_one_is_the_walk(file: Path) -> None:
+    sampler = Sampler(file, device="cpu")
+    parts = list(sampler.walk(3, [0, 2], 3, truncation=0.5))
+    whole = sampler.interpolate(3, [0, 2], 3, truncation=0.5)
+    apart = torch.cat([part.images for part in parts]).int() - whole.images.int()
+    assert len(parts) == 3 and apart.abs().max() <= 1
+    assert not torch.equal(whole.images, sampler.interpolate(3, [0, 2], 3).images)

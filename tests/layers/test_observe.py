@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm import AttentiveNorm2d, observe_layouts
+from attnorm.layers.observe import edited_entities
+from attnorm.ops.regional_norm import regional_norm
 
 
 def make_layer(num_entities: int = 3) -> AttentiveNorm2d:
@@ -63,3 +65,34 @@ def test_a_network_that_was_compiled_is_seen_under_its_own_names() -> None:
             model(x)
         assert list(seen) == [name]
         torch.testing.assert_close(seen[name].layout, make_layer().layout(x))
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused", "native"])
+def test_entities_that_are_off_win_nothing_and_exchanged_ones_stand_in_for_each_other(impl: str) -> None:
+    layer = make_layer(4)
+    layer.impl = impl
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = feature_map()
+    before = layer(x), layer.layout(x)
+    with torch.no_grad(), edited_entities(layer, off=[1], exchanged=(0, 3)):
+        out, layout = layer(x), layer.layout(x)
+    kept = torch.softmax(0.5 * layer.entities(x)[:, [0, 2, 3]], 1)  # Eq. 4 over the entities that are left
+    expected = torch.stack([kept[:, 2], torch.zeros_like(kept[:, 0]), kept[:, 1], kept[:, 0]], 1)
+    torch.testing.assert_close(layout, expected)
+    bar = regional_norm(layer.value(x), expected, layer.weight, layer.bias, impl="reference")
+    torch.testing.assert_close(out, 0.7 * bar + x)
+    assert torch.equal(layer(x), before[0]) and torch.equal(layer.layout(x), before[1])
+
+
+def test_an_edit_that_cannot_be_made_is_refused() -> None:
+    layer = make_layer()
+    with (
+        pytest.raises(ValueError, match=r"got entities \[-1, 3\]; expected 0 to 2"),
+        edited_entities(layer, off=[3, -1]),
+    ):
+        pass
+    with pytest.raises(ValueError, match="all entities are off"), edited_entities(layer, off=[0, 1, 2]):
+        pass
+    assert "_logits" not in vars(layer)

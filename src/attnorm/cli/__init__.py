@@ -25,6 +25,7 @@ from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
 from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
+from attnorm.cli.studio import studio
 from attnorm.cli.terminal import console, describe_os_error, out_of_memory
 from attnorm.cli.training import presets, train
 from attnorm.cli.watching import watch
@@ -37,7 +38,7 @@ A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs
 # As `attnorm --help` lists them.
 VERBS = (
     *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
-    *(manifest, evaluate, bench, experiment, report, reproduce, presets),
+    *(manifest, evaluate, bench, experiment, report, reproduce, presets, studio),
 )
 
 app = tyro.extras.SubcommandApp()

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.data.sources import correct_transparency, deep_grey, read_regular
+from attnorm.data.sources import correct_transparency, deep_grey, read_regular, require_pixels
 
 # Brushes, steps and coverage of free-form masks. DeepFill v2's brushes are 12 to 40 of 256 pixels wide.
 _RADIUS = (6 / 256, 20 / 256)  # of the image size
@@ -134,12 +134,28 @@ def read_mask(path: str | Path, threshold: int | None = None, invert: bool = Fal
 
 def read_mask_file(path: str | Path, threshold: int | None = None, invert: bool = False) -> MaskFile:
     """`read_mask`, with the range of its greys."""
+    try:
+        data = read_regular(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"there is no mask {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the mask {path}: {error}; expected an image, white where it is missing") from None
+    return decode_mask_file(path, data, threshold, invert)
+
+
+def decode_mask_file(
+    path: str | Path,
+    data: bytes,
+    threshold: int | None = None,
+    invert: bool = False,
+    *,
+    max_pixels: int | None = None,
+) -> MaskFile:
+    """`read_mask_file` of a file's content; one of more than `max_pixels` is refused before it is decoded."""
     if threshold is not None and not 1 <= threshold <= 255:
         raise UserError(f"the mask's threshold is {threshold}; expected 1 to 255, the least grey that is missing")
     try:
-        grey = _grey(read_regular(Path(path)))
-    except FileNotFoundError:
-        raise UserError(f"there is no mask {path}") from None
+        grey = _grey(data, max_pixels)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         raise UserError(f"cannot read the mask {path}: {error}; expected an image, white where it is missing") from None
     least, most = grey.min(), grey.max()
@@ -150,9 +166,11 @@ def read_mask_file(path: str | Path, threshold: int | None = None, invert: bool 
     return MaskFile(torch.from_numpy(white != invert)[None], int(least), int(most))
 
 
-def _grey(data: bytes) -> np.ndarray:
+def _grey(data: bytes, max_pixels: int | None) -> np.ndarray:
     """[H, W] in 0 to 255, fractions included; upright."""
     with Image.open(io.BytesIO(data)) as file:
+        if max_pixels is not None:
+            require_pixels(file, max_pixels)
         file.load()
         correct_transparency(file, data)
         image: Image.Image = ImageOps.exif_transpose(file)

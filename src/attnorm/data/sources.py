@@ -277,6 +277,13 @@ def read_regular(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def require_pixels(image: Image.Image, max_pixels: int) -> None:
+    """ValueError for an opened image of more pixels; nothing of it has been decoded by then."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width}x{height} pixels, more than the {max_pixels:,} that are decoded")
+
+
 def _check_size(num_bytes: int) -> None:
     if num_bytes > _MAX_FILE_BYTES:
         raise ValueError(f"{num_bytes} bytes, more than the {_MAX_FILE_BYTES} that are read from one file")

@@ -23,7 +23,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.data.sources import deep_grey, deep_png, read_regular
+from attnorm.data.sources import deep_grey, deep_png, read_regular, require_pixels
 
 # What is read and written, by Pillow's names; other formats may hold more bits than Pillow gives.
 SUFFIXES = {
@@ -266,7 +266,7 @@ class Photograph:
     def _is_held_by(self, data: bytes) -> bool:
         """Whether a file decodes to exactly these samples (of a palette: to these colours)."""
         try:
-            other = _decode(self.path, data)
+            other = decode_photograph(self.path, data)
         except UserError:
             return False
         # As they are shown: Pillow turns a TIFF file itself.
@@ -328,15 +328,22 @@ def read_photograph(path: Path) -> Photograph:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read the image {path}: {reason}; expected an image file") from None
-    return _decode(path, data)
+    return decode_photograph(path, data)
 
 
-def _decode(path: Path, data: bytes) -> Photograph:
+def decode_photograph(path: Path, data: bytes, *, max_pixels: int | None = None) -> Photograph:
+    """`read_photograph` of a file's content; `path` is what it is called in messages and by its copies.
+
+    Args:
+        max_pixels: A larger picture is refused before anything of it is decoded.
+    """
     note = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are no attack
             image = Image.open(io.BytesIO(data))
+            if max_pixels is not None:
+                require_pixels(image, max_pixels)
             _check_kept(image)
             image.load()
         format, mode = image.format or "", image.mode

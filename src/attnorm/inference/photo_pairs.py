@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from attnorm.config import UserError
-from attnorm.data.masks import read_mask_file
-from attnorm.inference.photo_files import SUFFIXES, Photograph, read_photograph
+from attnorm.data.masks import MaskFile, decode_mask_file, read_mask_file
+from attnorm.inference.photo_files import SUFFIXES, Photograph, decode_photograph, read_photograph
 
 
 def read_with_mask(
@@ -23,7 +23,21 @@ def read_with_mask(
     Raises:
         UserError: one of them cannot be read, their sizes differ, or the mask is of nothing or of everything.
     """
-    photograph, read = read_photograph(image), read_mask_file(mask, threshold, invert)
+    return _fitting(read_photograph(image), image, read_mask_file(mask, threshold, invert), mask, threshold)
+
+
+def decode_with_mask(
+    image: bytes, mask: bytes, *, image_name: str, mask_name: str = "mask", max_pixels: int, invert: bool = False
+) -> tuple[Photograph, Tensor]:
+    """`read_with_mask` of the files' contents, such as someone sends: nothing of more than `max_pixels` is decoded."""
+    photograph = decode_photograph(Path(image_name), image, max_pixels=max_pixels)
+    read = decode_mask_file(Path(mask_name), mask, None, invert, max_pixels=max_pixels)
+    return _fitting(photograph, photograph.path, read, Path(mask_name), None)
+
+
+def _fitting(
+    photograph: Photograph, image: Path, read: MaskFile, mask: Path, threshold: int | None
+) -> tuple[Photograph, Tensor]:
     (height, width), (mask_height, mask_width) = photograph.size, read.missing.shape[1:]
     if (height, width) != (mask_height, mask_width):
         turned = f", turned as its EXIF data say (orientation {photograph.orientation})"

@@ -69,10 +69,13 @@ class Sampler:
         hint = did_you_mean(name, self.classes)
         raise CheckpointError(f"{self.path} knows no class {name!r}; {hint}it has: {listed}")
 
-    def latents(self, seeds: Sequence[int]) -> Tensor:
-        """[N, Z] on the CPU: row i is standard normal and a function of seeds[i], any whole number from 0 on."""
+    def latents(self, seeds: Sequence[int], *, truncation: float | None = None) -> Tensor:
+        """[N, Z] on the CPU: row i is standard normal and a function of seeds[i], any whole number from 0 on; see
+        `truncated` for the rest.
+        """
         rows = [standard_normal(self.model.latent_dim, seed) for seed in seeds]
-        return torch.stack(rows) if rows else torch.empty(0, self.model.latent_dim)
+        latents = torch.stack(rows) if rows else torch.empty(0, self.model.latent_dim)
+        return latents if truncation is None else truncated(latents, truncation)
 
     def batches(self, seeds: Sequence[int], labels: Sequence[int]) -> Iterator[Tensor]:
         """uint8 [<= batch_size, 3, S, S] each, so that any number of images fits in memory."""
@@ -82,16 +85,34 @@ class Sampler:
             part = slice(start, start + self.batch_size)
             yield self._generate(seeds[part], torch.tensor(labels[part])).images
 
-    def sample(self, seeds: Sequence[int], labels: Sequence[int], *, with_layouts: bool = False) -> Samples:
-        """All images at once, with what the layers saw on request."""
+    def sample(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int],
+        *,
+        with_layouts: bool = False,
+        truncation: float | None = None,
+    ) -> Samples:
+        """All images at once, with what the layers saw on request; latents beyond +-truncation are moved inside."""
         if len(seeds) != len(labels):
             raise ValueError(f"got {len(seeds)} seeds and {len(labels)} labels; expected as many of each")
-        return self._generate(seeds, torch.tensor(labels, dtype=torch.int64), with_layouts)
+        return self._generate(seeds, torch.tensor(labels, dtype=torch.int64), with_layouts, truncation)
 
-    def interpolate(self, seed: int, classes: Sequence[int], steps: int) -> Samples:
+    def interpolate(self, seed: int, classes: Sequence[int], steps: int, *, truncation: float | None = None) -> Samples:
         """A walk through `classes` with one latent (section 5.2, Figure 8): between two of them the statistics of
         conditional normalization are mixed linearly, in `steps` images that include both ends.
         """
+        mixtures = self._mixtures(classes, steps)
+        return self._generate([seed] * len(mixtures), torch.stack(mixtures), True, truncation)
+
+    def walk(
+        self, seed: int, classes: Sequence[int], steps: int, *, truncation: float | None = None
+    ) -> Iterator[Samples]:
+        """`interpolate`, an image at a time."""
+        for mixture in self._mixtures(classes, steps):
+            yield self._generate([seed], mixture[None], True, truncation)
+
+    def _mixtures(self, classes: Sequence[int], steps: int) -> list[Tensor]:
         if len(classes) < 2 or steps < 2:
             raise ValueError(f"got {len(classes)} classes and {steps} steps; expected at least 2 of each")
         mixtures = []
@@ -101,13 +122,29 @@ class Sampler:
                 mixture[start] += 1 - share
                 mixture[end] += share
                 mixtures.append(mixture)
-        return self._generate([seed] * len(mixtures), torch.stack(mixtures), with_layouts=True)
+        return mixtures
 
     @torch.no_grad()
-    def _generate(self, seeds: Sequence[int], condition: Tensor, with_layouts: bool = False) -> Samples:
-        z, condition = self.latents(seeds).to(self.device), condition.to(self.device)
+    def _generate(
+        self, seeds: Sequence[int], condition: Tensor, with_layouts: bool = False, truncation: float | None = None
+    ) -> Samples:
+        z = self.latents(seeds, truncation=truncation).to(self.device)
+        condition = condition.to(self.device)
         if not with_layouts:
             return Samples(to_uint8(self.model(z, condition)).cpu(), {})
         with observe_layouts(self.model) as seen:
             images = to_uint8(self.model(z, condition)).cpu()
         return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})
+
+
+def truncated(latents: Tensor, limit: float) -> Tensor:
+    """Standard normal values as values of the normal distribution truncated to [-limit, limit], quantile by quantile.
+
+    BigGAN's truncation (Brock et al., 2019) draws what lies beyond the limit again; this has the same distribution,
+    changes continuously with the limit, and draws nothing. ValueError unless the limit is positive.
+    """
+    if not limit > 0:
+        raise ValueError(f"got a truncation of {limit}; expected a positive number")
+    upper = torch.special.ndtr(latents.new_tensor(limit, dtype=torch.float64))
+    share = torch.special.ndtr(-latents.double().abs())  # of the tail beyond the value, where the digits are
+    return (-torch.special.ndtri((1 - upper) + share * (2 * upper - 1)) * latents.sign()).to(latents.dtype)

@@ -1,4 +1,4 @@
-"""What every AttentiveNorm2d inside a network saw."""
+"""What every AttentiveNorm2d inside a network saw, and how to steer it."""
 
 # N batch, C channels, K entities (the paper's n).
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,43 @@ def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
             hook = layer.register_forward_hook(functools.partial(look, name), with_kwargs=True)
             stack.callback(hook.remove)
         yield seen
+
+
+@contextlib.contextmanager
+def edited_entities(
+    layer: AttentiveNorm2d, *, off: Collection[int] = (), exchanged: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """In the block, entities that are off win no pixel: the softmax of Eq. 4 is over the others. And where one of two
+    exchanged entities was, the other one is: each region is normalized by its own moments, with the other's affine
+    transformation (so nothing changes where affine=False). Nothing of this stays.
+
+    Raises:
+        ValueError: an entity is none of the layer's, or all are off.
+    """
+    entities = range(layer.num_entities)
+    if unknown := {*off, *(exchanged or ())} - set(entities):
+        raise ValueError(f"got entities {sorted(unknown)}; expected 0 to {layer.num_entities - 1}")
+    if set(off) == set(entities):
+        raise ValueError("all entities are off; expected at least one that is left")
+    order = list(entities)
+    if exchanged:
+        first, second = exchanged
+        order[first], order[second] = second, first
+    logits = layer._logits
+
+    def edited(x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        x, filters, offset = logits(x, generator)
+        is_off = torch.zeros(layer.num_entities, dtype=torch.bool, device=filters.device)
+        is_off[list(off)] = True
+        filters = filters.masked_fill(is_off[:, None], 0)
+        offset = offset.masked_fill(is_off, -1e4)  # its share underflows to 0
+        return x, filters[:, order], offset[:, order]
+
+    vars(layer)["_logits"] = edited
+    try:
+        yield
+    finally:
+        del vars(layer)["_logits"]
 
 
 def layers_of(model: nn.Module) -> dict[str, AttentiveNorm2d]:

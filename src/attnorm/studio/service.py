@@ -1,0 +1,600 @@
+"""What the studio can do, without a browser or a server: models, images, walks, layouts, holes, runs.
+
+The networks are run by `attnorm.inference`, as for the command line. Names of classes and files are text of anyone's,
+and are handed on as such. Of the file system, nothing outside the run directories that were given is read.
+"""
+
+# N images, K entities, H height and W width of a photograph, h and w of a map.
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import json
+import math
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from attnorm import __version__
+from attnorm.checkpoint import CheckpointError
+from attnorm.config import ConfigError, UserError, printable
+from attnorm.inference import Inpainter, Sampler
+from attnorm.inference.photo_files import Photograph, decode_photograph
+from attnorm.inference.photo_pairs import decode_with_mask
+from attnorm.layers.diagnose import diagnose
+from attnorm.layers.observe import Observation, edited_entities, layers_of
+from attnorm.reports.figures import most_telling_entity, region_statistics
+from attnorm.run_directory import RunDirectory, find_checkpoint
+from attnorm.studio.jobs import Job, let_cancel
+from attnorm.system.files import hash_file
+
+Named = TypeVar("Named", Sampler, Inpainter)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; more is refused with a message that names the limit."""
+
+    upload_bytes: int = 32 * 2**20  # a photograph and its mask together
+    pixels: int = 24_000_000  # of a photograph, before it is decoded
+    images: int = 64
+    steps: int = 121  # images of a walk
+    waiting: int = 16  # requests in the queue
+    seconds: float = 120.0  # of one request
+    models: int = 4  # in memory
+    streams: int = 32  # browsers that watch runs
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network that can be used, or a run that has none yet."""
+
+    id: str
+    path: Path
+    task: str  # "class_conditional" or "inpainting"; "" where the configuration cannot be read
+    context: str
+    image_size: int
+    classes: tuple[str, ...]
+    num_entities: int  # 0 without AN
+    preset: str
+    source: str  # "run" or "shipped"
+    problem: str  # why it cannot be used; empty if it can
+
+
+def run_directories(places: Iterable[Path]) -> dict[str, Path]:
+    """Run directories by name: each place is one, or a folder of them. A second one of a name gets a number."""
+    found: dict[str, Path] = {}
+    for place in places:
+        folders = [place]
+        if not RunDirectory(place).exists() and place.is_dir():
+            folders = sorted(folder for folder in place.iterdir() if RunDirectory(folder).exists())
+        for folder in folders:
+            name = printable(folder.name if folder.name not in ("", "..") else folder.resolve().name) or "run"
+            names = [name, *(f"{name}-{number}" for number in range(2, len(found) + 3))]
+            found[next(name for name in names if name not in found)] = folder
+    return found
+
+
+def available_models(places: Iterable[Path]) -> list[Model]:
+    """Every model at hand, in the order of the places."""
+    return [_model_of(name, path) for name, path in run_directories(places).items()]
+
+
+def _model_of(name: str, path: Path) -> Model:
+    try:
+        config, data = RunDirectory(path).read()
+    except UserError as error:
+        return Model(name, path, "", "", 0, (), 0, "", "run", str(error))
+    settings = config.model
+    problem = "" if RunDirectory(path).checkpoints() else "it has no checkpoint yet"
+    return Model(
+        name,
+        path,
+        config.task,
+        settings.context,
+        settings.image_size,
+        tuple(data.get("classes", ())) if config.task == "class_conditional" else (),
+        settings.an.num_entities if settings.context.startswith("an") else 0,
+        config.preset,
+        "run",
+        problem,
+    )
+
+
+# Methods that need no model, with what the page says of them.
+CLASSICAL = {"telea": "Telea, 2004", "mean": "Mean colour"}
+
+
+class Picture(NamedTuple):
+    """One generated image."""
+
+    label: str
+    seed: int
+    pixels: Tensor  # uint8 [3, S, S]
+
+
+class Walk(NamedTuple):
+    """Images from class to class with one latent, and the map of each entity along them."""
+
+    images: Tensor  # uint8 [N, 3, S, S]
+    layout: Tensor | None  # [N, K, h, w] of the first site
+    entity: int  # whose map varies most
+
+
+class Site(NamedTuple):
+    """What one AN layer saw of one image, and what it did."""
+
+    name: str
+    layout: Tensor  # [K, h, w]
+    facts: dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """An image, the same with its entities edited, and what the layers saw in each of these passes."""
+
+    image: Tensor  # uint8 [3, S, S]
+    edited: Tensor | None
+    sites: list[Site]
+    edited_sites: list[Site]
+
+
+class Repaired(NamedTuple):
+    """A photograph without its hole."""
+
+    photograph: Photograph
+    mask: Tensor  # bool [1, H, W]
+    data: bytes  # a file of `format`
+    format: str
+    image: Tensor  # [3, H, W], as `Photograph.rgb`
+    views: list[tuple[tuple[int, int, int, int], Tensor]]  # box and layout [K, h, w]
+    scores: dict[str, float]  # of the hole, where what was under it is the truth
+    note: str
+
+
+class Service:
+    """The studio's work. Methods that run networks take the job they are run for, and are called by one thread."""
+
+    def __init__(self, places: Sequence[Path] = (), *, device: str = "auto", limits: Limits | None = None) -> None:
+        self.places, self.device, self.limits = tuple(places), device, limits or Limits()
+        self._loaded: collections.OrderedDict[tuple[type, str], tuple[tuple[Path, int], Any]] = (
+            collections.OrderedDict()
+        )
+        self._hashes: dict[tuple[Path, int], str] = {}
+        self._lock = threading.Lock()
+
+    # Models
+
+    def models(self) -> list[Model]:
+        return available_models(self.places)
+
+    def model(self, name: str) -> Model:
+        """By its id; UserError for an unknown one."""
+        models = self.models()
+        for model in models:
+            if model.id == name:
+                return model
+        known = ", ".join(model.id for model in models[:20]) or "none: start the studio with a run directory"
+        raise NotFound(f"there is no model {name!r}; there are: {known}")
+
+    def sampler(self, name: str) -> Sampler:
+        return self._load(Sampler, name)
+
+    def inpainter(self, name: str) -> Inpainter:
+        return self._load(Inpainter, name)
+
+    def _load(self, kind: type[Named], name: str) -> Named:
+        """Kept until its run has a newer checkpoint or others are used more."""
+        model = self.model(name)
+        if model.problem:
+            raise UserError(f"{name} cannot be used: {model.problem}")
+        for attempt in range(3):
+            try:
+                path = self._within(model.path, find_checkpoint(model.path))
+                version = path, path.stat().st_mtime_ns
+                with self._lock:
+                    if (kept := self._loaded.get((kind, name))) and kept[0] == version:
+                        self._loaded.move_to_end((kind, name))
+                        loaded: Named = kept[1]
+                        return loaded
+                loaded = kind(path, device=self.device)
+                break
+            except (FileNotFoundError, CheckpointError):  # training goes on meanwhile, and keeps the newest alone
+                if attempt == 2:
+                    raise
+        let_cancel(loaded.model)
+        with self._lock:
+            self._loaded[kind, name] = version, loaded
+            self._loaded.move_to_end((kind, name))
+            while len(self._loaded) > self.limits.models:
+                self._loaded.popitem(last=False)
+        return loaded
+
+    def recipe(self, model: str, used: Sampler | Inpainter, request: dict[str, Any]) -> dict[str, Any]:
+        """What gives the same result again: the request, and what answered it."""
+        version = used.path, used.path.stat().st_mtime_ns if used.path.exists() else 0
+        if version not in self._hashes:
+            self._hashes[version] = hash_file(used.path) if version[1] else ""
+        return {
+            "attnorm": __version__,
+            "model": model,
+            "checkpoint": used.path.name,
+            "checkpoint_sha256": self._hashes[version],
+            "images_seen": used.header.images_seen,
+            "device": used.device.type,
+            "threads": torch.get_num_threads(),
+            "note": used.header.note,
+            "request": request,
+        }
+
+    # Class-conditional generators
+
+    def generate(
+        self,
+        model: str,
+        classes: Sequence[str],
+        seed: int,
+        count: int,
+        truncation: float | None,
+        job: Job,
+    ) -> list[Picture]:
+        """`count` images of each class, from the seeds `seed`, `seed` + 1, ...; of every class the same latents.
+
+        They are made one by one, so that each depends on its class and its seed alone, to the last bit.
+        """
+        sampler = self.sampler(model)
+        labels = self._labels(sampler, classes)
+        total = len(labels) * count
+        if not 1 <= total <= self.limits.images:
+            raise ConfigError(
+                f"{count} images of {len(labels)} classes are {total}; expected 1 to {self.limits.images} in a request"
+            )
+        pictures = []
+        for label in labels:
+            for number in range(seed, seed + count):
+                images = sampler.sample([number], [label], truncation=truncation).images
+                pictures.append(Picture(sampler.classes[label], number, images[0]))
+                job.tell(len(pictures), total)
+        return pictures
+
+    def interpolate(
+        self, model: str, classes: Sequence[str], seed: int, steps: int, truncation: float | None, job: Job
+    ) -> Walk:
+        """Figure 8: `steps` images from one class to the next, both ends included, with one latent."""
+        sampler = self.sampler(model)
+        labels = self._labels(sampler, classes)
+        total = (len(labels) - 1) * (steps - 1) + 1
+        if len(labels) < 2 or steps < 2 or total > self.limits.steps:
+            raise ConfigError(
+                f"{steps} steps between {len(labels)} classes are {max(total, 0)} images; expected two classes, two "
+                f"steps, or more, and at most {self.limits.steps} images"
+            )
+        images, layouts = [], []
+        for part in sampler.walk(seed, labels, steps, truncation=truncation):
+            images.append(part.images)
+            if part.layouts:
+                layouts.append(next(iter(part.layouts.values())).layout)
+            job.tell(len(images), total)
+        layout = torch.cat(layouts) if layouts else None
+        return Walk(torch.cat(images), layout, 0 if layout is None else most_telling_entity(layout))
+
+    def see(
+        self,
+        model: str,
+        label: str,
+        seed: int,
+        truncation: float | None,
+        off: Sequence[int],
+        exchanged: tuple[int, int] | None,
+        site: str,
+        job: Job,
+    ) -> Seen:
+        """Figures 4 and 5 of one image; and with entities switched off or exchanged at one site, the image again."""
+        sampler = self.sampler(model)
+        (number,) = self._labels(sampler, [label])
+        layers = layers_of(sampler.model)
+        if not layers:
+            raise UserError(f"{model} has no AttentiveNorm2d in its generator, so there is no layout to see")
+        if site and site not in layers:
+            raise UserError(f"{model} has no AN layer {site!r}; it has {', '.join(layers)}")
+        image, sites = self._seen(sampler, number, seed, truncation)
+        job.check()
+        if not off and exchanged is None:
+            return Seen(image, None, sites, [])
+        try:
+            with edited_entities(layers[site or next(iter(layers))], off=off, exchanged=exchanged):
+                edited, edited_sites = self._seen(sampler, number, seed, truncation)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return Seen(image, edited, sites, edited_sites)
+
+    def _seen(self, sampler: Sampler, label: int, seed: int, truncation: float | None) -> tuple[Tensor, list[Site]]:
+        images, layouts = sampler.sample([seed], [label], with_layouts=True, truncation=truncation)
+        latents = sampler.latents([seed], truncation=truncation).to(sampler.device)
+        diagnoses = diagnose(sampler.model, latents, torch.tensor([label], device=sampler.device))
+        sites = []
+        for diagnosis in diagnoses:
+            observation = layouts[diagnosis.site]
+            facts = asdict(diagnosis) | {"is_awake": diagnosis.is_awake, "verdict": diagnosis.verdict}
+            sites.append(Site(diagnosis.site, observation.layout[0], facts | _regions(observation)))
+        return images[0], sites
+
+    def _labels(self, sampler: Sampler, classes: Sequence[str]) -> list[int]:
+        if not classes:
+            raise ConfigError("no class was named; expected one or several")
+        return [sampler.class_index(name) for name in classes]
+
+    # Photographs
+
+    def photograph(self, name: str, data: bytes) -> Photograph:
+        """A photograph that someone sent; UserError where it cannot be read, or is too large."""
+        return decode_photograph(Path(name), data, max_pixels=self.limits.pixels)
+
+    def repair(
+        self,
+        method: str,
+        name: str,
+        image: bytes,
+        mask: bytes,
+        job: Job,
+        *,
+        format: str = "",
+        invert: bool = False,
+        with_layouts: bool = False,
+        with_scores: bool = False,
+    ) -> Repaired:
+        """Fills the hole of a photograph with a model (by its id), "telea" or "mean".
+
+        Args:
+            name, image: The file's name and content.
+            mask: A picture of the same size, white where something is missing.
+            format: What to write: "", the photograph's own, or "PNG" or "TIFF".
+            invert: Black is missing instead.
+            with_layouts: Say what AN saw of each window, where the method has any.
+            with_scores: What is under the hole is the truth: say how near the result is.
+        """
+        photograph, hole = decode_with_mask(image, mask, image_name=name, max_pixels=self.limits.pixels, invert=invert)
+        job.check()
+        format = format or photograph.format
+        if format not in (photograph.format, "PNG", "TIFF"):
+            raise UserError(f"the format is {format!r}; expected {photograph.format}, which the image has, PNG or TIFF")
+        rgb = photograph.rgb()
+        views: list[tuple[tuple[int, int, int, int], Tensor]] = []
+        if method in CLASSICAL:
+            filled = _classical(method, rgb, hole)
+        else:
+            inpainter = self.inpainter(method)
+            result = inpainter.fill(rgb, hole, with_layouts=with_layouts and inpainter.has_layout, progress=job.tell)
+            filled = result.image
+            views = [(view.box, view.layout) for view in result.views if view.layout is not None]
+        job.check()
+        repaired = photograph.with_hole_filled(filled, hole)
+        data = repaired.encoded(format)
+        note = photograph.note
+        if format == "JPEG":
+            change = repaired.largest_change(data, hole)
+            note = f"JPEG was encoded anew, which changed the other pixels by up to {change} of 255" + (
+                f"; {note}" if note else ""
+            )
+        scores = _scores(rgb, filled, hole) if with_scores else {}
+        return Repaired(photograph, hole, data, format, filled, views, scores, note)
+
+    def examples(self) -> dict[str, Callable[[], bytes]]:
+        """Photographs to try, as PNG files: those that scikit-image comes with."""
+        from attnorm.data.builtin import builtin_photographs
+
+        names = ("astronaut", "cat", "coffee", "rocket")
+        return {name: lambda name=name: png(builtin_photographs()[name]) for name in names}  # type: ignore[misc]
+
+    # Runs
+
+    def runs(self) -> dict[str, Path]:
+        return run_directories(self.places)
+
+    def run(self, name: str) -> RunDirectory:
+        """By its name; NotFound for an unknown one."""
+        runs = self.runs()
+        if name not in runs:
+            raise NotFound(f"there is no run {name!r}; there are: {', '.join(runs) or 'none'}")
+        return RunDirectory(runs[name])
+
+    def samples(self, run: RunDirectory) -> list[int]:
+        """The grids of samples that there are, by images seen."""
+        folder = run.path / "samples"
+        numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()] if folder.is_dir() else []
+        return sorted(number for number in numbers if run.sample_file(number).is_file())
+
+    def sample_grid(self, run: RunDirectory, images_seen: int) -> bytes:
+        """A grid's PNG file."""
+        file = run.sample_file(images_seen)
+        if not file.is_file():
+            raise NotFound(f"{run.path.name} has no samples of {images_seen} images seen")
+        return self._within(run.path, file).read_bytes()
+
+    def metrics(self, run: RunDirectory) -> list[dict[str, Any]]:
+        """What training logged, numbers that are none left out."""
+        self._within(run.path, run.metrics_file)
+        return [
+            {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+            for row in run.read_metrics()
+        ]
+
+    def status(self, run: RunDirectory) -> dict[str, Any]:
+        """Whether it is being trained, and how far it is."""
+        config, _ = run.read()
+        checkpoints = run.checkpoints()
+        changed = max((file.stat().st_mtime for file in (run.metrics_file,) if file.exists()), default=0.0)
+        return {
+            "preset": config.preset,
+            "task": config.task,
+            "duration_images": config.run.duration_images,
+            "checkpoint": int(checkpoints[-1].stem) if checkpoints else None,
+            "samples": self.samples(run),
+            "seconds_since_change": max(time.time() - changed, 0.0) if changed else None,
+        }
+
+    def _within(self, folder: Path, file: Path) -> Path:
+        """The file itself, if it lies in the folder whatever links lead to it."""
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{file.name} is a link out of the run directory {folder.name}, which is not followed")
+        return file
+
+
+class NotFound(UserError):
+    """There is nothing of this name."""
+
+
+def png(pixels: Tensor | np.ndarray) -> bytes:
+    """A PNG file of uint8 [3, H, W], or of [H, W, 3] or [H, W, 4] in NumPy."""
+    array = pixels.permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(stream, "PNG", compress_level=3)
+    return stream.getvalue()
+
+
+def grid(images: Sequence[Tensor], columns: int) -> Tensor:
+    """uint8 images [3, S, S] in rows, two white pixels between: [3, H, W]."""
+    side, gap = images[0].shape[1], 2
+    rows = math.ceil(len(images) / columns)
+    sheet = torch.full((3, rows * (side + gap) - gap, columns * (side + gap) - gap), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        top, left = row * (side + gap), column * (side + gap)
+        sheet[:, top : top + side, left : left + side] = image
+    return sheet
+
+
+def archive(pictures: Sequence[Picture], recipe: dict[str, Any]) -> bytes:
+    """A zip of PNG files, numbered, and of recipe.json with what each of them is."""
+    stream = io.BytesIO()
+    files = [f"{number:03d}.png" for number in range(len(pictures))]
+    listed = [
+        {"file": file, "class": picture.label, "seed": picture.seed}
+        for file, picture in zip(files, pictures, strict=True)
+    ]
+    with zipfile.ZipFile(stream, "w") as out:
+        for file, picture in zip(files, pictures, strict=True):
+            out.writestr(zipfile.ZipInfo(file), png(picture.pixels))  # a fixed date: equal content, equal file
+        out.writestr(zipfile.ZipInfo("recipe.json"), json.dumps(recipe | {"images": listed}, indent=2))
+    return stream.getvalue()
+
+
+def strip(walk: Walk) -> bytes:
+    """The PNG file of a walk: its images in a row, and below them the maps of one entity, on one scale."""
+    rows = list(walk.images)
+    columns = len(rows)
+    if walk.layout is not None:
+        rows += list(_heat(walk))
+    return png(grid(rows, columns))
+
+
+def gif(walk: Walk, *, milliseconds: int = 80) -> bytes:
+    """An endless animation of a walk, there and back."""
+    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in walk.images]
+    frames += frames[-2:0:-1]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    return stream.getvalue()
+
+
+def _heat(walk: Walk) -> Tensor:
+    """The map of the entity of a walk, as large as its images: uint8 [N, 3, S, S]."""
+    assert walk.layout is not None
+    maps = walk.layout[:, walk.entity, None]
+    low, high = maps.min(), maps.max()
+    maps = torch.nn.functional.interpolate((maps - low) / (high - low).clamp_min(1e-12), walk.images.shape[2:])
+    return (maps * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def preview(rgb: Tensor, side: int = 2048) -> bytes:
+    """A PNG file of an image as `Photograph.rgb` gives it, reduced to at most `side` pixels a side."""
+    image = Image.fromarray(_shallow(rgb).permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((side, side), Image.Resampling.BOX)
+    return png(np.asarray(image))
+
+
+def patch(repaired: Repaired) -> tuple[tuple[int, int, int, int], bytes]:
+    """Where the hole is (top, left, bottom, right), and what is there now: a PNG file, else transparent."""
+    hole = repaired.mask[0].numpy()
+    rows, columns = (np.flatnonzero(hole.any(axis)) for axis in (1, 0))
+    top, left, bottom, right = (int(n) for n in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1))
+    colours = _shallow(repaired.image[:, top:bottom, left:right]).permute(1, 2, 0).numpy()
+    alpha = hole[top:bottom, left:right, None].astype(np.uint8) * 255
+    return (top, left, bottom, right), png(np.concatenate([colours, alpha], 2))
+
+
+def _shallow(rgb: Tensor) -> Tensor:
+    """uint8 of uint8 or uint16."""
+    return (rgb.int() >> 8).to(torch.uint8) if rgb.dtype == torch.uint16 else rgb
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_bytes(layout: Tensor) -> bytes:
+    """Shares of entities as bytes, 255 for all: uint8 [K, h, w] in this order."""
+    return (layout * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+
+
+def _regions(observation: Observation) -> dict[str, Any]:
+    (statistics,) = region_statistics(observation)
+    return statistics
+
+
+def _classical(method: str, rgb: Tensor, hole: Tensor) -> Tensor:
+    """`rgb` with its hole filled by a method without a model; 16 bits become 8 in the hole, and 16 again."""
+    from attnorm.evaluation.baselines import mean_fill
+
+    is_deep, shallow = rgb.dtype == torch.uint16, _shallow(rgb)
+    filled = mean_fill(shallow[None], hole[None])[0] if method == "mean" else _telea(shallow, hole)
+    if is_deep:
+        filled = (filled.int() * 257).to(torch.uint16)
+    return torch.where(hole, filled, rgb)
+
+
+SLOW_PIXELS = 20_000  # a second or two of our own Telea
+
+
+def _telea(rgb: Tensor, hole: Tensor) -> Tensor:
+    """By OpenCV where it is installed; else by our own, which is a thousand times slower."""
+    try:
+        import cv2
+    except ImportError:
+        from attnorm.evaluation.baselines import telea_fill
+
+        if (count := int(hole.sum())) > SLOW_PIXELS:
+            raise UserError(
+                f"the hole has {count:,} pixels; without OpenCV, Telea's method takes at most {SLOW_PIXELS:,}: "
+                "pip install opencv-python-headless"
+            ) from None
+        return telea_fill(rgb[None], hole[None])[0]
+    array = np.ascontiguousarray(rgb.permute(1, 2, 0).numpy())
+    filled = cv2.inpaint(array, hole[0].numpy().astype(np.uint8), 5, cv2.INPAINT_TELEA)
+    return torch.from_numpy(filled).permute(2, 0, 1)
+
+
+def _scores(truth: Tensor, filled: Tensor, hole: Tensor) -> dict[str, float]:
+    """PSNR in dB and MAE in [0, 1] of the hole, PSNR and SSIM of the whole."""
+    from attnorm.metrics.image_quality import mae, psnr, ssim
+
+    truth, filled, hole = _shallow(truth)[None], _shallow(filled)[None], hole[None]
+    everywhere = torch.ones_like(hole)
+    scores = {
+        "psnr_hole": psnr(truth, filled, hole),
+        "mae_hole": mae(truth, filled, hole),
+        "psnr_whole": psnr(truth, filled, everywhere),
+    }
+    if min(truth.shape[2:]) > 10 and truth.shape[2] * truth.shape[3] <= 4_000_000:
+        scores["ssim_whole"] = ssim(truth, filled, everywhere)
+    return {name: value.item() for name, value in scores.items()}

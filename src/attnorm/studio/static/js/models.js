@@ -1,0 +1,48 @@
+// Models at hand, and the fields that choose among them.
+
+import { call } from "./api.js";
+import { el, part } from "./dom.js";
+
+export const known = { models: [], methods: {}, examples: [], limits: {} };
+
+export async function loadModels() {
+  Object.assign(known, await call("/api/models"));
+  for (const select of document.querySelectorAll("select[data-task]")) fillModels(select);
+}
+
+export const modelOf = (name) => known.models.find((model) => model.id === name);
+export const describe = (model) => [model.preset || model.source, model.image_size && `${model.image_size} px`].filter(Boolean).join(", ");
+
+function fillModels(select) {
+  const fitting = known.models.filter((model) => model.task === select.dataset.task && (!("needsLayer" in select.dataset) || model.entities));
+  const chosen = select.value;
+  select.replaceChildren(...fitting.map((model) => {
+    const problem = model.problem ? `: ${model.problem}` : "";
+    return el("option", { value: model.id, disabled: !!model.problem }, `${model.id} (${describe(model)})${problem}`);
+  }));
+  const usable = fitting.filter((model) => !model.problem);
+  if (usable.some((model) => model.id === chosen)) select.value = chosen;
+  else if (usable.length) select.value = usable[0].id;
+  const form = select.closest("form");
+  const missing = form.querySelector("[data-missing]");
+  missing?.remove();
+  form.querySelector(".primary").disabled = !usable.length;
+  if (!usable.length) {
+    const what = "needsLayer" in select.dataset ? "There is no generator with the layer" : "There is no generator yet";
+    select.parentElement.after(el("p", { class: "problem", "data-missing": "" }, `${what}. Start the studio with a run directory of one: attnorm studio RUN`));
+  }
+  select.dispatchEvent(new Event("change"));
+}
+
+export function fillClasses(select, model, chosen = select.value) {
+  select.replaceChildren(...(model?.classes ?? []).map((name, number) => el("option", { value: String(number) }, name)));
+  if ([...select.options].some((option) => option.value === chosen)) select.value = chosen;
+}
+
+// A button that draws another seed, in every panel.
+export function dice(panel, then = () => {}) {
+  part(panel, "dice").addEventListener("click", () => {
+    panel.querySelector("[name=seed]").value = Math.floor(Math.random() * 2 ** 31);
+    then();
+  });
+}
