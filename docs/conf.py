@@ -12,7 +12,7 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"attnorm {__version__}"
-exclude_patterns = ["results/*/**"]
+exclude_patterns = ["results/*/**", "release-*"]
 
 # The reference, a page a module, is made of the docstrings. The kernels are a language of their own.
 apidoc_modules = [
