@@ -125,7 +125,7 @@ def test_the_same_command_goes_on(photographs: Path, tmp_path: Path, capsys: pyt
     cli.main(train_command(photographs, out, "run.duration_images=8"))
     assert capsys.readouterr().out.splitlines()[-1].startswith("finished at 8 images")
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line).get("step") for line in lines] == [None, 1, 2, None]
+    assert [json.loads(line)["step"] for line in lines if "step" in json.loads(line)] == [1, 2]
     before = contents(out / "checkpoints")
     cli.main(train_command(photographs, out, "run.duration_images=8"))
     assert contents(out / "checkpoints") == before
