@@ -21,31 +21,13 @@ import torch
 from PIL import Image
 
 from attnorm import __version__, cli
-from attnorm.cli import terminal
+from attnorm.cli import SUBCOMMANDS, terminal
 from attnorm.cli.generation import folder_names
 from attnorm.config import Config, from_dict, override
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
-VERBS = (
-    "train",
-    "watch",
-    "sample",
-    "interpolate",
-    "layout",
-    "inpaint",
-    "page",
-    "curves",
-    "export",
-    "bench",
-    "manifest",
-    "evaluate",
-    "experiment",
-    "report",
-    "reproduce",
-    "presets",
-)
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
 QUIET = ("run.log_every_images=4", "run.layout_every_images=8", "run.grid_every_images=8", "run.precision=float32")
 CLASSES = ["bird", "cat", "dog"]
@@ -514,20 +496,22 @@ print(json.dumps(said))
 """
 
 
-def test_help_is_there_for_every_verb_and_neither_it_nor_the_version_loads_torch() -> None:
+def test_help_is_there_for_every_subcommand_and_neither_it_nor_the_version_loads_torch() -> None:
     """In one process of its own: the tests' has torch."""
-    asked = [["--version"], *([*verb, flag] for verb in ([], *([verb] for verb in VERBS)) for flag in ("-h", "--help"))]
+    asked = [
+        ["--version"],
+        *([*name, flag] for name in ([], *([name] for name in SUBCOMMANDS)) for flag in ("-h", "--help")),
+    ]
     command = [sys.executable, "-c", HELP, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    version, short, long, *of_verbs = json.loads(done.stdout)
+    version, short, long, *of_each = json.loads(done.stdout)
     assert version == f"attnorm {__version__}\n" and short == long
-    assert all(name in long for name in VERBS) and "attnorm train --preset demo" in " ".join(long.split())
-    for verb, short, long in zip(VERBS, of_verbs[::2], of_verbs[1::2], strict=True):
-        function = getattr(cli, verb)
+    assert all(name in long for name in SUBCOMMANDS) and "attnorm train --preset demo" in " ".join(long.split())
+    for (called, function), short, long in zip(SUBCOMMANDS.items(), of_each[::2], of_each[1::2], strict=True):
         for name in inspect.signature(function).parameters:
             option = {"start": "from", "end": "to", "settings": "set"}.get(name, name).replace("_", "-")
-            assert f"--{option}" in long or option.removesuffix("s").upper() in long, (verb, option)
+            assert f"--{option}" in long or option.removesuffix("s").upper() in long, (called, option)
         assert short == long and function.__doc__.split()[0] in long
 
 
@@ -596,20 +580,20 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_a_command_of_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    verb, *arguments = shlex.split(command, comments=True)[1:]
+    name, *arguments = cli._evaluated(shlex.split(command, comments=True)[1:])
     called: list[inspect.BoundArguments] = []
-    original = getattr(cli, verb)
+    original = SUBCOMMANDS[name]
 
     @functools.wraps(original)
     def pretend(*positional: object, **named: object) -> None:
         called.append(inspect.signature(original).bind(*positional, **named))
 
     monkeypatch.setattr(cli, "app", cli.tyro.extras.SubcommandApp())
-    for name in VERBS:
-        cli.app.command(pretend if name == verb else getattr(cli, name))
-    cli.main([verb, *arguments])
+    for other, function in SUBCOMMANDS.items():
+        cli.app.command(name=other)(pretend if other == name else function)
+    cli.main([name, *arguments])
     (bound,) = called
-    if verb == "train":
+    if name == "train":
         override(PRESETS[bound.arguments["preset"]][1], bound.arguments.get("settings", ()))
 
 

@@ -23,7 +23,7 @@ from attnorm.benchmark.results import BenchReport
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, load_images
-from attnorm.evaluation.generation import scores_file
+from attnorm.evaluation.protocol import scores_file
 from attnorm.metrics import features
 from attnorm.metrics.features import Extractor, Features
 from attnorm.presets import PRESETS

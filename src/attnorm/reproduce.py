@@ -39,14 +39,11 @@ from attnorm.config import (
 from attnorm.data.images import ImageSet, held_out_indices
 from attnorm.data.stream import Stream
 from attnorm.evaluation import inpainters
-from attnorm.evaluation.collection import SPLITS
-from attnorm.evaluation.generation import (
-    FRECHET_RESAMPLES,
-    LAYOUT_IMAGES,
-    TABLE_2_CLASSES,
-    evaluate_generator,
-    scores_file,
-)
+from attnorm.evaluation.classes import TABLE_2_CLASSES
+from attnorm.evaluation.feature_stats import FRECHET_RESAMPLES, SPLITS
+from attnorm.evaluation.generators import evaluate_generator
+from attnorm.evaluation.protocol import LAYOUT_IMAGES, scores_file
+from attnorm.evaluation.scores import read_scores
 from attnorm.evaluation.test_set import make_manifest, read_examples, read_manifest
 from attnorm.metrics.features import Extractor
 from attnorm.metrics.generative import Gaussian, frechet_distance, frechet_interval
@@ -56,7 +53,7 @@ from attnorm.reports.inpainting import write_scores_document
 from attnorm.reports.pictures import IMAGE_GRIDS
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
-from attnorm.system.files import hash_file, read_lines, write_json
+from attnorm.system.files import hash_file, write_json
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.trainer import TrainingError, resolve, run_phase, train
@@ -309,11 +306,11 @@ def _is_measured(plan: Plan, job: Job) -> bool:
     if not is_trained(job):
         return False
     checkpoint, found = find_checkpoint(job.path).name, set()
-    for row in read_lines(scores_file(job.path)):
-        is_ours = Path(row["checkpoint"]).name == checkpoint
-        is_ours &= row["metric"] == "layout" or row["extractor"]["name"] == plan.extractor
-        if is_ours and (row["metric"] not in ("frechet", "is1") or row["num_fakes"] == plan.num):
-            found.add(row["metric"])
+    for score in read_scores(scores_file(job.path)):
+        is_ours = Path(score.checkpoint).name == checkpoint
+        is_ours &= score.extractor is None or score.extractor.name == plan.extractor
+        if is_ours and (score.metric not in ("frechet", "is1") or score.num_fakes == plan.num):
+            found.add(score.metric)
     wanted = {"is1" if metric == "is" else metric for metric in METRICS[plan.table]}
     return wanted - ({"layout"} if job.config.model.context != "an" else set()) <= found
 

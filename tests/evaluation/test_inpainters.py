@@ -224,7 +224,7 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     out = tmp_path / "scores"
     evaluate_an = ["evaluate", str(runs[0]), "--out", str(out)]
-    assert "give --manifest DIR" in refused(evaluate_an)
+    assert "give --manifest DIR" in refused(["evaluate", "inpainters", *evaluate_an[1:]])
     assert "holds no manifest.json" in refused([*evaluate_an, "--manifest", str(tmp_path)])
     (tmp_path / "data").mkdir()
     shutil.copy(photographs / "00.png", tmp_path / "data")
@@ -246,7 +246,7 @@ def test_a_generator_is_not_measured_as_an_inpainter(frozen: Path, tmp_path: Pat
     file = tmp_path / "000000008.safetensors"
     save_checkpoint(file, {"ema.weight": torch.zeros(1)}, Header(PRESETS["smoke"][1], ("a", "b"), 8, 1.0))
     said = refused(command([file], frozen, tmp_path / "scores"))
-    assert "--manifest is for inpainters, but" in said and "was trained for class_conditional" in said
+    assert "are for inpainters, but" in said and "was trained for class_conditional" in said
 
 
 def test_runs_are_named_by_their_folders(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The command line: each verb parses, builds one configuration or sampler, calls one function, and says what it wrote.
+"""The command line: each subcommand parses, calls one function, and says what it wrote.
 
-torch is imported inside the verbs only, so that help and mistakes are answered at once.
+torch is imported inside the subcommands only, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from collections.abc import Iterator, Sequence
 import tyro
 
 from attnorm import __version__
-from attnorm.cli.evaluation import bench, evaluate, manifest
+from attnorm.cli.bench import bench
+from attnorm.cli.evaluate_generators import evaluate_generators
+from attnorm.cli.evaluate_images import evaluate_images
+from attnorm.cli.evaluate_inpainters import evaluate_inpainters
 from attnorm.cli.experiments import experiment
 from attnorm.cli.exporting import export
 from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
+from attnorm.cli.manifest import manifest
 from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
 from attnorm.cli.studio import studio
@@ -35,15 +39,41 @@ EPILOGUE = """Attentive Normalization for class-conditional image generation (Wa
 
 A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs/demo --out runs/demo-page"""
 
-# As `attnorm --help` lists them.
-VERBS = (
-    *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
-    *(manifest, evaluate, bench, experiment, report, reproduce, presets, studio),
-)
+# As `attnorm --help` lists them. `attnorm evaluate images` is evaluate-images.
+SUBCOMMANDS = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
+        *(manifest, evaluate_generators, evaluate_inpainters, evaluate_images),
+        *(bench, experiment, report, reproduce, presets, studio),
+    )
+}
+EVALUATED = ("generators", "inpainters", "images")
+OF_INPAINTERS = ("--manifest", "--cost", "--baselines", "--no-baselines")
+RENAMED = {"--floors": "--baselines", "--no-floors": "--no-baselines"}
 
 app = tyro.extras.SubcommandApp()
-for verb in VERBS:
-    app.command(verb)
+for name, function in SUBCOMMANDS.items():
+    app.command(name=name)(function)
+
+
+def _evaluated(arguments: Sequence[str]) -> list[str]:
+    """`evaluate generators ...` as evaluate-generators; of `evaluate RUN ...`, as it was before there were three, the
+    options tell which is meant.
+    """
+    if list(arguments[:1]) != ["evaluate"]:
+        return list(arguments)
+    rest = [RENAMED.get(argument, argument) for argument in arguments[1:]]
+    if not rest or rest[0] in ("-h", "--help"):
+        said = "attnorm evaluate generators | inpainters | images: each says more with --help"
+        if rest:
+            print(said)
+            raise SystemExit(0)
+        raise UserError(said)
+    if rest[0] in EVALUATED:
+        return [f"evaluate-{rest[0]}", *rest[1:]]
+    is_inpainting = any(argument.partition("=")[0] in OF_INPAINTERS for argument in rest)
+    return ["evaluate-inpainters" if is_inpainting else "evaluate-generators", *rest]
 
 
 def _repeat_set(arguments: Sequence[str]) -> list[str]:
@@ -92,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"attnorm {__version__}")
         return
-    names = [verb.__name__ for verb in VERBS]
+    names = [*SUBCOMMANDS, "evaluate"]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         hint = did_you_mean(arguments[0], names)
         text = f"there is no subcommand {arguments[0]!r}; {hint}expected one of {', '.join(names)}"
@@ -100,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         with _interrupted_while_importing():
-            app.cli(prog="attnorm", description=EPILOGUE, args=_repeat_set(arguments))
+            app.cli(prog="attnorm", description=EPILOGUE, args=_repeat_set(_evaluated(arguments)))
     except BrokenPipeError:  # `attnorm presets | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

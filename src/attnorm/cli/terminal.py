@@ -20,6 +20,7 @@ from attnorm.config import Config, ConfigError, printable
 
 if TYPE_CHECKING:
     from attnorm.data.images import ImageSet
+    from attnorm.reports.render import Table
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
@@ -43,6 +44,22 @@ def screen() -> Console:
 def counted(count: int, singular: str, plural: str = "") -> str:
     """ "1 image", "2,560 images"."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
+def print_table(table: Table) -> None:
+    """A report's table, on the standard output."""
+    import rich.table
+
+    title = printable(table.title) or None
+    shown = rich.table.Table(*table.header, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in table.rows:
+        shown.add_row(*map(printable, row))
+    screen().print(shown)
+
+
+def split_names(names: str) -> list[str]:
+    """Those of an option, with commas between."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

@@ -34,6 +34,7 @@ from attnorm.system.files import hash_file, write_json, write_text
 from attnorm.system.provenance import commit
 
 GRID_ROWS = 8
+LPIPS = "lpips_pasted"
 
 PROTOCOL = {
     "input": "the centre square; what a hole holds has no influence; float32 without TF32; self-sampling off",
@@ -144,6 +145,7 @@ def evaluate_inpainters(
     examples: Examples,
     *,
     with_baselines: bool = True,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     ema: bool = True,
     device: str = "auto",
     batch_size: int = 16,
@@ -155,6 +157,7 @@ def evaluate_inpainters(
     Args:
         runs: Run directories (the latest checkpoint is taken) or checkpoint files of the inpainting task.
         examples: The manifest's, as `read_examples` returns them.
+        lpips: `metrics.lpips.Lpips`, where its weights are at hand: the whole image is then measured by it too.
         batch_size: Images at a time; it changes results by no more than rounding.
         seed: Of the bootstrap.
 
@@ -179,18 +182,21 @@ def evaluate_inpainters(
     def run(name: str, fill: Fill, names: Sequence[str]) -> dict[str, Any]:
         """Measures one method; what every method says of itself."""
         before = len(by_image) * len(examples.images)
-        found, pasted, seconds = _measure(examples, fill, batch_size, lambda done: progress(before + done, total, name))
+        found, pasted, seconds = _measure(
+            examples, fill, batch_size, lpips, lambda done: progress(before + done, total, name)
+        )
         by_image[name], grid.results[name] = {score: found[score].numpy() for score in names}, pasted[shown]
         without_error = int((found["mae_pasted"] == 0).sum())
         return {"means": _means(by_image[name]), "seconds": seconds, "images_without_error": without_error}
 
+    names = (*SCORES, *DISTANCE_SCORES, *(() if lpips is None else (LPIPS,)))
     models = {}
     for name, path in named.items():
         inpainter = Inpainter(path, ema=ema, device=device)
         set_tf32(False)  # equal terms, however trained
-        results = run(name, partial(_fill, inpainter), (*SCORES, *DISTANCE_SCORES))
+        results = run(name, partial(_fill, inpainter), names)
         models[name] = Method(**results, **_about(inpainter, ema))
-    pasted = [score for score in (*SCORES, *DISTANCE_SCORES) if not score.endswith("_raw")]
+    pasted = [score for score in names if not score.endswith("_raw")]
     baselines = {name: Method(**run(name, fill, pasted), device="cpu") for name, fill in fills.items()}
     pairs = [*itertools.combinations(models, 2), *itertools.product(models, baselines)]
     shares = examples.masks.double().mean((1, 2, 3)).numpy()
@@ -207,7 +213,11 @@ def evaluate_inpainters(
 
 
 def _measure(
-    examples: Examples, fill: Fill, batch_size: int, progress: Callable[[int], None]
+    examples: Examples,
+    fill: Fill,
+    batch_size: int,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None,
+    progress: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], Tensor, float]:
     """Scores of every image, the pasted results, and the seconds of filling."""
     parts, results, seconds, done = [], [], 0.0, 0
@@ -215,8 +225,9 @@ def _measure(
         start = time.monotonic()
         raw = fill(images, masks)
         seconds += time.monotonic() - start
-        parts.append(measure(images, raw, masks))
         results.append(torch.where(masks, raw, images))
+        own = {} if lpips is None else {LPIPS: lpips(images, results[-1])}
+        parts.append(measure(images, raw, masks) | own)
         done += len(images)
         progress(done)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(results), seconds
@@ -365,7 +376,8 @@ def read_scores(folder: Path) -> InpaintingScores:
 def _csv(evaluation: Evaluation) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    names = (*SCORES, *DISTANCE_SCORES)
+    first = next(iter(evaluation.by_image.values()))
+    names = (*SCORES, *DISTANCE_SCORES, *((LPIPS,) if LPIPS in first else ()))
     writer.writerow(["method", "image", "mask", "hole_share", *names])
     for method, found in evaluation.by_image.items():
         for i, entry in enumerate(evaluation.manifest.entries):

@@ -15,6 +15,7 @@ from typing import Any
 
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, from_dict
+from attnorm.metrics.features import Extractor
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import append_lines, hash_file, read_lines, write_lines
 
@@ -57,6 +58,15 @@ class UsedExtractor:
     weights_sha256: str = ""
     preprocessing: str = ""
 
+    @classmethod
+    def of(cls, extractor: Extractor) -> UsedExtractor:
+        return cls(
+            name=extractor.name,
+            title=extractor.title,
+            weights_sha256=extractor.weights_sha256,
+            preprocessing=extractor.preprocessing,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class UsedData:
@@ -96,7 +106,8 @@ class Score:
     extractor: UsedExtractor | None = None
     num_fakes: int = 0
     num_reals: int = 0
-    data: UsedData = UsedData()
+    data: UsedData = UsedData()  # the real images
+    fakes: UsedData | None = None  # images that came as files
     labels: str = ""  # how those of the generated images were chosen
     seed: int = 0
     subset: bool = False  # whether it is an estimate from a part of the real images
@@ -125,7 +136,7 @@ class Score:
         return (
             *(self.metric, self.protocol, self.site, self.checkpoint_sha256, self.weights, self.seed),
             *(self.num_fakes, self.num_reals, self.data.fingerprint, self.data.image_size),
-            *(extractor.weights_sha256, extractor.preprocessing),
+            *(extractor.weights_sha256, extractor.preprocessing, self.fakes.fingerprint if self.fakes else ""),
         )
 
     @property

@@ -42,29 +42,38 @@ def table_3(scores: InpaintingScores | None, title: str = "", *, regions: Sequen
     for key in COMPARED:
         doubled = " x2" if key == "mae" else ""
         header += [f"{METRICS[key].title}, paper", f"{METRICS[key].title}{doubled}, whole image"]
-    header += ["MAE, whole image", *(f"{METRICS[key].title}, {region}" for region in regions for key in COMPARED)]
+    with_lpips = scores is not None and any("lpips_pasted" in model.means for model in scores.models.values())
+    own = ["lpips"] if with_lpips else []
+    header += ["MAE, whole image", *(f"{METRICS[key].title}, whole image" for key in own)]
+    header += [f"{METRICS[key].title}, {region}" for region in regions for key in COMPARED]
     header += ["seed", "parameters", "s a step", "images seen", "device"]
     models = scores.models if scores else {}
     rows = []
     for printed in TABLE_3:
         found = {name: model for name, model in models.items() if model.context == printed.context}
         rows += [
-            _row(printed.label, printed if i == 0 else None, *item, regions) for i, item in enumerate(found.items())
+            _row(printed.label, printed if i == 0 else None, *item, regions, own)
+            for i, item in enumerate(found.items())
         ]
         if not found:
-            rows.append(_row(printed.label, printed, NOT_RUN, None, regions))
+            rows.append(_row(printed.label, printed, NOT_RUN, None, regions, own))
     known = [printed.context for printed in TABLE_3]
     for name, model in models.items():
         if model.context not in known:
-            rows.append(_row(f"context {model.context}: not in the paper", None, name, model, regions))
+            rows.append(_row(f"context {model.context}: not in the paper", None, name, model, regions, own))
     for name, baseline in (scores.baselines if scores else {}).items():
-        rows.append(_row(f"{name}: a baseline", None, "-", baseline, regions))
+        rows.append(_row(f"{name}: a baseline", None, "-", baseline, regions, own))
     notes = (scores.manifest.note,) if scores and scores.manifest.note else ()
     return Table(title, tuple(header), tuple(rows), notes)
 
 
 def _row(
-    label: str, printed: PrintedInpainter | None, name: str, method: Method | None, regions: Sequence[str]
+    label: str,
+    printed: PrintedInpainter | None,
+    name: str,
+    method: Method | None,
+    regions: Sequence[str],
+    own: Sequence[str],
 ) -> tuple[str, ...]:
     def show(key: str, region: str, times: int = 1) -> str:
         value = method.means.get(f"{key}_{region}") if method else None
@@ -74,7 +83,8 @@ def _row(
     for key in COMPARED:
         cells.append("" if printed is None else f"{printed.values[key]:.{METRICS[key].digits}f}")
         cells.append(show(key, "pasted", 2 if key == "mae" else 1))
-    cells += [show("mae", "pasted"), *(show(key, region) for region in regions for key in COMPARED)]
+    cells += [show(key, "pasted") for key in ("mae", *own)]
+    cells += [show(key, region) for region in regions for key in COMPARED]
     if method is None:
         return (*cells, "", "", "", "", "")
     seconds = ""
@@ -104,7 +114,7 @@ def section_3(inpainting: Mapping[str, InpaintingScores]) -> Section:
                 f"Differences, whole image: first minus second, with the {bootstrap.confidence:.0%} interval of the "
                 f"paired bootstrap over images ({bootstrap.resamples:,} resamples, seed {bootstrap.seed})"
             )
-            header = ("", *(METRICS[key].title for key in COMPARED), "reading, over images")
+            header = ("", *(METRICS[key].title for key in _compared(scores)), "reading, over images")
             note = (
                 "These are of two models as they are; another seed of either is another model. What seeds decide, and "
                 'how many would, stands below in "Which rows differ" for every two presets of which several seeds are '
@@ -118,11 +128,16 @@ def _pairs(scores: InpaintingScores) -> list[tuple[str, str]]:
     return list(dict.fromkeys((found.first, found.second) for found in scores.differences))
 
 
+def _compared(scores: InpaintingScores) -> tuple[str, ...]:
+    """The metrics of which there are differences."""
+    return (*COMPARED, "lpips") if any(found.score == "lpips_pasted" for found in scores.differences) else COMPARED
+
+
 def _difference_cells(scores: InpaintingScores, pair: tuple[str, str], region: str) -> list[str]:
     """A cell a metric, and what they say in words."""
     found = {d.score: d for d in scores.differences if (d.first, d.second) == pair}
     cells, words = [], []
-    for key in COMPARED:
+    for key in _compared(scores):
         difference = found.get(f"{key}_{region}")
         cells.append(_show(difference, METRICS[key].digits))
         if difference is not None:
@@ -145,7 +160,7 @@ def _strong(difference: Difference | None, digits: int) -> str:
 def compare_inpainters(scores: InpaintingScores) -> list[SeedComparison]:
     """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset."""
     found = []
-    for key in COMPARED:
+    for key in _compared(scores):
         rows: dict[str, dict[int, tuple[float, int]]] = {}
         for model in scores.models.values():
             if f"{key}_pasted" in model.means and model.seed is not None:
@@ -185,7 +200,7 @@ def make_document(scores: InpaintingScores) -> Document:
         f"seed would change. There are {len(scores.differences)} of them, and of such intervals one in "
         f"{round(1 / (1 - bootstrap.confidence))} leaves out 0 by chance where there is no difference."
     )
-    regions = Table("", ("", "region", *(METRICS[key].title for key in COMPARED)), by_region)
+    regions = Table("", ("", "region", *(METRICS[key].title for key in _compared(scores))), by_region)
     points = tuple(_words(scores, pair) for pair in _pairs(scores))
     sections = (
         Section("", about, (table_3(scores, regions=("hole", "raw")),)),
@@ -205,7 +220,7 @@ def write_scores_document(scores: InpaintingScores, out: Path) -> list[Path]:
 
 def _region_cells(scores: InpaintingScores, pair: tuple[str, str], region: str) -> list[str]:
     found = {d.score: d for d in scores.differences if (d.first, d.second) == pair}
-    return [_strong(found.get(f"{key}_{region}"), METRICS[key].digits) for key in COMPARED]
+    return [_strong(found.get(f"{key}_{region}"), METRICS[key].digits) for key in _compared(scores)]
 
 
 def _words(scores: InpaintingScores, pair: tuple[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from attnorm.evaluation.generation import TABLE_2_CLASSES
+from attnorm.evaluation.classes import TABLE_2_CLASSES
 
 
 class PrintedRow(NamedTuple):

@@ -6,22 +6,38 @@ import hashlib
 import io
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from attnorm.config import UserError
 
 
-def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a file whose content is as expected. What was verified is what is read, by torch's restricted
-    reader, which makes tensors and calls nothing.
+def read_weights(path: Path, sha256: str = "") -> dict[str, Tensor]:
+    """The tensors of a file, a safetensors one or torch's, by its restricted reader, which makes tensors and calls
+    nothing; UserError of any other file.
+
+    Args:
+        sha256: What the file's must be; what was verified is what is read. "": any.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of weights") from error
-    verify(str(path), content, sha256)
-    state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
+    if sha256:
+        verify(str(path), content, sha256)
+    state: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:  # that of a pickle which calls something is named in a module that is banned here
+        raise UserError(  # not torch's own words, which advise to run it
+            f"{path} cannot be read as weights without running what is in it, or is damaged; expected a safetensors "
+            "file, or torch's of tensors alone"
+        ) from error
+    if not all(isinstance(weight, Tensor) for weight in state.values()):
+        raise UserError(f"{path} holds something else than tensors by name; expected a file of weights")
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -24,17 +25,11 @@ from attnorm import cli
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import ConfigError, override
 from attnorm.data.images import ImageSet, fingerprint, load_images
-from attnorm.evaluation import generation
-from attnorm.evaluation.collection import RealFeatures
-from attnorm.evaluation.generation import (
-    METRICS,
-    TABLE_2_CLASSES,
-    evaluate_generator,
-    fake_labels,
-    find_classes,
-    find_metrics,
-    scores_file,
-)
+from attnorm.evaluation import generators
+from attnorm.evaluation.classes import TABLE_2_CLASSES, fake_labels, find_classes
+from attnorm.evaluation.feature_stats import METRICS, RealFeatures, find_metrics
+from attnorm.evaluation.generators import evaluate_generator
+from attnorm.evaluation.protocol import scores_file
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.metrics.features import Extractor, Features
@@ -131,8 +126,8 @@ def measured(run: Path, images: ImageSet, *metrics: str, **settings: Any) -> dic
     extractor = settings.pop("extractor", None) or TinyExtractor()
     defaults = {"num": 40, "fakes_per_class": 15, "batch_size": 7, "device": "cpu", "cache_dir": run.parent / "kept"}
     settings = defaults | settings
-    lines = evaluate_generator(run, images, extractor, metrics=metrics, **settings)
-    return {line["metric"]: line for line in lines}
+    scores = evaluate_generator(run, images, extractor, metrics=metrics, **settings)
+    return {score.metric: json.loads(json.dumps(score.to_dict())) for score in scores}
 
 
 def made(run: Path, labels: list[int], first_seed: int) -> Features:
@@ -223,7 +218,7 @@ def test_layouts_are_those_of_all_images_together(run: Path, images: ImageSet) -
     line = measured(run, images, "layout", num=20)["layout"]
     seen = Sampler(run, device="cpu").sample(range(20), [i % 3 for i in range(20)], with_layouts=True).layouts
     ((site, observation),) = seen.items()
-    assert (line["site"], line["protocol"], line["extractor"]) == (site, "layout20", None)
+    assert (line["site"], line["protocol"], line.get("extractor")) == (site, "layout20", None)
     assert line["value"] == pytest.approx(layout_entropy(observation.layout).item())
     usage = entity_usage(observation.layout).tolist()
     assert line["usage"] == pytest.approx(usage, abs=1e-4)
@@ -360,7 +355,7 @@ def test_a_line_says_how_it_came_about(run: Path, images: ImageSet) -> None:
         "preset": "smoke",
         "run_seed": 3,
         "checkpoint": "checkpoints/000000008.safetensors",
-        "checkpoint_sha256": generation.hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "images_seen": 8,
         "training_seconds": 1.5,
         "weights": "ema",
@@ -499,7 +494,7 @@ def test_an_interrupted_measurement_keeps_what_it_had(
     def interrupted(self: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation._Evaluation, "intra", interrupted)
+    monkeypatch.setattr(generators._Evaluation, "intra", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measured(run, images, "frechet", "intra-frechet")
     assert [line["metric"] for line in read_lines(scores_file(run))] == ["frechet"]
@@ -508,7 +503,7 @@ def test_an_interrupted_measurement_keeps_what_it_had(
 def test_intra_class_distances_go_on_where_they_were_interrupted(
     run: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, made_before = generation._Evaluation.distance_of_class, []
+    whole, made_before = generators._Evaluation.distance_of_class, []
 
     def two_alone(self: Any, label: int, name: str) -> float:
         if len(made_before) == 2:
@@ -516,7 +511,7 @@ def test_intra_class_distances_go_on_where_they_were_interrupted(
         made_before.append(label)
         return whole(self, label, name)
 
-    monkeypatch.setattr(generation._Evaluation, "distance_of_class", two_alone)
+    monkeypatch.setattr(generators._Evaluation, "distance_of_class", two_alone)
     with pytest.raises(KeyboardInterrupt):
         measured(run, images, "intra-frechet")
     monkeypatch.undo()
@@ -542,16 +537,17 @@ def test_progress_is_told_of_everything_that_takes_long(run: Path, images: Image
 HELPER = """
 import json, sys
 sys.path.insert(0, {folder!r})
-import test_generation as tests
+import test_generators as tests
 from pathlib import Path
 from attnorm.system.process_group import process_group
-from attnorm.evaluation.generation import METRICS, evaluate_generator
+from attnorm.evaluation.feature_stats import METRICS
+from attnorm.evaluation.generators import evaluate_generator
 extractor = tests.TinyExtractor()
 with process_group() as group:  # one group, as the command line has it: a second could meet the remains of the first
     lines = evaluate_generator(Path({run!r}), tests.make_images(), extractor, metrics=METRICS, num=40,
         fakes_per_class=15, batch_size=7, intervals=True, device="cpu", out=Path({out!r}), cache_dir=Path({cache!r}))
     assert group.text_of_first(f"Fréchet of {{group.rank}}") == "Fréchet of 0"
-print("LINES" + json.dumps([lines, extractor.num_seen]))
+print("LINES" + json.dumps([[line.to_dict() for line in lines], extractor.num_seen]))
 """
 
 
@@ -665,7 +661,7 @@ def test_the_command_line_measures_tells_and_goes_on(builtin_run: Path, capsys: 
     assert said.out.splitlines()[-1] == str(file) and said.out.splitlines()[0].startswith("run, 16 images seen, ema")
     assert f"{lines[3]['value']:.5g}" in said.out and "already measured" not in said.out
     assert "Fréchet distance (efficientnet-lite0)" in said.out and "FID" not in said.out
-    assert "a subset of 20 real images: a quick look" in said.err
+    assert "estimated from a subset of 20 real images" in said.err
 
     cli.main(["evaluate", str(builtin_run), *lite, "--metrics", "frechet,layout", "--checkpoints", "all"])
     out = capsys.readouterr().out
@@ -680,23 +676,22 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(
         return refused(["evaluate", str(builtin_run), "--extractor", "efficientnet-lite0", *more])
 
     assert "--metrics names fid, but with the extractor efficientnet-lite0" in evaluate("--metrics", "fid")
-    assert "--manifest is for inpainters" in evaluate("--manifest", str(tmp_path))
-    assert "--no-floors is for inpainters" in evaluate("--no-floors")
-    assert "--cost is for inpainters" in evaluate("--cost", "64")
     assert "--inception-weights is for --extractor inception" in evaluate("--inception-weights", str(tmp_path))
     said = refused(["evaluate", str(builtin_run), "--extractor", "inceptoin"])
     assert "there is no extractor 'inceptoin'; did you mean inception?" in said
     missing = ["--inception-weights", str(tmp_path / "none.pth")]
     assert "none.pth cannot be read" in refused(["evaluate", str(builtin_run), *missing])
-    assert "no run was named" in refused(["evaluate"])
+    assert "evaluate generators | inpainters | images" in refused(["evaluate"])
+    assert "no run was named" in refused(["evaluate", "generators"])
     assert "does not exist" in refused(["evaluate", str(tmp_path / "none")])
 
     inpainting = tmp_path / "inpainting.safetensors"
     save_checkpoint(inpainting, {"ema.weight": torch.zeros(1)}, Header(PRESETS["inpaint-smoke"][1], ("all",), 8, 1.0))
-    assert "name runs of one task" in refused(["evaluate", str(builtin_run), str(inpainting)])
-    assert "--intervals is for generators" in refused(["evaluate", str(inpainting), "--intervals"])
-    assert "--num is for generators" in refused(["evaluate", str(inpainting), "--num", "5"])
-    assert "--out is missing" in refused(["evaluate", str(inpainting), "--manifest", str(tmp_path)])
+    for runs in ([builtin_run, inpainting], [inpainting]):
+        assert "`attnorm evaluate inpainters` measures it" in refused(["evaluate", *runs, "--num", "16"])
+    for old in (["--no-floors"], ["--manifest", tmp_path], ["--cost=64"]):  # as it was before there were three
+        assert "`attnorm evaluate generators` measures it" in refused(["evaluate", builtin_run, *old])
+    assert "--out is missing" in refused(["evaluate", "inpainters", inpainting, "--manifest", tmp_path])
 
 
 def test_data_that_changed_since_the_training_are_not_taken_for_its_own(
