@@ -501,6 +501,17 @@ def test_sigterm_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_run_stopped_before_its_first_step_begins_once(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "log_validation", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        outcome = run(tiny(), tmp_path / "run")
+    assert (outcome.reason, outcome.images_seen) == ("interrupted", 0)
+    run(tiny("run.duration_images=8"), tmp_path / "run")
+    assert rows_of(tmp_path / "run") == [row for row in rows_of(whole) if row["images_seen"] <= 8]
+
+
 # What is reported
 
 

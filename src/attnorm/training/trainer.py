@@ -111,7 +111,7 @@ def train(
         precision = find_precision(config.run.precision, device)
         config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
         _announce(config, task.state.images_seen, device, group, console)
-        return _loop(config, images, task, run, device, console, group, parts)
+        return _loop(config, images, task, run, device, console, group, parts, task.state.images_seen if name else None)
 
 
 def resolve(config: Config, images: ImageSet) -> Config:
@@ -165,6 +165,7 @@ def _loop(
     console: Console,
     group: ProcessGroup,
     parts: list[BatchPart | None],
+    resumed_at: int | None,
 ) -> Outcome:
     settings, state = config.run, task.state
     stream, hooks = Stream(config, images, device), hooks_of(settings)
@@ -174,13 +175,12 @@ def _loop(
         stop = stack.enter_context(_stop_on_signals())
         logger = None
         if group.rank == 0:
-            resumed_at = state.images_seen if run.checkpoints() else None
             logger = stack.enter_context(Logger(run, settings, resumed_at=resumed_at, console=console))
         no_step = torch.tensor(NONE, device=device)
         training = Training(config, images, task, stream, run, group, logger, first_bad_step=no_step)
 
-        # What there is before the first step.
-        if state.images_seen == 0:
+        # What there is before the first step. A run that was stopped before it has shown that already.
+        if resumed_at is None:
             run_hooks((log_layouts, log_validation, save_samples), training)
 
         clock = time.perf_counter()
