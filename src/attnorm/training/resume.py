@@ -9,7 +9,7 @@ import torch
 
 from attnorm import config as configuration
 from attnorm.checkpoint import CheckpointError, read_checkpoint
-from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError
+from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError, RunConfig
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import parts_of_batch
 from attnorm.run_directory import RunDirectory
@@ -24,16 +24,21 @@ def require_trainable(config: Config, out: Path, group: ProcessGroup = ProcessGr
         ConfigError, CheckpointError: as `train` would.
     """
     find_own_device(config.run.device)
-    parts_of_batch(config.run.batch_size, processes=group.count, accumulate=config.run.accumulate)
-    if group.count % (config.run.batch_norm_group or group.count):
-        raise ConfigError(
-            f"run.batch_norm_group is {config.run.batch_norm_group}: {group.count} processes are no multiple of it; "
-            "expected 0 for all of them, or a number that does"
-        )
+    require_divisible(config.run, group)
     run = RunDirectory(out)
     run.require_free_or_run()
     if run.checkpoints():
         require_same_settings(run, config)
+
+
+def require_divisible(settings: RunConfig, group: ProcessGroup) -> None:
+    """ConfigError where the processes cannot share a batch, or its moments, as the settings say."""
+    parts_of_batch(settings.batch_size, processes=group.count, accumulate=settings.accumulate)
+    if group.count % (settings.batch_norm_group or group.count):
+        raise ConfigError(
+            f"run.batch_norm_group is {settings.batch_norm_group}: {group.count} processes are no multiple of it; "
+            "expected 0 for all of them, or a number that divides theirs"
+        )
 
 
 def require_same_settings(run: RunDirectory, config: Config) -> None:

@@ -51,7 +51,7 @@ from attnorm.training.hooks import TrainingError as TrainingError
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
 from attnorm.training.projected import ProjectedTask
-from attnorm.training.resume import load_state, open_run
+from attnorm.training.resume import load_state, open_run, require_divisible
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
@@ -91,6 +91,7 @@ def train(
     console = console or Console(stderr=True, quiet=group.rank > 0)
     config = resolve(config, images)
     settings, run = config.run, RunDirectory(out)
+    require_divisible(settings, group)
     parts = parts_of_batch(settings.batch_size, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
     device = find_own_device(config.run.device)
     if device.index is not None and device.type == "cuda":
@@ -111,7 +112,11 @@ def train(
         precision = find_precision(config.run.precision, device)
         config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
         _announce(config, task.state.images_seen, device, group, console)
-        return _loop(config, images, task, run, device, console, group, parts, task.state.images_seen if name else None)
+        no_step = torch.tensor(NONE, device=device)
+        training = Training(
+            config, images, task, Stream(config, images, device), run, group, None, first_bad_step=no_step
+        )
+        return _loop(training, parts, task.state.images_seen if name else None, console)
 
 
 def resolve(config: Config, images: ImageSet) -> Config:
@@ -156,28 +161,16 @@ def _announce(config: Config, images_seen: int, device: torch.device, group: Pro
         console.print("the first step waits, up to a few minutes, where AN's kernels have not been compiled here yet")
 
 
-def _loop(
-    config: Config,
-    images: ImageSet,
-    task: Task,
-    run: RunDirectory,
-    device: torch.device,
-    console: Console,
-    group: ProcessGroup,
-    parts: list[BatchPart | None],
-    resumed_at: int | None,
-) -> Outcome:
-    settings, state = config.run, task.state
-    stream, hooks = Stream(config, images, device), hooks_of(settings)
-    own_moments = state.moments_of_a_part() if group.count > 1 else []
+def _loop(training: Training, parts: list[BatchPart | None], resumed_at: int | None, console: Console) -> Outcome:
+    task, stream, run, group = training.task, training.stream, training.run, training.group
+    settings, state = training.config.run, task.state
+    hooks, own_moments = hooks_of(settings), state.moments_of_a_part() if group.count > 1 else []
     is_stopped = is_out_of_time = False
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
-        logger = None
         if group.rank == 0:
-            logger = stack.enter_context(Logger(run, settings, resumed_at=resumed_at, console=console))
-        no_step = torch.tensor(NONE, device=device)
-        training = Training(config, images, task, stream, run, group, logger, first_bad_step=no_step)
+            logger = Logger(run, settings, resumed_at=resumed_at, console=console)
+            training.logger = stack.enter_context(logger)
 
         # What there is before the first step. A run that was stopped before it has shown that already.
         if resumed_at is None:
@@ -210,8 +203,8 @@ def _loop(
             now = time.perf_counter()
             seconds, clock = now - clock, now
             state.seconds += seconds
-            if logger:
-                logger.advance(state.images_seen, seconds, state.seconds)
+            if training.logger:
+                training.logger.advance(state.images_seen, seconds, state.seconds)
 
             # What is due, once nothing that it would show or save is broken.
             waiting = due(hooks, state.images_seen, settings.batch_size)
