@@ -460,6 +460,7 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
 def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed(tmp_path: Path) -> None:
     script = """
     from attnorm.cli import training as verbs
+    from attnorm.system.process_group import ProcessGroup
     verbs.read_images = lambda config: images
     long = override(config, ["run.duration_images=4000000", "run.checkpoint_every_images=4000000"])
     verbs._train(override(long, ["run.layout_every_images=4000000"]), Path(sys.argv[1]), ProcessGroup())

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from attnorm.config import UserError
@@ -43,9 +43,7 @@ _TIFF_STRUCTURE = {
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
     *(338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
 }
-_SUB_DIRECTORIES = {34665, 34853, 40965}  # EXIF's own, GPS, interoperability
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,13 +248,11 @@ class Photograph:
                         exif[700] = xmp
                 options["exif"] = exif
                 kept = info.get("compression")
-                if set(exif) & _SUB_DIRECTORIES:
-                    kept = "raw"  # the only kind in which Pillow writes them
+                if set(exif) & {34665, 34853, 40965}:  # EXIF's own, GPS, interoperability
+                    kept = "raw"  # the only kind in which Pillow writes such directories
                 options["compression"] = kept if kept in _LOSSLESS_TIFF else "tiff_adobe_deflate"
             case "PNG" if xmp:
-                from PIL.PngImagePlugin import PngInfo
-
-                text = PngInfo()
+                text = PngImagePlugin.PngInfo()
                 text.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
                 options["pnginfo"] = text
         if format == "GIF" and "comment" in info:
@@ -363,7 +359,7 @@ def decode_photograph(path: Path, data: bytes, *, max_pixels: int | None = None)
         raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
     if format == "MPO":
         format, note = "JPEG", "only the first of its pictures is kept"
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = image.getexif().get(0x0112, 1)
     return Photograph(path, format, mode, samples, orientation if orientation in range(1, 9) else 1, note, image, data)
 
 
