@@ -8,7 +8,8 @@ JOBS ?= 2
 .PHONY: help demo studio test coverage docs
 
 help:
-	@echo "make demo   train a small generator on built-in photographs (about five minutes on two cores), write demo/index.html"
+	@echo "make demo   show what trained models do (half a minute, demo/models/index.html); then train a small generator"
+	@echo "            on built-in photographs (about five minutes on two cores, demo/index.html): TRAIN=no leaves that out"
 	@echo "make studio open the studio in the browser, with what make demo trained (which it does first)"
 	@echo "make test   lint, types and tests"
 	@echo "make coverage   the tests once more, and the lines that none of them runs"
@@ -16,11 +17,16 @@ help:
 	@echo "All first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
 
 demo: .venv/.installed
+	@echo "== Drawing what the models do that come with the package"
+	@$(BIN)/attnorm models --out demo/models --overwrite
+	@echo "Open demo/models/index.html in a browser."
+ifneq ($(TRAIN),no)
 	@echo "== Training the preset 'demo' for at most five minutes (Ctrl-C stops it; make demo goes on)"
 	@$(BIN)/attnorm train --preset demo --out demo/run
 	@echo "== Drawing what it learnt"
 	@$(BIN)/attnorm page demo/run --out demo --overwrite
 	@echo "Open demo/index.html in a browser."
+endif
 
 studio: .venv/.installed
 	@test -d demo/run/checkpoints || $(MAKE) --no-print-directory demo

@@ -2,10 +2,13 @@
 
     python scripts/classifier.py train --data cifar10/train --held-out cifar10/test --out classifier.safetensors
     python scripts/classifier.py score RUN --classifier classifier.safetensors --held-out cifar10/test --num 2000
+    python scripts/classifier.py nearest RUN --classifier classifier.safetensors --data cifar10/train --out nearest.png
 
 It is a judge that has nothing to do with the networks that generators are trained against: its accuracy on generated
 images of a class says whether they show that class, beside its accuracy on held-out photographs, and the Fréchet
-distance on its 256 features is what short trials are compared by. A ResNet of nine convolutions for 32 pixels.
+distance on its 256 features is what short trials are compared by. `nearest` shows beside samples the training images
+that are nearest to them, by its features and by pixels: whether a generator remembers. A ResNet of nine
+convolutions for 32 pixels.
 """
 
 from __future__ import annotations
@@ -112,7 +115,8 @@ def train(data: ImageSet, held_out: ImageSet, out: Path, epochs: int, seed: int)
         "held_out": held_out.fingerprint,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.state_dict(), out, {"classifier": json.dumps(about)})
+    plain = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
+    save_file(plain, out, {"classifier": json.dumps(about)})
     print(json.dumps(about))
 
 
@@ -171,10 +175,44 @@ def score(run: Path, classifier: Classifier, about: dict, held_out: ImageSet, nu
     }
 
 
+def nearest(run: Path, classifier: Classifier, data: ImageSet, out: Path, num: int = 10) -> dict:
+    """Draws a sample of each class, and of the training images the two nearest by features and the two by pixels.
+
+    Returns the median, over 10 `num` samples, of the distance to the nearest training image by pixels (root mean square
+    of 0 to 255), beside the same of training images to the others.
+    """
+    from attnorm.inference import Sampler
+    from attnorm.reports.figures import images_figure, save_figure
+
+    sampler = Sampler(run)
+    count = len(sampler.classes)
+    labels = [index % count for index in range(10 * num)]
+    made = torch.cat(list(sampler.batches(range(10 * num), labels)))
+    real = torch.from_numpy(np.ascontiguousarray(data.images))
+    own = real[torch.linspace(0, len(real) - 1, 10 * num).long()]
+    features, _ = look(classifier, real)
+    by_features = torch.cdist(look(classifier, made)[0], features).topk(2, largest=False).indices
+    pixels = real.flatten(1).float()
+    apart = torch.cdist(made.flatten(1).float(), pixels).topk(2, largest=False)
+    apart_real = torch.cdist(own.flatten(1).float(), pixels).topk(2, largest=False)
+    rows = [[made[i], *real[by_features[i]], *real[apart.indices[i]]] for i in range(num)]
+    save_figure(images_figure(rows, [sampler.classes[label] for label in labels[:num]]), out)
+    scale = pixels.shape[1] ** 0.5
+    return {
+        "rms_to_nearest": (apart.values[:, 0].median() / scale).item(),
+        "rms_of_real_to_nearest_other": (apart_real.values[:, 1].median() / scale).item(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     training, scoring = commands.add_parser("train"), commands.add_parser("score")
+    remembering = commands.add_parser("nearest")
+    remembering.add_argument("run", type=Path)
+    remembering.add_argument("--classifier", type=Path, required=True)
+    remembering.add_argument("--data", required=True)
+    remembering.add_argument("--out", type=Path, required=True)
     training.add_argument("--data", required=True)
     training.add_argument("--epochs", type=int, default=8)
     training.add_argument("--seed", type=int, default=0)
@@ -185,6 +223,10 @@ def main() -> None:
     for command in (training, scoring):
         command.add_argument("--held-out", required=True)
     arguments = parser.parse_args()
+    if arguments.command == "nearest":
+        classifier, _ = load(arguments.classifier)
+        print(json.dumps(nearest(arguments.run, classifier, load_images(arguments.data, SIDE), arguments.out)))
+        return
     held_out = load_images(arguments.held_out, SIDE)
     if arguments.command == "train":
         train(load_images(arguments.data, SIDE), held_out, arguments.out, arguments.epochs, arguments.seed)

@@ -49,8 +49,9 @@ def test_there_are_no_others() -> None:
     conditional = {f"{family}-{row}" for family in FAMILIES for row in ROWS}
     conditional |= {f"paper-imagenet128-{row}-auto" for row in ROWS if row.startswith("an")}
     conditional |= {f"{family}-an-fixed" for family in FAMILIES if family != "paper-imagenet128"}
-    projected = {f"cifar10-projected-{context}" for context in ("an", "self_attention", "none")}
-    assert set(PRESETS) == conditional | inpainting | projected | {"demo", "smoke", "inpaint-smoke"}
+    recipes = {"cifar10-projected", "cifar10-relativistic", "small32-relativistic"}
+    of_today = {f"{family}-{context}" for family in recipes for context in ("an", "self_attention", "none")}
+    assert set(PRESETS) == conditional | inpainting | of_today | {"demo", "smoke", "inpaint-smoke"}
     descriptions = [description for description, _ in PRESETS.values()]
     assert all(descriptions) and not any("\n\n" in description for description in descriptions)
 

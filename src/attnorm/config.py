@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 FORMAT_VERSION = 1
 
 Task = Literal["class_conditional", "inpainting"]
-Recipe = Literal["paper", "projected"]
+Recipe = Literal["paper", "projected", "relativistic"]
 Context = Literal["an", "self_attention", "none"]
 
 T = TypeVar("T")
@@ -125,6 +125,8 @@ class ClassConditionalConfig:
     # Channels of G's 4x4 map and after each up-block, in multiples of the width; none: SAGAN's.
     g_channels: tuple[int, ...] = ()
     latent_in_norms: bool = False  # G's conditional norms depend on the latent too, as in BigGAN
+    # sagan: the paper's networks. grouped: R3GAN's grouped residual blocks without normalization, of g_channels.
+    architecture: Literal["sagan", "grouped"] = "sagan"
 
     def __post_init__(self) -> None:
         sizes = (32, 64, 128, 256)
@@ -137,6 +139,10 @@ class ClassConditionalConfig:
             not self.g_channels or (len(self.g_channels) == last + 1 and min(self.g_channels) >= 1),
             f"model.g_channels is {self.g_channels}; expected {last + 1} multiples of the width for {self.image_size} "
             "pixels, or none for SAGAN's",
+        )
+        _require(
+            self.architecture == "sagan" or bool(self.g_channels),
+            "model.architecture is grouped and model.g_channels is empty; expected the widths of its stages",
         )
         for block in self.an_blocks:
             _require(
@@ -162,6 +168,34 @@ class ProjectedConfig:
     def __post_init__(self) -> None:
         _require(self.feature_size >= 32, f"projected.feature_size is {self.feature_size}; expected at least 32")
         _require(self.width >= 1, f"projected.width is {self.width}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativisticConfig:
+    """The recipe "relativistic": R3GAN (Huang et al., 2024).
+
+    What is called last is reached from the first value, of `optim` or here, along half a cosine in `schedule_images`.
+    """
+
+    schedule_images: int = 20_000_000
+    last_lr: float = 0.25  # of g_lr and d_lr, as a share of these
+    last_beta2: float = 0.99
+    gamma: float = 0.05  # of R1 and R2
+    last_gamma: float = 0.005
+    last_ema_half_life: int = 5_000_000  # images, from 0
+    # What the discriminator sees of an image, each of which is changed with a probability from 0 on.
+    augmentations: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    last_augmented: float = 0.55
+    context_in_discriminator: bool = False  # the context block in D too, where the map has the same size
+
+    def __post_init__(self) -> None:
+        for name in ("schedule_images", "last_ema_half_life"):
+            _require(getattr(self, name) >= 1, f"relativistic.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("gamma", "last_gamma"):
+            _require(getattr(self, name) >= 0, f"relativistic.{name} is {getattr(self, name)}; expected 0 or more")
+        for name, low, high in (("last_lr", 0, math.inf), ("last_beta2", 0, 1), ("last_augmented", 0, 1)):
+            value = getattr(self, name)
+            _require(low <= value <= high, f"relativistic.{name} is {value}; expected {low} to {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +351,7 @@ class Config:
     recipe: Recipe = "paper"  # of the class-conditional task: what judges, and by which losses
     inpainting: InpaintingTaskConfig | None = None  # that task's own settings
     projected: ProjectedConfig | None = None  # that recipe's
+    relativistic: RelativisticConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -328,6 +363,7 @@ class Config:
         )
         _require(
             (self.projected is not None) == (self.recipe == "projected")
+            and (self.relativistic is not None) == (self.recipe == "relativistic")
             and (self.recipe == "paper" or self.task == "class_conditional"),
             f"recipe is {self.recipe}, but the other settings are not; choose a preset of that recipe",
         )

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 
 from attnorm import config as configuration
 from attnorm.checkpoint import REMEDY, CheckpointError, Header, find_damage, read_checkpoint
-from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError
+from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError, did_you_mean
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.models.relativistic import RelativisticGenerator
+from attnorm.pretrained import shipped
 from attnorm.system.devices import find_device
 from attnorm.system.files import read_lines, write_json
 
@@ -191,7 +193,9 @@ def _is_remnant(entry: Path) -> bool:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that `path` means: a file itself, or a run directory's latest that is not damaged."""
+    """The checkpoint that `path` means: a file itself, a run directory's latest that is not damaged, or, where nothing
+    of that name is there, the model of that name that comes with the package.
+    """
     path = Path(path)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -201,7 +205,14 @@ def find_checkpoint(path: Path | str) -> Path:
             )
         return path
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a run directory or a checkpoint file")
+        models = shipped()
+        if str(path) in models:
+            return models[str(path)]
+        hint = did_you_mean(str(path), models)
+        raise CheckpointError(
+            f"{path} does not exist; {hint}expected a run directory, a checkpoint file or the name of a model "
+            "(`attnorm models`)"
+        )
     run = RunDirectory(path)
     if not run.exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
@@ -225,7 +236,8 @@ class Loaded:
 
 
 def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
-    """Rebuilds the generator of a run directory (its latest checkpoint) or of a checkpoint file.
+    """Rebuilds the generator of a run directory (its latest checkpoint), of a checkpoint file, or of a model that comes
+    with the package, by its name.
 
     Args:
         ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
@@ -236,14 +248,18 @@ def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
     """
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
+    if not (tensors or ema):
+        raise CheckpointError(f"{file} holds the average of the weights alone; leave the raw weights")
     settings = header.config.model
     if isinstance(settings, ClassConditionalConfig) and len(header.classes) != settings.num_classes:
         raise CheckpointError(
             f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {REMEDY}"
         )
-    model: Generator | InpaintingGenerator = (
-        Generator(settings) if isinstance(settings, ClassConditionalConfig) else InpaintingGenerator(settings)
-    )
+    model: Generator | InpaintingGenerator
+    if isinstance(settings, ClassConditionalConfig):
+        model = RelativisticGenerator(settings) if settings.architecture == "grouped" else Generator(settings)
+    else:
+        model = InpaintingGenerator(settings)
     _fill(model, tensors, file)
     return Loaded(model.to(find_device(device)).eval(), header, file)
 

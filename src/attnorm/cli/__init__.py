@@ -27,6 +27,7 @@ from attnorm.cli.exporting import export
 from attnorm.cli.generation import curves, interpolate, layout, page, sample
 from attnorm.cli.inpainting import inpaint
 from attnorm.cli.manifest import manifest
+from attnorm.cli.models import models
 from attnorm.cli.reporting import report
 from attnorm.cli.reproduction import reproduce
 from attnorm.cli.studio import studio
@@ -45,7 +46,7 @@ SUBCOMMANDS = {
     for function in (
         *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
         *(manifest, evaluate_generators, evaluate_inpainters, evaluate_images),
-        *(bench, experiment, report, reproduce, presets, studio),
+        *(bench, experiment, report, reproduce, models, presets, studio),
     )
 }
 EVALUATED = ("generators", "inpainters", "images")

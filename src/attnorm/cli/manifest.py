@@ -28,7 +28,8 @@ def manifest(
 
     Args:
         out: Where manifest.json and the masks go.
-        like: Take data, sizes and the images held out from this run; the options below that are named change them.
+        like: Take data (but of a model's name), sizes and the images held out from this run; the options below that
+            are named change them.
         data: A folder of images, or anything else that train takes.
         size: Side in pixels at which models are measured, a multiple of 8.
         stored_size: Height at which images are read, of which the centre is cut; 0: size. As data.stored_size in train.
@@ -40,13 +41,15 @@ def manifest(
     """
     from dataclasses import replace
 
+    from attnorm.checkpoint import read_header
     from attnorm.data.sources import find_source
     from attnorm.evaluation.test_set import make_manifest, reading
-    from attnorm.run_directory import RunDirectory
+    from attnorm.run_directory import RunDirectory, find_checkpoint
 
     source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
     if like is not None:
-        config, _ = RunDirectory(like).read()
+        is_run = RunDirectory(like).exists()
+        config = RunDirectory(like).read()[0] if is_run else read_header(find_checkpoint(like)).config
         source = replace(config.data, source=data or config.data.source, stored_size=stored_size or _side(config))
         size, every = size or config.model.image_size, every or config.data.held_out_every
     if not source.source:

@@ -37,7 +37,7 @@ class Generator(nn.Module):
 
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
-        _require_classes(config)
+        require_classes(config)
         multiples = config.g_channels or G_CHANNELS[config.image_size]
         channels = [multiple * config.width for multiple in multiples]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size
@@ -98,7 +98,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
-        _require_classes(config)
+        require_classes(config)
         channels = [multiple * config.width for multiple in D_CHANNELS[config.image_size]]
         num_down = len(channels) - D_FLAT_BLOCKS[config.image_size]
         if not config.d_last_flat:
@@ -180,6 +180,7 @@ def _initialize(network: nn.Module, *, with_spectral_norm: bool) -> None:
             register_parametrization(module, "weight", SpectralNorm(module.weight, eps=1e-12))
 
 
-def _require_classes(config: ClassConditionalConfig) -> None:
+def require_classes(config: ClassConditionalConfig) -> None:
+    """ValueError while the number of classes is still the data's to say."""
     if config.num_classes < 1:
         raise ValueError(f"model.num_classes is {config.num_classes}; expected at least 1 (the data set's) to build it")

@@ -12,6 +12,7 @@ from attnorm.checkpoint import CheckpointError
 from attnorm.data.images import ImageSet, load_images
 from attnorm.inference import Sampler
 from attnorm.ops.soft_layout import effective_entities
+from attnorm.pretrained import shipped
 from attnorm.reports.figures import (
     curves_figure,
     images_figure,
@@ -27,19 +28,24 @@ STEPS = 5  # of the interpolation, from one class to the next
 
 
 def write_page(run: Path, sampler: Sampler, out: Path) -> Path:
-    """Writes OUT/index.html and the pictures it shows; returns the page's path. Needs no data set but the built-in."""
-    if not RunDirectory(run).exists():
+    """Writes OUT/index.html and the pictures it shows; returns the page's path. Needs no data set but the built-in.
+
+    `run` is a run directory, or a model that comes with the package, of which there are no curves.
+    """
+    is_run = RunDirectory(run).exists()
+    if not is_run and str(run) not in shipped():
         raise CheckpointError(f"{run} is not a run directory; a page needs its curves too")
     out.mkdir(parents=True, exist_ok=True)
     preset = sampler.header.config.preset
     classes = list(range(min(len(sampler.classes), 10)))
-    sections = [Section("", (), (_facts(sampler),)), _samples(sampler, classes, out)]
+    sections = [Section("", (), (_facts(sampler),)), samples_section(sampler, classes, out)]
     if originals := _originals(sampler, classes):
         save_figure(originals, out / "originals.png")
         sections.append(_pictured("What it was trained on", "originals.png", "Training images, a class a row."))
-    sections += [*_layouts(sampler, classes, out), _interpolation(sampler, classes, out)]
-    save_figure(curves_figure({preset or "run": run}), out / "curves.png")
-    sections.append(_pictured("Training", "curves.png", "Logged in the run directory's metrics.jsonl."))
+    sections += [*layout_sections(sampler, classes, out), walk_section(sampler, classes, out)]
+    if is_run:
+        save_figure(curves_figure({preset or "run": run}), out / "curves.png")
+        sections.append(_pictured("Training", "curves.png", "Logged in the run directory's metrics.jsonl."))
     title = f"{preset or 'A run'}: Attentive Normalization for image generation"
     (page,) = write_document(Document(title, tuple(sections)), out, "index", ("html",), embed=False)
     return page
@@ -55,13 +61,13 @@ def _facts(sampler: Sampler) -> Table:
     rows = (
         ("Task", f"class-conditional, {len(sampler.classes)} classes, {config.model.image_size} pixels"),
         ("Context block", f"{config.model.context}, width {config.model.width}"),
-        ("Trained on", config.data.source),
+        ("Trained on", config.data.source or "see its card: attnorm models NAME"),
         ("Training", f"{steps:,} generator steps, {header.images_seen:,} images, {header.seconds / 60:.1f} minutes"),
     )
     return Table("", (), rows, (header.note,) if header.note else ())
 
 
-def _samples(sampler: Sampler, classes: list[int], out: Path) -> Section:
+def samples_section(sampler: Sampler, classes: list[int], out: Path) -> Section:
     save_figure(samples_figure(sampler, classes), out / "samples.png")
     text = "A class a row, a latent a column. Made by the averaged generator."
     return _pictured("Samples by class", "samples.png", text)
@@ -76,7 +82,7 @@ def _originals(sampler: Sampler, classes: list[int]) -> Figure | None:
     return images_figure(rows, [sampler.classes[label] for label in classes])
 
 
-def _layouts(sampler: Sampler, classes: list[int], out: Path) -> list[Section]:
+def layout_sections(sampler: Sampler, classes: list[int], out: Path) -> list[Section]:
     """Figures 5 and 4 of the first site; nothing where there is no AN."""
     if sampler.header.config.model.context != "an":
         return []
@@ -104,7 +110,7 @@ def _share_of_lower_std(images: list[dict[str, Any]]) -> float:
     return sum(comparisons) / max(len(comparisons), 1)
 
 
-def _interpolation(sampler: Sampler, classes: list[int], out: Path) -> Section:
+def walk_section(sampler: Sampler, classes: list[int], out: Path) -> Section:
     walk = [classes[i % len(classes)] for i in range(3)]
     entity = write_walk(sampler, 0, walk, STEPS, out / "interpolation.png")
     text = "One latent; the statistics of conditional normalization are mixed linearly from class to class."

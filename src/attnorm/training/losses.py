@@ -62,3 +62,21 @@ def orthogonality_loss(network: nn.Module) -> Tensor:
 def classifier_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     """AC-GAN: cross-entropy of the auxiliary classifier; logits [N, Y], labels int64 [N]."""
     return F.cross_entropy(widened(class_logits), labels)
+
+
+def relativistic_generator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """mean softplus(D(real) - D(fake)) over pairs of one class (Huang et al., 2024). Scores are [N], high = real."""
+    return F.softplus(real_scores - fake_scores).mean()
+
+
+def relativistic_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """mean softplus(D(fake) - D(real)) over pairs, without its gradient penalties."""
+    return F.softplus(fake_scores - real_scores).mean()
+
+
+def zero_centred_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """R1 of real images, R2 of generated ones (Mescheder et al., 2018), without gamma / 2: mean |dD(x) / dx|^2, to be
+    differentiated once more. `images`, [N, 3, H, W], are those that `scores`, [N], were computed from, in float32.
+    """
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()

@@ -51,12 +51,16 @@ from attnorm.training.hooks import TrainingError as TrainingError
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
 from attnorm.training.projected import ProjectedTask
+from attnorm.training.relativistic import RelativisticTask
 from attnorm.training.resume import load_state, open_run, require_divisible
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
 TASKS: dict[str, type[Task]] = {"class_conditional": ClassConditionalTask, "inpainting": InpaintingTask}
-RECIPES: dict[str, type[Task]] = {"projected": ProjectedTask}  # other ways to train one of the tasks
+RECIPES: dict[str, type[Task]] = {
+    "projected": ProjectedTask,
+    "relativistic": RelativisticTask,
+}  # other ways to train one of the tasks
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""The recipe "relativistic": losses and penalties to the letter, schedules, and resuming to the last bit."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from attnorm import load
+from attnorm.checkpoint import read_checkpoint
+from attnorm.config import Config, override
+from attnorm.data.images import ImageSet, fingerprint
+from attnorm.data.stream import Batch
+from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.models.relativistic import RelativisticGenerator
+from attnorm.presets import PRESETS
+from attnorm.training.losses import zero_centred_penalty
+from attnorm.training.relativistic import RelativisticTask
+from attnorm.training.trainer import train
+
+TINY = (
+    "model.width=2",
+    "model.num_classes=3",
+    "model.latent_dim=4",
+    "run.device=cpu",
+    "run.precision=float32",
+    "run.batch_size=4",
+    "run.duration_images=16",
+    "run.checkpoint_every_images=8",
+    "relativistic.schedule_images=16",
+    "run.keep_checkpoints=9",
+)
+
+
+def tiny(context: str = "an", *settings: str) -> Config:
+    return override(PRESETS[f"small32-relativistic-{context}"][1], [*TINY, *settings])
+
+
+def task_of(config: Config) -> RelativisticTask:
+    torch.manual_seed(0)
+    task = RelativisticTask(config, torch.device("cpu"))
+    for network in task.state.networks.values():
+        network.double()
+        for name, parameter in network.named_parameters():
+            if name.endswith("conv3.weight"):
+                torch.nn.init.normal_(parameter, std=0.1)
+            if name.endswith("rho"):
+                torch.nn.init.constant_(parameter, 0.5)
+    return task
+
+
+def batch() -> Batch:
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    return Batch(images, torch.tensor([0, 1, 2, 1]))
+
+
+def test_losses_are_softplus_of_differences_and_both_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("none", "relativistic.last_augmented=0")
+    task = task_of(config)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of the task: all in float64
+    discriminate, generate = task.phases(8)
+    labels = batch().labels
+
+    def latents() -> torch.Tensor:
+        return task._latents(labels).double()
+
+    torch.manual_seed(3)
+    z = latents()
+    monkeypatch.setattr(task, "_latents", lambda labels: z)
+    loss, logged = discriminate.loss(batch())
+
+    real, fake = batch().images.requires_grad_(), task.generator(z, labels).detach().requires_grad_()
+    scores = [task.discriminator(images, labels) for images in (real, fake)]
+    penalties = []
+    for images, score in zip((real, fake), scores, strict=True):
+        each = [torch.autograd.grad(s, images, retain_graph=True)[0].square().sum() for s in score]
+        penalties.append(torch.stack(each).mean())
+    gamma = 0.005 + (0.05 - 0.005) * (1 + math.cos(math.pi / 2)) / 2  # halfway of the schedule
+    expected = torch.log1p(torch.exp(scores[1] - scores[0])).mean()
+    torch.testing.assert_close(logged["discriminator/loss"], expected)
+    torch.testing.assert_close(loss, expected + gamma / 2 * (penalties[0] + penalties[1]))
+
+    g_loss, _ = generate.loss(batch())
+    torch.testing.assert_close(g_loss, torch.log1p(torch.exp(scores[0] - scores[1])).mean())
+
+
+def test_the_penaltys_gradient_goes_through_an_in_the_discriminator() -> None:
+    """Against finite differences of the penalty over one weight of the layer."""
+    task = task_of(tiny("an", "relativistic.context_in_discriminator=true"))
+    layers = [m for m in task.discriminator.modules() if isinstance(m, AttentiveNorm2d)]
+    assert len(layers) == 1
+    task.discriminator.eval()  # no sampled positions
+    weight = layers[0].entities.weight
+
+    def penalty() -> torch.Tensor:
+        images = batch().images.requires_grad_()
+        return zero_centred_penalty(task.discriminator(images, batch().labels), images)
+
+    (gradient,) = torch.autograd.grad(penalty(), weight)
+    place = gradient.abs().argmax().item()
+    step = 1e-5
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.view(-1)[place] += sign * step
+        values.append(penalty().item())
+        with torch.no_grad():
+            weight.view(-1)[place] -= sign * step
+    assert gradient.view(-1)[place].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(("images_seen", "share"), [(0, 1.0), (8, 0.5), (16, 0.0), (999, 0.0)])
+def test_what_is_scheduled_goes_along_half_a_cosine(images_seen: int, share: float) -> None:
+    task = RelativisticTask(tiny("an", "optim.gate_lr_scale=10"), torch.device("cpu"))
+    task.phases(images_seen)
+    for optimiser in task.state.optimisers.values():
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(2e-4 * (0.25 + 0.75 * share))
+        assert optimiser.param_groups[0]["betas"] == (0.0, pytest.approx(0.99 - 0.09 * share))
+    assert task.state.optimisers["generator"].param_groups[1]["lr"] == pytest.approx(2e-3 * (0.25 + 0.75 * share))
+    assert task.gamma == pytest.approx(0.005 + 0.045 * share)
+    assert task.augmented == pytest.approx(0.55 * (1 - share))
+    half_life = 20_000 * (1 - share)
+    assert task.average.decay == pytest.approx(0.5 ** (4 / half_life) if half_life else 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("model.context=self_attention", "relativistic.context_in_discriminator=true")]
+)
+def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(24) % 3
+    images = ImageSet(pixels, labels, ("a", "b", "c"), "by hand", fingerprint(pixels, labels, ("a", "b", "c")))
+    console = Console(file=io.StringIO())
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(tiny("an", *settings), images, whole, console=console)
+    train(tiny("an", *settings, "run.duration_images=8"), images, halves, console=console)
+    train(tiny("an", *settings), images, halves, console=console)
+    ours, theirs = (read_checkpoint(out / "checkpoints/000000016.safetensors")[0] for out in (whole, halves))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert isinstance(load(whole).model, RelativisticGenerator)
