@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import re
@@ -26,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
+from attnorm import pretrained
 from attnorm.data.images import to_uint8
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
@@ -33,6 +35,8 @@ from attnorm.run_directory import RunDirectory
 from attnorm.studio.jobs import Job, Jobs, TooBusy, TooLong
 from attnorm.studio.service import Limits, Service
 from tests.studio.conftest import CLASSES, make_run, serving
+
+get, post = (functools.partial(method, timeout=60) for method in (httpx.get, httpx.post))  # on a busy machine
 
 
 @pytest.fixture
@@ -347,7 +351,7 @@ def test_pixels_are_counted_before_they_are_decoded(client: httpx.Client) -> Non
 def test_bytes_are_counted_by_what_is_said_and_by_what_comes(runs: Path) -> None:
     with (
         serving(Service([runs], limits=Limits(upload_bytes=20_000))) as address,
-        httpx.Client(base_url=address) as client,
+        httpx.Client(base_url=address, timeout=60) as client,
     ):
         large = {"image": ("a.png", bytes(30_000))}
         assert "20,000 bytes" in said(client.post("/api/photograph", files=large), 413)
@@ -413,7 +417,7 @@ ASKED = {"model": "gan", "classes": ["0"], "count": 1}
 
 def test_a_disconnect_and_a_cancel_end_the_work(runs: Path) -> None:
     service = SlowService(runs)
-    with serving(service) as address, httpx.Client(base_url=address) as client:
+    with serving(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         host, port = re.findall(r"//(.*):(\d+)", address)[0]
         body = json.dumps(ASKED).encode()
         with socket.create_connection((host, int(port))) as raw:
@@ -424,7 +428,7 @@ def test_a_disconnect_and_a_cancel_end_the_work(runs: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(client.post, "/api/generate", json=ASKED, headers={"x-job": "a-job-of-mine"})
             assert service.begun.acquire(timeout=60)
-            with httpx.Client(base_url=address) as other:
+            with httpx.Client(base_url=address, timeout=60) as other:
                 assert other.get("/api/jobs/a-job-of-mine").json()["state"] == "running"
                 assert other.delete("/api/jobs/a-job-of-mine").status_code == 204
                 assert service.ended.acquire(timeout=60)
@@ -437,14 +441,14 @@ def test_too_much_at_once_is_refused_with_the_reason(runs: Path) -> None:
     with serving(service) as address, concurrent.futures.ThreadPoolExecutor(2) as pool:
 
         def ask(name: str) -> concurrent.futures.Future[httpx.Response]:
-            return pool.submit(httpx.post, f"{address}/api/generate", json=ASKED, headers={"x-job": name}, timeout=60)
+            return pool.submit(post, f"{address}/api/generate", json=ASKED, headers={"x-job": name}, timeout=60)
 
         first = ask("first-job")
         assert service.begun.acquire(timeout=60)
         second = ask("second-job")
-        while httpx.get(f"{address}/api/jobs/second-job").json() != WAITING and not second.done():
+        while get(f"{address}/api/jobs/second-job").json() != WAITING and not second.done():
             time.sleep(0.02)
-        answer = httpx.post(f"{address}/api/generate", json=ASKED, timeout=60)
+        answer = post(f"{address}/api/generate", json=ASKED, timeout=60)
         assert "the queue is full, 1 waiting" in said(answer, 503) and answer.headers["retry-after"] == "5"
         for name in ("second-job", "first-job"):
             httpx.delete(f"{address}/api/jobs/{name}")
@@ -456,7 +460,7 @@ WAITING = {"state": "waiting", "before": 1, "done": 0, "total": 0}
 
 def test_what_takes_too_long_is_ended_with_the_reason(runs: Path) -> None:
     with serving(SlowService(runs, seconds=0.1)) as address:
-        assert "0.1 seconds" in said(httpx.post(f"{address}/api/generate", json=ASKED, timeout=60), 504)
+        assert "0.1 seconds" in said(post(f"{address}/api/generate", json=ASKED, timeout=60), 504)
 
 
 def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobody(address: str, runs: Path) -> None:
@@ -465,7 +469,7 @@ def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobod
 
     def generates(user: int) -> bool:
         asked = {"model": ("gan", "other")[user % 2], "classes": [str(user % 3)], "seed": user, "count": 2}
-        made = httpx.post(f"{address}/api/generate", json=asked, timeout=60).json()["images"]
+        made = post(f"{address}/api/generate", json=asked, timeout=60).json()["images"]
         if user % 2:
             return [image["seed"] for image in made] == [user, user + 1]
         expected = [sampler.sample([seed], [user % 3]).images[0].permute(1, 2, 0).numpy() for seed in (user, user + 1)]
@@ -474,20 +478,20 @@ def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobod
     def fills(user: int) -> bool:
         own = np.roll(pixels, user, 1)
         files = {"image": ("a.png", encoded(own)), "mask": ("m.png", encoded(mask))}
-        answer = httpx.post(f"{address}/api/inpaint", params={"method": "inpainter"}, files=files, timeout=60)
+        answer = post(f"{address}/api/inpaint", params={"method": "inpainter"}, files=files, timeout=60)
         return np.array_equal(decoded(answer.content)[~mask], own[~mask])
 
     def fails(user: int) -> bool:
         with contextlib.suppress(httpx.TimeoutException):  # goes away before it is answered
-            httpx.post(f"{address}/api/generate", json=ASKED | {"count": 64}, timeout=0.05)
+            post(f"{address}/api/generate", json=ASKED | {"count": 64}, timeout=0.05)
         files = {"image": ("a.png", b"broken" * user), "mask": ("m.png", b"")}
-        return httpx.post(f"{address}/api/inpaint", params={"method": "mean"}, files=files).status_code == 422
+        return post(f"{address}/api/inpaint", params={"method": "mean"}, files=files).status_code == 422
 
     work = [generates, fills, generates, fails, generates, fills, generates, fails]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         rounds = [pool.submit(one, user + 1) for _ in range(2) for user, one in enumerate(work)]
         assert all(result.result(60) for result in rounds)
-    assert httpx.get(f"{address}/healthz").json()["status"] == "ok"
+    assert get(f"{address}/healthz").json()["status"] == "ok"
 
 
 # Safety
@@ -529,12 +533,12 @@ def test_the_pages_own_requests_and_visits_by_a_link_are_answered(client: httpx.
 def test_with_a_token_nothing_is_given_without_it(runs: Path) -> None:
     with serving(Service([runs]), token="a-long-enough-token") as address:
         for path in ("/", "/api/models", "/healthz", "/static/studio.css", "/api/openapi.json"):
-            assert "token" in said(httpx.get(address + path), 401)
+            assert "token" in said(get(address + path), 401)
         wrong = {"authorization": "Bearer a-long-enough-tokem"}
-        assert "token" in said(httpx.get(f"{address}/healthz", headers=wrong), 401)
+        assert "token" in said(get(f"{address}/healthz", headers=wrong), 401)
         right = {"authorization": "Bearer a-long-enough-token"}
-        assert httpx.get(f"{address}/healthz", headers=right).status_code == 200
-        with httpx.Client(base_url=address) as client:
+        assert get(f"{address}/healthz", headers=right).status_code == 200
+        with httpx.Client(base_url=address, timeout=60) as client:
             visit = client.get("/?token=a-long-enough-token")
             assert visit.status_code == 303 and visit.headers["location"] == "/"  # no longer in the address
             assert "HttpOnly" in visit.headers["set-cookie"] and "SameSite=Strict" in visit.headers["set-cookie"]
@@ -569,21 +573,21 @@ def test_links_out_of_a_run_directory_are_not_followed(runs: Path, tmp_path: Pat
         file.symlink_to(tmp_path / "secret")
     service = Service([tmp_path / "run"])
     with serving(service) as address:
-        assert "link out of" in said(httpx.get(f"{address}/api/runs/run/samples/80"), 422)
+        assert "link out of" in said(get(f"{address}/api/runs/run/samples/80"), 422)
         with httpx.stream("GET", f"{address}/api/runs/events", params={"run": "run"}) as stream:
             kinds = [line for _, line in zip(range(6), stream.iter_lines(), strict=False) if line]
         assert any("link out of" in line for line in kinds) and not any('secret":' in line for line in kinds)
-        assert httpx.post(f"{address}/api/generate", json=ASKED | {"model": "run"}).status_code == 422
+        assert post(f"{address}/api/generate", json=ASKED | {"model": "run"}).status_code == 422
 
 
 def test_names_are_text_and_what_would_steer_a_terminal_is_escaped(tmp_path: Path, runs: Path) -> None:
     (tmp_path / "<img src=x onerror=alert(1)>\x1b[2J").symlink_to(runs / "gan")
     with serving(Service([tmp_path])) as address:
-        listed = httpx.get(f"{address}/api/models")
+        listed = get(f"{address}/api/models")
         assert listed.headers["content-type"] == "application/json"
-        (model,) = listed.json()["models"]
+        (model,) = (model for model in listed.json()["models"] if model["source"] == "run")
         assert model["classes"][0] == "<b>bold</b>" and model["id"] == "<img src=x onerror=alert(1)>\\x1b[2J"
-        assert list(httpx.get(f"{address}/api/runs").json()) == [model["id"]]
+        assert list(get(f"{address}/api/runs").json()) == [model["id"]]
 
 
 # Runs
@@ -593,7 +597,7 @@ def test_a_run_is_watched_while_it_trains(tmp_path: Path) -> None:
     make_run(tmp_path / "run", PRESETS["smoke"][1])
     run = RunDirectory(tmp_path / "run")
     with serving(Service([tmp_path])) as address:
-        assert httpx.get(f"{address}/api/runs").json()["run"]["checkpoint"] == 160
+        assert get(f"{address}/api/runs").json()["run"]["checkpoint"] == 160
         with httpx.stream("GET", f"{address}/api/runs/events", params={"run": "run"}, timeout=20) as stream:
             events = read_events(stream)
             assert next(events) == ("status", {"run": "run", "preset": "smoke", "task": "class_conditional"}
@@ -609,7 +613,7 @@ def test_a_run_is_watched_while_it_trains(tmp_path: Path) -> None:
             assert next(events) == (
                 "rows", {"run": "run", "anew": True, "rows": [{"images_seen": 80, "generator/loss": 2.0}]}
             )  # fmt: skip
-        assert httpx.get(f"{address}/api/runs/run/samples/160").content == run.sample_file(80).read_bytes()
+        assert get(f"{address}/api/runs/run/samples/160").content == run.sample_file(80).read_bytes()
 
 
 def read_events(stream: httpx.Response) -> Iterator[tuple[str, Any]]:
@@ -625,18 +629,18 @@ def test_a_run_that_cannot_be_read_is_named_and_others_are_listed(tmp_path: Path
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     with serving(Service([tmp_path, runs / "gan"])) as address:
-        listed = httpx.get(f"{address}/api/runs").json()
+        listed = get(f"{address}/api/runs").json()
         assert "cannot be read" in listed["broken"]["problem"] and listed["gan"]["checkpoint"] == 160
-        models = {model["id"]: model["problem"] for model in httpx.get(f"{address}/api/models").json()["models"]}
+        models = {model["id"]: model["problem"] for model in get(f"{address}/api/models").json()["models"]}
         assert "cannot be read" in models["broken"] and models["gan"] == ""
 
 
 def test_a_newer_checkpoint_is_used_without_a_restart(tmp_path: Path) -> None:
     make_run(tmp_path / "run", PRESETS["smoke"][1])
     with serving(Service([tmp_path])) as address:
-        before = httpx.post(f"{address}/api/generate", json=ASKED | {"model": "run"}).json()
+        before = post(f"{address}/api/generate", json=ASKED | {"model": "run"}).json()
         make_run(tmp_path / "run", PRESETS["smoke"][1], seed=1, images_seen=320)
-        after = httpx.post(f"{address}/api/generate", json=ASKED | {"model": "run"}).json()
+        after = post(f"{address}/api/generate", json=ASKED | {"model": "run"}).json()
     assert (before["recipe"]["images_seen"], after["recipe"]["images_seen"]) == (160, 320)
     assert before["images"] != after["images"]
 
@@ -676,8 +680,29 @@ def test_the_examples_of_the_documentation_run(
         exec(program.replace("http://localhost:8420", address), names)
         names["studio"].close()
         assert decoded(Path("5.png").read_bytes()).shape == (32, 32, 3) and Path("walk.gif").is_file()
-        assert capsys.readouterr().out.startswith("['first']\nawake")
+        listed, verdict, *_ = capsys.readouterr().out.splitlines()
+        assert listed.startswith("['first'") and verdict.startswith("awake")
         if shutil.which("curl"):
             commands = commands.replace("http://localhost:8420", address)
             subprocess.run(["sh", "-ec", commands], check=True, timeout=60, capture_output=True)
             assert Path("by-curl.png").read_bytes() == Path("filled.png").read_bytes()
+
+
+def test_models_of_the_package_stand_beside_runs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("what", "data", "licence", "recipe", "machine", "commit", "score", "nearest")
+    card = pretrained.Card(**dict.fromkeys(names, "x y"), images_seen=160, hours=1, scores=("z",), limits=("Small",))
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    pretrained.ship(runs / "gan" / "checkpoints" / "000000160.safetensors", "cats", card, tmp_path)
+    with serving(Service([runs / "other"])) as address:
+        run, shipped = get(f"{address}/api/models").json()["models"]
+        assert (run["id"], run["source"], run["about"]) == ("other", "run", "")
+        assert (shipped["id"], shipped["source"], shipped["about"]) == (
+            "cats",
+            "shipped",
+            "x y. Trained on x y. Small.",
+        )
+        assert shipped["classes"] == list(CLASSES) and shipped["entities"] == 4
+        made = post(f"{address}/api/generate", json=ASKED | {"model": "cats"}).json()
+        expected = Sampler(tmp_path / "cats.safetensors", device="cpu").sample([0], [0]).images[0]
+        np.testing.assert_array_equal(decoded(made["images"][0]["png"]), expected.permute(1, 2, 0).numpy())
+        assert list(get(f"{address}/api/runs").json()) == ["other"]

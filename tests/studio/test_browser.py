@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +23,7 @@ from attnorm.presets import PRESETS  # noqa: E402
 from attnorm.run_directory import RunDirectory  # noqa: E402
 from attnorm.studio.service import Service  # noqa: E402
 from tests.studio.conftest import CLASSES, make_run, serving  # noqa: E402
-from tests.studio.test_api import SlowService, decoded, encoded, photograph  # noqa: E402
+from tests.studio.test_api import SlowService, decoded, encoded, photograph, post  # noqa: E402
 
 expect.set_options(timeout=20_000)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -96,7 +95,7 @@ def test_someone_picks_classes_generates_enlarges_and_gets_the_same_again(
         expect(panel.get_by_role("button", name="Download zip")).to_be_visible()
         shown = [decoded(image.get_attribute("src").partition(",")[2]) for image in panel.locator(".grid img").all()]
         asked = {"model": "gan", "classes": ["0", "2"], "seed": 7, "count": 2}
-        made = httpx.post(f"{address}/api/generate", json=asked).json()["images"]
+        made = post(f"{address}/api/generate", json=asked).json()["images"]
         for image, expected in zip(shown, made, strict=True):
             np.testing.assert_array_equal(image, decoded(expected["png"]))
 
@@ -133,7 +132,7 @@ def test_someone_walks_from_class_to_class(browser: Browser, address: str, size:
         slider = panel.get_by_label("Along the walk")
         expect(slider).to_be_visible()
         asked = {"model": "gan", "classes": ["0", "2"], "steps": 5}
-        walk = httpx.post(f"{address}/api/interpolate", json=asked).json()
+        walk = post(f"{address}/api/interpolate", json=asked).json()
         expect(panel.locator("[data-where]")).to_have_text(f"100% {CLASSES[0]}, 0% tench")
         maps = [picture(panel.locator("[data-map]"))]
         slider.focus()
@@ -153,7 +152,7 @@ def test_someone_walks_from_class_to_class(browser: Browser, address: str, size:
         expect(slider).to_have_value("4")
         np.testing.assert_array_equal(picture(panel.locator("[data-image]"))[..., :3], decoded(walk["images"][4]))
         animation = downloaded(page, panel.get_by_role("button", name="GIF"))
-        assert animation == httpx.post(f"{address}/api/interpolate", json=asked | {"format": "gif"}).content
+        assert animation == post(f"{address}/api/interpolate", json=asked | {"format": "gif"}).content
         assert decoded(downloaded(page, panel.get_by_role("button", name="PNG strip"))).shape == (66, 5 * 34 - 2, 3)
 
 
@@ -165,7 +164,7 @@ def test_someone_lights_up_a_region_and_edits_entities(browser: Browser, address
         winners, readout = panel.locator("[data-winners]"), panel.locator("[data-readout]")
         expect(winners).to_be_visible()
         expect(readout).to_contain_text("Point at the image")
-        seen = httpx.post(f"{address}/api/layout", json={"model": "gan", "class": "0"}).json()
+        seen = post(f"{address}/api/layout", json={"model": "gan", "class": "0"}).json()
         maps, facts = seen["sites"][0]["maps"], seen["sites"][0]["facts"]
         shares = np.frombuffer(base64.b64decode(maps["shares"]), np.uint8).reshape(4, maps["height"], maps["width"])
         row, column = 20, 9
@@ -186,7 +185,7 @@ def test_someone_lights_up_a_region_and_edits_entities(browser: Browser, address
 
         panel.get_by_role("button", name="Switch entity 1 off").click()
         expect(panel.locator("[data-difference]")).to_contain_text("differs by")
-        edited = httpx.post(f"{address}/api/layout", json={"model": "gan", "class": "0", "off": [1]}).json()
+        edited = post(f"{address}/api/layout", json={"model": "gan", "class": "0", "off": [1]}).json()
         page.mouse.move(0, 0)
         expect(readout).to_contain_text("Point at the image")
         np.testing.assert_array_equal(picture(panel.locator("[data-edited]"))[..., :3], decoded(edited["edited_png"]))
@@ -195,7 +194,7 @@ def test_someone_lights_up_a_region_and_edits_entities(browser: Browser, address
         panel.get_by_role("button", name="Exchange entity 0").click()
         panel.get_by_role("button", name="Exchange entity 2").click()
         expect(panel.locator("[data-edited]")).to_be_visible()
-        exchanged = httpx.post(f"{address}/api/layout", json={"model": "gan", "class": "0", "exchange": [0, 2]}).json()
+        exchanged = post(f"{address}/api/layout", json={"model": "gan", "class": "0", "exchange": [0, 2]}).json()
         page.mouse.move(0, 0)
         expect(readout).to_contain_text("Point at the image")
         np.testing.assert_array_equal(
@@ -287,7 +286,7 @@ def test_someone_drops_a_photograph_paints_fills_and_downloads(
         expect(status).to_contain_text("Filled with inpainter")
         data = downloaded(page, panel.get_by_role("button", name="Download"))
         files = {"image": ("holiday.png", encoded(pixels)), "mask": ("m.png", encoded(mask))}
-        assert data == httpx.post(f"{address}/api/inpaint", params={"method": "inpainter"}, files=files).content
+        assert data == post(f"{address}/api/inpaint", params={"method": "inpainter"}, files=files).content
         filled = decoded(data)
         np.testing.assert_array_equal(filled[~mask], pixels[~mask])
         assert (filled[mask] != pixels[mask]).any()

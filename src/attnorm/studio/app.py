@@ -184,6 +184,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
                 preset=printable(model.preset),
                 source=model.source,
                 problem=model.problem,
+                about=model.about,
             )
             for model in service.models()
         ]

@@ -84,6 +84,7 @@ class ModelOut(BaseModel):
     preset: str
     source: str
     problem: str = Field(description="Why it cannot be used; empty if it can.")
+    about: str = Field(description="What is known of a model that comes with the package.")
 
 
 class ModelsOut(BaseModel):

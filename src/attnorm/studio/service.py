@@ -9,6 +9,7 @@ and are handed on as such. Of the file system, nothing outside the run directori
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -27,13 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import CheckpointError
+from attnorm.checkpoint import CheckpointError, read_header
 from attnorm.config import ConfigError, UserError, printable
 from attnorm.inference import Inpainter, Sampler
 from attnorm.inference.photo_files import Photograph, decode_photograph
 from attnorm.inference.photo_pairs import decode_with_mask
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.observe import Observation, edited_entities, layers_of
+from attnorm.pretrained import read_card, shipped
 from attnorm.reports.figures import most_telling_entity, region_statistics
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.studio.jobs import Job, let_cancel
@@ -68,8 +70,9 @@ class Model:
     classes: tuple[str, ...]
     num_entities: int  # 0 without AN
     preset: str
-    source: str  # "run" or "shipped"
+    source: str  # "run", or "shipped" with the package
     problem: str  # why it cannot be used; empty if it can
+    about: str = ""  # what is known of a shipped model
 
 
 def run_directories(places: Iterable[Path]) -> dict[str, Path]:
@@ -87,8 +90,29 @@ def run_directories(places: Iterable[Path]) -> dict[str, Path]:
 
 
 def available_models(places: Iterable[Path]) -> list[Model]:
-    """Every model at hand, in the order of the places."""
-    return [_model_of(name, path) for name, path in run_directories(places).items()]
+    """Every model at hand: runs in the order of their places, then those that come with the package."""
+    models = [_model_of(name, path) for name, path in run_directories(places).items()]
+    taken = {model.id for model in models}
+    return models + [_shipped(name, path) for name, path in shipped().items() if name not in taken]
+
+
+@functools.cache  # the package's files do not change
+def _shipped(name: str, path: Path) -> Model:
+    header, card = read_header(path), read_card(name)
+    settings = header.config.model
+    return Model(
+        name,
+        path,
+        header.config.task,
+        settings.context,
+        settings.image_size,
+        header.classes,
+        settings.an.num_entities if settings.context.startswith("an") else 0,
+        header.config.preset,
+        "shipped",
+        "",
+        f"{card.what}. Trained on {card.data}. {card.limits[0]}.",
+    )
 
 
 def _model_of(name: str, path: Path) -> Model:

@@ -31,6 +31,9 @@ function fillModels(select) {
     const what = "needsLayer" in select.dataset ? "There is no generator with the layer" : "There is no generator yet";
     select.parentElement.after(el("p", { class: "problem", "data-missing": "" }, `${what}. Start the studio with a run directory of one: attnorm studio RUN`));
   }
+  const about = form.querySelector("[data-about]") ?? el("p", { class: "note", "data-about": "" });
+  select.parentElement.after(about);
+  select.onchange = () => (about.textContent = modelOf(select.value)?.about ?? "");
   select.dispatchEvent(new Event("change"));
 }
 
