@@ -32,6 +32,7 @@ from attnorm.metrics.generative import Gaussian, frechet_distance
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import effective_entities, soft_layout
 from attnorm.presets import PRESETS
+from attnorm.reports.render import Document, Section, Table, to_markdown
 from attnorm.system.devices import find_precision, no_autocast
 from attnorm.system.randomness import seed_step
 from attnorm.training import trainer
@@ -209,27 +210,23 @@ def table(trials: list[dict[str, Any]]) -> str:
         mean = f"{sum(values) / len(values):.{digits}f}"
         return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
-    lines: list[str] = []
+    header = ("tau", "seeds", "score", "entropy", "in use, of 16", "abs(rho)", "spread")
+    tables = []
     for preset in dict.fromkeys(each["preset"] for each in trials):
         mine = [each for each in trials if each["preset"] == preset]
         groups = {name: [each for each in mine if each["alternative"] == name] for name in ALTERNATIVES}
         for site in mine[0]["sites"]:
-            lines += ["", f"{preset}, {site}:", ""]
-            lines += [
-                "| tau | seeds | score | entropy | in use, of 16 | abs(rho) | spread |",
-                "|---|---|---|---|---|---|---|",
-            ]
+            rows = []
             for name, group in groups.items():
                 if group:
-                    row = [
-                        name,
-                        str(len(group)),
-                        cell([each["score"] for each in group], 4 if preset.startswith("in") else 1),
+                    score = cell([each["score"] for each in group], 4 if preset.startswith("in") else 1)
+                    seen = [
+                        cell([abs(each["sites"][site][key]) for each in group], digits)
+                        for key, digits in (("entropy", 2), ("usage", 1), ("rho", 3), ("spread", 2))
                     ]
-                    for key, digits in (("entropy", 2), ("usage", 1), ("rho", 3), ("spread", 2)):
-                        row.append(cell([abs(each["sites"][site][key]) for each in group], digits))
-                    lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines[1:]) + "\n"
+                    rows.append((name, str(len(group)), score, *seen))
+            tables.append(Table(f"{preset}, {site}", header, tuple(rows)))
+    return to_markdown(Document("Which temperature wakes AN", (Section("", tables=tuple(tables)),)))
 
 
 def main() -> None:

@@ -426,7 +426,7 @@ def test_mistakes_are_told_before_the_data_are_read(
     (tmp_path / "FOLDER/mine.txt").touch()
     (tmp_path / "FILE").touch()
     places = {"RUN": run, "DATA": photographs} | {name: tmp_path / name for name in ("OUT", "FOLDER", "FILE")}
-    for module in ("training", "evaluation"):
+    for module in ("training", "evaluate_generators"):
         monkeypatch.setattr(f"attnorm.cli.{module}.read_images", lambda config: pytest.fail("the data were read"))
     refused([re.sub(r"^[A-Z]+(?=/|$)", lambda m: str(places[m[0]]), word) for word in command.split()])
 

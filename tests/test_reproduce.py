@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from attnorm import cli, reproduce
+from attnorm import cli
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
 from attnorm.benchmark.results import BenchReport
@@ -27,20 +27,12 @@ from attnorm.evaluation.protocol import scores_file
 from attnorm.metrics import features
 from attnorm.metrics.features import Extractor, Features
 from attnorm.presets import PRESETS
-from attnorm.reproduce import (
-    SCALES,
-    TABLE_ROWS,
-    Estimate,
-    Plan,
-    Timings,
-    carry_out,
-    estimate,
-    in_words,
-    is_trained,
-    make_plan,
-    read_failed,
-    require_own,
-)
+from attnorm.reproduce import estimate as estimation
+from attnorm.reproduce import execute as execution
+from attnorm.reproduce import plan as planning
+from attnorm.reproduce.estimate import Estimate, Timings, estimate, humanize
+from attnorm.reproduce.execute import execute
+from attnorm.reproduce.plan import SCALES, TABLE_ROWS, Plan, is_trained, make_plan, read_failed, require_own
 from attnorm.run_directory import RunDirectory
 from attnorm.system.files import file_lock, read_lines
 from attnorm.training.trainer import Outcome, TrainingError
@@ -213,8 +205,8 @@ def test_a_folder_with_other_things_is_refused(photographs: Path, images: ImageS
 
 
 def fill(monkeypatch: pytest.MonkeyPatch, *, run: dict[str, float], score: dict[str, float] | None = None) -> None:
-    monkeypatch.setattr(reproduce, "_time_run", lambda *_: run)
-    monkeypatch.setattr(reproduce, "_time_scores", lambda *_: score)
+    monkeypatch.setattr(estimation, "_time_run", lambda *_: run)
+    monkeypatch.setattr(estimation, "_time_scores", lambda *_: score)
 
 
 def test_the_estimate_is_what_is_left_times_what_an_image_takes(
@@ -279,7 +271,7 @@ def test_an_image_is_timed_once_for_each_kind_of_step(
         timed.append(config.model.width)
         return {"step": 1.0, "sample": 1.0}
 
-    monkeypatch.setattr(reproduce, "_time_run", count)
+    monkeypatch.setattr(estimation, "_time_run", count)
     for _ in range(2):
         left = estimate(plan_of(tmp_path, photographs, seeds=3), images, None)
     assert timed == [2, 2] and any("its weights are not at hand" in note for note in left.notes)
@@ -304,7 +296,7 @@ def test_steps_samples_and_scores_are_really_timed(images: ImageSet, photographs
     plan = make_plan(
         "table3", "smoke", tmp_path, data=str(photographs), seeds=1, rows=("contextual",), settings=TINY[2:3]
     )
-    pace = reproduce._time_run(plan.jobs[0].config, load_images(str(photographs), 40), CPU)
+    pace = estimation._time_run(plan.jobs[0].config, load_images(str(photographs), 40), CPU)
     assert pace.keys() == {"first", "step"} and 0 < pace["first"] < pace["step"]  # five updates of the critic more
 
 
@@ -322,7 +314,7 @@ def test_steps_samples_and_scores_are_really_timed(images: ImageSet, photographs
     ],
 )
 def test_a_rough_time_in_words(seconds: float, text: str) -> None:
-    assert in_words(seconds) == text
+    assert humanize(seconds) == text
 
 
 # The doing
@@ -337,7 +329,7 @@ def test_a_second_call_trains_and_measures_nothing(
 ) -> None:
     plan, extractor = plan_of(tmp_path, photographs), Projection(CPU)
     left = estimate(plan, images, extractor)
-    result = carry_out(plan, images, extractor, left, console=quiet())
+    result = execute(plan, images, extractor, left, console=quiet())
     assert result.scored == [tmp_path / "runs" / name for name in ("an-s0", "sngan-star-s0")] and not result.failed
     assert all(map(is_trained, plan.jobs))
     scores = {path.name: read_lines(scores_file(path)) for path in result.scored}
@@ -349,23 +341,23 @@ def test_a_second_call_trains_and_measures_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(reproduce, "train", never)
+    monkeypatch.setattr(execution, "train", never)
     calls = extractor.calls
     require_own(plan, images)
     plan = replace(plan, extractor="projection")  # what the scores' lines say
     left = estimate(plan, images, extractor)
     assert left.total == 0
-    again = carry_out(plan, images, extractor, left, console=quiet())
+    again = execute(plan, images, extractor, left, console=quiet())
     assert again == result and extractor.calls == calls
     assert {path.name: read_lines(scores_file(path)) for path in again.scored} == scores
 
 
 def test_a_run_goes_on_where_it_stopped(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
     half = plan_of(tmp_path, photographs, rows=("an",), settings=(*TINY, "run.duration_images=4"))
-    carry_out(half, images, Projection(CPU), nothing_left(half), console=quiet())
+    execute(half, images, Projection(CPU), nothing_left(half), console=quiet())
     whole = plan_of(tmp_path, photographs, rows=("an",), seeds=2)
     assert [is_trained(job) for job in whole.jobs] == [False, False]
-    carry_out(whole, images, Projection(CPU), nothing_left(whole), console=quiet())
+    execute(whole, images, Projection(CPU), nothing_left(whole), console=quiet())
     assert [is_trained(job) for job in whole.jobs] == [True, True]
     seen = [row["images_seen"] for row in read_lines(scores_file(whole.jobs[0].path)) if row["metric"] == "frechet"]
     assert seen == [4, 8]
@@ -374,11 +366,11 @@ def test_a_run_goes_on_where_it_stopped(images: ImageSet, photographs: Path, tmp
 def test_every_checkpoint_can_be_measured_for_curves(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
     settings = (*TINY, "run.checkpoint_every_images=4")
     plan = plan_of(tmp_path, photographs, rows=("an",), settings=settings)
-    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    execute(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
     file = scores_file(plan.jobs[0].path)
     assert {row["images_seen"] for row in read_lines(file)} == {8}
     plan = plan_of(tmp_path, photographs, rows=("an",), settings=settings, all_checkpoints=True)
-    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    execute(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
     assert [(row["metric"], row["checkpoint"]) for row in read_lines(file) if row["images_seen"] == 4] == [
         ("frechet", "checkpoints/000000004.safetensors")
     ]
@@ -389,9 +381,9 @@ def test_every_checkpoint_can_be_measured_for_curves(images: ImageSet, photograp
 def test_a_run_whose_time_is_up_is_done(images: ImageSet, photographs: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, photographs, rows=("sngan-star",), settings=(*TINY, "run.max_minutes=0.00001"))
     extractor = Projection(CPU)
-    carry_out(plan, images, extractor, Estimate({"sngan-star-s0": 1.0}, {}, 0.0, ()), console=quiet())
+    execute(plan, images, extractor, Estimate({"sngan-star-s0": 1.0}, {}, 0.0, ()), console=quiet())
     (job,) = plan.jobs
-    assert 0 < reproduce.images_seen(job) < 8 and is_trained(job)
+    assert 0 < planning.images_seen(job) < 8 and is_trained(job)
     assert estimate(plan, images, None).training == {job.name: 0}
     longer = replace(job, config=override(job.config, ["run.max_minutes=0"]))
     assert not is_trained(longer)
@@ -415,7 +407,7 @@ def test_one_table_is_made_by_one_process_at_a_time(
 def test_a_run_that_collapses_is_recorded_and_the_others_go_on(
     images: ImageSet, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = reproduce.train, []
+    real, tried = execution.train, []
 
     def collapse(config: Any, images: ImageSet, out: Path, **more: Any) -> Outcome:
         tried.append(out.name)
@@ -424,17 +416,17 @@ def test_a_run_that_collapses_is_recorded_and_the_others_go_on(
             raise TrainingError("a loss was not finite at step 2")
         return outcome
 
-    monkeypatch.setattr(reproduce, "train", collapse)
+    monkeypatch.setattr(execution, "train", collapse)
     plan = plan_of(tmp_path, photographs)
-    result = carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    result = execute(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
     assert tried == ["an-s0", "sngan-star-s0"] and [path.name for path in result.scored] == ["sngan-star-s0"]
     assert result.failed == read_failed(plan) == {"an-s0": "a loss was not finite at step 2"}
 
-    again = carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    again = execute(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
     assert tried == ["an-s0", "sngan-star-s0"] and again == result
     shutil.rmtree(tmp_path / "runs" / "an-s0")
     assert read_failed(plan) == {}
-    carry_out(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
+    execute(plan, images, Projection(CPU), nothing_left(plan), console=quiet())
     assert tried == ["an-s0", "sngan-star-s0", "an-s0"]
 
 
@@ -447,7 +439,7 @@ def test_a_stop_ends_the_whole_with_status_130(
         begun.append(out.name)
         return Outcome("interrupted", 4, out)
 
-    monkeypatch.setattr(reproduce, "train", stop)
+    monkeypatch.setattr(execution, "train", stop)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
     arguments = command(photographs, tmp_path)
     said = refused(arguments, code=130, is_silent=False)
@@ -497,7 +489,7 @@ def test_table_4_from_the_command_line(
     assert "not run" in text and "## Table 4" in text and "## Table 1" not in text
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
-    monkeypatch.setattr(reproduce, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(execution, "train", lambda *_, **__: pytest.fail("trained again"))
     cli.main(command(photographs, out, "--extractor", "projection"))
     assert "nothing is left to train or to measure" in capsys.readouterr().out
     assert (out / "report.md").read_text(encoding="utf-8") == text
@@ -530,7 +522,7 @@ def test_what_failed_is_in_the_report_and_in_the_status(
         RunDirectory(out).create(config, {"source": "", "classes": list(images.classes), "fingerprint": "x"})
         raise TrainingError("a loss was not finite at step 2")
 
-    monkeypatch.setattr(reproduce, "train", collapse)
+    monkeypatch.setattr(execution, "train", collapse)
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: Projection(CPU))
     said = refused(command(photographs, tmp_path), code=1, is_silent=False)
     assert "failed: an-s0: a loss was not finite at step 2" in said
@@ -554,8 +546,8 @@ def test_table_3_from_the_command_line(
     assert list(scores["models"]) == ["an-s0", "contextual-s0"] and scores["manifest"]["images"] == 3
     assert scores["manifest"]["masks"] == "centre" and scores["manifest"]["image_size"] == 32
 
-    monkeypatch.setattr(reproduce, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(reproduce.inpainters, "evaluate_inpainters", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(execution, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(execution.inpainters, "evaluate_inpainters", lambda *_, **__: pytest.fail("measured again"))
     cli.main(arguments)
     assert json.loads((out / "scores.json").read_text()) == scores
     (out / "image-grid.png").rename(out / "grid")  # a kill came before it was drawn
@@ -585,22 +577,23 @@ def test_table_5_is_the_benchmark_once(
         return []
 
     monkeypatch.setattr(bench_run, "run", run)
-    monkeypatch.setattr(reproduce, "write_report", write)
-    monkeypatch.setattr(reproduce, "read_results", lambda path: report)
+    monkeypatch.setattr(execution, "write_report", write)
+    for module in (planning, execution):
+        monkeypatch.setattr(module, "read_results", lambda path: report)
     plan = make_plan("table5", "smoke", tmp_path / "out", device="cpu")
-    cases, cells, seconds = reproduce.describe_table5(plan)
+    cases, cells, seconds = planning.describe_table5(plan)
     assert cases == "smoke, table5-128" and cells == 2 * 2 * len(IMPLEMENTATIONS)
     assert seconds == pytest.approx(cells * 0.02)
     for _ in range(2):
-        reproduce.time_layers(plan, progress=lambda *_: None)
+        execution.time_layers(plan, progress=lambda *_: None)
     assert called == [{"cases": "smoke,table5-128", "device": "cpu", "seconds": 0.02}]
     require_own(plan, None)
     with pytest.raises(
         ConfigError, match=r"is of smoke, table5-128, 0\.02 s each, on cpu; expected table5-128, .* 0\.2 s"
     ):
         require_own(make_plan("table5", "small", tmp_path / "out", device="cpu"), None)
-    assert reproduce.describe_table5(make_plan("table5", "paper", tmp_path))[0].count("table5-") == 4
+    assert planning.describe_table5(make_plan("table5", "paper", tmp_path))[0].count("table5-") == 4
 
-    monkeypatch.setattr(reproduce, "time_layers", lambda *_, **__: pytest.fail("a dry run has measured"))
+    monkeypatch.setattr(execution, "time_layers", lambda *_, **__: pytest.fail("a dry run has measured"))
     cli.main(["reproduce", "table5", "--scale", "smoke", "--out", str(tmp_path / "new"), "--dry-run"])
     assert f"{cells} measurements" in capsys.readouterr().out and not (tmp_path / "new").exists()

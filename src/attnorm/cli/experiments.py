@@ -1,4 +1,4 @@
-"""The verb that runs controlled experiments: experiment."""
+"""The subcommand that runs controlled experiments: experiment."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def experiment(
     from attnorm.experiments import diffusion, regional_statistics
     from attnorm.reports import diffusion as diffusion_report
     from attnorm.reports import regional_statistics as regional_report
-    from attnorm.reproduce import in_words
+    from attnorm.reproduce.estimate import humanize
 
     require_one_process("experiment")
     torch.set_num_threads(1)
 
     def tell(done: int, total: int, what: str, seconds_left: float) -> None:
-        left = f", {in_words(seconds_left)} left" if seconds_left else ""
+        left = f", {humanize(seconds_left)} left" if seconds_left else ""
         console.print(f"{done} of {counted(total, 'training')} done{left}: {what}")
 
     named = tuple(arm.strip() for arm in arms.split(",") if arm.strip())

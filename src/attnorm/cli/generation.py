@@ -1,4 +1,4 @@
-"""The verbs that show what a generator has learnt: sample, interpolate, layout, page, curves."""
+"""The subcommands that show what a generator has learnt: sample, interpolate, layout, page, curves."""
 
 from __future__ import annotations
 

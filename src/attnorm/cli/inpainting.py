@@ -1,4 +1,4 @@
-"""The verb that fills the holes of photographs: inpaint."""
+"""The subcommand that fills the holes of photographs: inpaint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb that sets what was measured beside what the paper prints: report."""
+"""The subcommand that sets what was measured beside what the paper prints: report."""
 
 from __future__ import annotations
 

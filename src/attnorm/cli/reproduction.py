@@ -1,4 +1,4 @@
-"""The verb that makes a whole table: reproduce."""
+"""The subcommand that makes a whole table: reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from attnorm.config import ConfigError
 
 if TYPE_CHECKING:
     from attnorm.metrics.features import Extractor
-    from attnorm.reproduce import Estimate, Plan, Result
+    from attnorm.reproduce.estimate import Estimate
+    from attnorm.reproduce.execute import Result
+    from attnorm.reproduce.plan import Plan
 
 
 def reproduce(
@@ -59,7 +61,7 @@ def reproduce(
             little, on built-in photographs.
         out: Where runs, scores and report.md, report.html and report.json go; runs of tables 1, 2 and 4
             may share it, and the report is of the last of these.
-        data: What to train on, as the verb train takes it; smoke has its own.
+        data: What to train on, as the subcommand train takes it; smoke has its own.
         seeds: Runs of each row: 2, or 1 by scale.
         rows: Rows by name, as in `attnorm presets`; the table's own unless named.
         extractor: inception or efficientnet-lite0; by default the former at the paper's scale.
@@ -71,12 +73,12 @@ def reproduce(
             report draws against images seen and hours of training.
         dry_run: Say what there is to do and how long it will take, and stop.
     """
-    from attnorm import reproduce as reproduction
+    from attnorm.reproduce import plan as planning
 
     require_one_process("reproduce")
     require_outside(out, data)
     names = tuple(name.strip() for name in rows.split(",") if name.strip())
-    plan = reproduction.make_plan(
+    plan = planning.make_plan(
         table,
         scale,
         out,
@@ -98,23 +100,24 @@ def reproduce(
 
 
 def _make_table(plan: Plan, inception_weights: Path | None, dry_run: bool) -> None:
-    from attnorm import reproduce as reproduction
+    from attnorm.reproduce import estimate, execute
+    from attnorm.reproduce import plan as planning
     from attnorm.system.devices import find_device
     from attnorm.system.files import file_lock
 
     find_device(plan.device)
-    reproduction.require_own(plan, None)  # as far as can be told before minutes of decoding
+    planning.require_own(plan, None)  # as far as can be told before minutes of decoding
     require_writable(plan.out)
     extractor = None if plan.table == "table3" else _load_extractor(plan, inception_weights, dry_run)
     images = read_images(plan.jobs[0].config)
-    reproduction.require_own(plan, images)
+    planning.require_own(plan, images)
     with _bar() as progress:
-        left = reproduction.estimate(plan, images, extractor, progress=progress)
+        left = estimate.estimate(plan, images, extractor, progress=progress)
     _say_plan(plan, left, num_images=len(images))
     if dry_run:
         return
     with file_lock(plan.out):
-        result = reproduction.carry_out(plan, images, extractor, left, console=console, bar=_bar)
+        result = execute.execute(plan, images, extractor, left, console=console, bar=_bar)
     if result.is_interrupted:
         _stop()
     _finish(plan, result)
@@ -139,7 +142,8 @@ def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -
 
 def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
     """Rows by seeds, what is done of them, and what is left in time."""
-    from attnorm.reproduce import images_seen, in_words, is_trained, read_failed
+    from attnorm.reproduce.estimate import humanize
+    from attnorm.reproduce.plan import images_seen, is_trained, read_failed
     from attnorm.system.devices import device_name, find_device
 
     failed = read_failed(plan)
@@ -154,8 +158,8 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
             job.config.preset,
             f"{settings.duration_images // settings.batch_size:,} x {settings.batch_size} images",
             state,
-            in_words(training) if training else "-",
-            "of the whole test set" if measuring is None else in_words(measuring) if measuring else "-",
+            humanize(training) if training else "-",
+            "of the whole test set" if measuring is None else humanize(measuring) if measuring else "-",
         )
     screen().print(table)
     counts = {
@@ -167,31 +171,32 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
     if not left.total:
         print("nothing is left to train" + ("" if plan.table == "table3" else " or to measure"))
         return
-    print(f"about {in_words(left.total)} left on {where}: an estimate, from a few steps of each row on few images")
+    print(f"about {humanize(left.total)} left on {where}: an estimate, from a few steps of each row on few images")
     for note in left.notes:
         print(f"  {note}")
 
 
 def _make_table5(plan: Plan, dry_run: bool) -> None:
-    from attnorm import reproduce as reproduction
+    from attnorm.reproduce import estimate, execute
+    from attnorm.reproduce import plan as planning
 
-    reproduction.require_own(plan, None)
+    planning.require_own(plan, None)
     is_there = (plan.out / "bench.json").is_file()
-    cases, cells, seconds = reproduction.describe_table5(plan)
+    cases, cells, seconds = planning.describe_table5(plan)
     print(f"table5 at scale {plan.scale_name}: {cells} measurements, of {cases}")
-    left = f"at least {reproduction.in_words(seconds)}; checking every result and warming up come on top of it"
+    left = f"at least {estimate.humanize(seconds)}; checking every result and warming up come on top of it"
     print("measured already" if is_there else left)
     if not dry_run:
         with progress_bar() as progress:
-            reproduction.time_layers(plan, progress=one_bar(progress, "timing"))
-        _finish(plan, reproduction.Result())
+            execute.time_layers(plan, progress=one_bar(progress, "timing"))
+        _finish(plan, execute.Result())
 
 
 def _finish(plan: Plan, result: Result) -> None:
     """The report of the plan's table, with all runs that the folder holds, and what failed."""
     from attnorm.reports.figures import inpainting_figure, save_figure
     from attnorm.reports.report import build_report, write_report
-    from attnorm.reproduce import finished_runs
+    from attnorm.reproduce.plan import finished_runs
 
     if result.inpainting is not None:
         save_figure(inpainting_figure(*result.inpainting.grid), plan.out / "image-grid.png")

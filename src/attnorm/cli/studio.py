@@ -1,4 +1,4 @@
-"""The verb that opens the studio."""
+"""The subcommand that opens the studio."""
 
 from __future__ import annotations
 

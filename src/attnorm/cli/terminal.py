@@ -1,4 +1,4 @@
-"""What the verbs share: the console, types of arguments, and checks that come before any work."""
+"""What the subcommands share: the console, types of arguments, and checks that come before any work."""
 
 from __future__ import annotations
 
@@ -139,11 +139,11 @@ def one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
     return tell
 
 
-def require_one_process(verb: str) -> None:
+def require_one_process(subcommand: str) -> None:
     count = os.environ.get("WORLD_SIZE", "1")
     if count != "1":
         raise ConfigError(
-            f"`attnorm {verb}` was started in {count} processes, which would write over each other; start it in one, "
+            f"`attnorm {subcommand}` was started in {count} processes, which would write over each other; start one, "
             "without torchrun"
         )
 

@@ -1,4 +1,4 @@
-"""The verbs that train: train, presets."""
+"""The subcommands that train: train, presets."""
 
 from __future__ import annotations
 
