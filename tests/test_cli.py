@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -427,7 +428,8 @@ def test_mistakes_are_told_before_the_data_are_read(
     (tmp_path / "FILE").touch()
     places = {"RUN": run, "DATA": photographs} | {name: tmp_path / name for name in ("OUT", "FOLDER", "FILE")}
     for module in ("training", "evaluate_generators"):
-        monkeypatch.setattr(f"attnorm.cli.{module}.read_images", lambda config: pytest.fail("the data were read"))
+        found = importlib.import_module(f"attnorm.cli.{module}")  # in the package the function has that name too
+        monkeypatch.setattr(found, "read_images", lambda config: pytest.fail("the data were read"))
     refused([re.sub(r"^[A-Z]+(?=/|$)", lambda m: str(places[m[0]]), word) for word in command.split()])
 
 
