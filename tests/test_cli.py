@@ -336,7 +336,7 @@ def test_a_run_of_other_settings_is_refused(run: Path, photographs: Path, refuse
         ("train --preset smoke --out FILE/run --data DATA", "FILE"),
         ("train --preset smoke --out FILE --data DATA", "choose another --out"),
         ("train --preset smoke --nonsense", "--nonsense"),
-        ("sample OUT/nowhere --out OUT", "expected a run directory or a checkpoint file"),
+        ("sample OUT/nowhere --out OUT", "expected a run directory, a checkpoint file or the name of a model"),
         ("sample EMPTY --out OUT", "is not a run directory"),
         ("sample FILE --out OUT", "is no checkpoint; expected a run directory"),
         ("sample RUN", "--out"),
