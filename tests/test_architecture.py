@@ -26,6 +26,21 @@ def test_imports_flow_one_way_and_in_no_circle(capsys: pytest.CaptureFixture[str
         assert not re.search(r"^ *import attnorm$", text, re.MULTILINE), path
 
 
+def test_the_tree_in_contributing_has_every_file_and_no_other() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("```\nsrc/attnorm/") :].split("```")[1]
+    folders: list[str] = []
+    listed = set()
+    for indent, name in re.findall(r"^((?:  )+)(\S+)", tree, re.MULTILINE):
+        del folders[len(indent) // 2 - 1 :]
+        if name.endswith("/"):
+            folders.append(name)
+        elif name.endswith(".py"):
+            listed.add("".join([*folders, name]))
+    files = {path.relative_to(ROOT / "src" / "attnorm").as_posix() for path in SOURCES}
+    assert listed == {file for file in files if not file.endswith("__init__.py")}
+
+
 def modules_after(program: str) -> set[str]:
     """Top-level modules in a fresh interpreter that has run `program`."""
     program += "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
