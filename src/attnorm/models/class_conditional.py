@@ -49,7 +49,7 @@ class Generator(nn.Module):
                 before,
                 after,
                 config.num_classes,
-                an=_attentive_norm(after, config) if has_context and config.context == "an" else None,
+                an=attentive_norm_of(after, config) if has_context and config.context == "an" else None,
                 site=config.site,
                 after=SelfAttention2d(after) if has_context and config.context == "self_attention" else None,
                 latent_dim=config.latent_dim if config.latent_in_norms else 0,
@@ -114,7 +114,7 @@ class Discriminator(nn.Module):
                 after,
                 downsample=index < num_down,
                 is_first=is_first,
-                an=_attentive_norm(after, config) if is_first and config.context == "an" else None,
+                an=attentive_norm_of(after, config) if is_first and config.context == "an" else None,
                 after=SelfAttention2d(after) if attends else None,
             )
             self.blocks.append(block)
@@ -154,7 +154,8 @@ def describe(config: ClassConditionalConfig, num_classes: int) -> tuple[str, int
     return ", ".join(sites) or "none", g_parameters, d_parameters
 
 
-def _attentive_norm(num_features: int, config: ClassConditionalConfig) -> AttentiveNorm2d:
+def attentive_norm_of(num_features: int, config: ClassConditionalConfig) -> AttentiveNorm2d:
+    """The layer as a model's settings have it."""
     return AttentiveNorm2d(num_features, **{**asdict(config.an), "temperature": config.temperature})
 
 

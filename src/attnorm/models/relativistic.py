@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.config import ClassConditionalConfig
-from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
-from attnorm.models.class_conditional import Generator, require_classes
+from attnorm.models.class_conditional import Generator, attentive_norm_of, require_classes
 
 BLOCKS = 2  # of a stage
 EXPANSION = 2  # of a block's hidden channels
@@ -132,7 +130,7 @@ class RelativisticDiscriminator(nn.Module):
 def _context(channels: int, config: ClassConditionalConfig) -> nn.Module:
     match config.context:
         case "an":
-            return AttentiveNorm2d(channels, **{**asdict(config.an), "temperature": config.temperature})
+            return attentive_norm_of(channels, config)
         case "self_attention":
             return SelfAttention2d(channels)
         case "none":

@@ -29,7 +29,10 @@ from attnorm.training.task import Phase, adam, describe_layouts
 
 
 class ClassConditionalTask:
-    """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator."""
+    """Hinge GAN with spectral norm (section 4): `d_steps` discriminator updates, then one of the generator.
+
+    Other recipes of the task are subclasses with other networks and phases.
+    """
 
     generator: nn.Module
     discriminator: nn.Module
@@ -38,8 +41,7 @@ class ClassConditionalTask:
         assert isinstance(config.model, ClassConditionalConfig)
         self.config, self.model = config, config.model
         # Built on the CPU, so that a seed gives the same start on every device.
-        self.generator = Generator(self.model).to(device)
-        self.discriminator = Discriminator(self.model).to(device)
+        self.generator, self.discriminator = (network.to(device) for network in self._make_networks())
         if config.run.channels_last:
             self.generator.to(memory_format=torch.channels_last)
             self.discriminator.to(memory_format=torch.channels_last)
@@ -52,6 +54,10 @@ class ClassConditionalTask:
             },
             averages={"ema": self.average},
         )
+
+    def _make_networks(self) -> tuple[nn.Module, nn.Module]:
+        """Generator and discriminator, on the CPU."""
+        return Generator(self.model), Discriminator(self.model)
 
     @classmethod
     def resolve(cls, config: Config, images: ImageSet) -> Config:

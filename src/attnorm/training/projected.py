@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attnorm.config import ClassConditionalConfig, Config
+from attnorm.config import Config
 from attnorm.data.stream import Batch
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.class_conditional import Generator
@@ -19,8 +19,7 @@ from attnorm.system.devices import find_precision
 from attnorm.training.augmentation import augment
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.losses import hinge_discriminator_loss, hinge_generator_loss, orthogonality_loss
-from attnorm.training.state import ExponentialAverage, TrainingState
-from attnorm.training.task import Phase, adam, describe_layouts
+from attnorm.training.task import Phase, describe_layouts
 
 
 class ProjectedTask(ClassConditionalTask):
@@ -33,29 +32,16 @@ class ProjectedTask(ClassConditionalTask):
     discriminator: ProjectedDiscriminator
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        assert isinstance(config.model, ClassConditionalConfig) and config.projected is not None
-        self.config, self.model, self.settings = config, config.model, config.projected
-        self.generator = Generator(self.model).to(device)
-        self.discriminator = ProjectedDiscriminator(self.settings, self.model.num_classes).to(device)
-        if config.run.channels_last:
-            for network in (self.generator, self.discriminator):
-                network.to(memory_format=torch.channels_last)
+        assert config.projected is not None
+        self.settings = config.projected
+        super().__init__(config, device)
         if find_precision(config.run.precision, device) == "bfloat16":
             self.discriminator.projector.features.to(torch.bfloat16)
-        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
-        self.state = TrainingState(
-            networks={
-                "generator": self.generator,
-                "discriminator": self.discriminator,
-            },
-            optimisers={
-                "generator": adam(self.generator, config.optim.g_lr, config),
-                "discriminator": adam(self.discriminator, config.optim.d_lr, config),
-            },
-            averages={"ema": self.average},
-        )
         # Of each part of the batch that the generator was updated with: mixed maps, and labels.
         self._judged: deque[tuple[list[Tensor], Tensor]] = deque()
+
+    def _make_networks(self) -> tuple[nn.Module, nn.Module]:
+        return Generator(self.model), ProjectedDiscriminator(self.settings, self.model.num_classes)
 
     def position(self, images_seen: int) -> int:
         return images_seen * 2

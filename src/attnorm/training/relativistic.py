@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnorm.config import ClassConditionalConfig, Config
+from attnorm.config import Config
 from attnorm.data.stream import Batch
 from attnorm.models.relativistic import RelativisticDiscriminator, RelativisticGenerator
 from attnorm.system.devices import no_autocast
@@ -24,8 +24,7 @@ from attnorm.training.losses import (
     relativistic_generator_loss,
     zero_centred_penalty,
 )
-from attnorm.training.state import ExponentialAverage, TrainingState
-from attnorm.training.task import Phase, adam
+from attnorm.training.task import Phase
 
 
 class RelativisticTask(ClassConditionalTask):
@@ -38,23 +37,13 @@ class RelativisticTask(ClassConditionalTask):
     discriminator: RelativisticDiscriminator
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        assert isinstance(config.model, ClassConditionalConfig) and config.relativistic is not None
-        self.config, self.model, self.settings = config, config.model, config.relativistic
-        self.generator = RelativisticGenerator(self.model).to(device)
-        has_context = self.settings.context_in_discriminator
-        self.discriminator = RelativisticDiscriminator(self.model, has_context=has_context).to(device)
-        if config.run.channels_last:
-            self.generator.to(memory_format=torch.channels_last)
-            self.discriminator.to(memory_format=torch.channels_last)
-        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
-        self.state = TrainingState(
-            networks={"generator": self.generator, "discriminator": self.discriminator},
-            optimisers={
-                "generator": adam(self.generator, config.optim.g_lr, config),
-                "discriminator": adam(self.discriminator, config.optim.d_lr, config),
-            },
-            averages={"ema": self.average},
-        )
+        assert config.relativistic is not None
+        self.settings = config.relativistic
+        super().__init__(config, device)
+
+    def _make_networks(self) -> tuple[nn.Module, nn.Module]:
+        discriminator = RelativisticDiscriminator(self.model, has_context=self.settings.context_in_discriminator)
+        return RelativisticGenerator(self.model), discriminator
 
     def position(self, images_seen: int) -> int:
         return images_seen * 2
