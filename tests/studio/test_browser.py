@@ -69,7 +69,11 @@ class Visit:
 
 
 def picture(canvas: Locator) -> np.ndarray:
-    return decoded(canvas.evaluate("canvas => canvas.toDataURL()").partition(",")[2])
+    """What a canvas shows, once the frame is drawn that is under way: the page draws once a frame."""
+    script = """canvas => new Promise((done) => {
+        requestAnimationFrame(() => requestAnimationFrame(() => done(canvas.toDataURL())));
+    })"""
+    return decoded(canvas.evaluate(script).partition(",")[2])
 
 
 def downloaded(page: Page, button: Locator) -> bytes:
