@@ -14,7 +14,7 @@ from attnorm.checkpoint import read_header
 from attnorm.data.builtin import builtin_photographs
 from attnorm.inference import Inpainter, Sampler
 from attnorm.pretrained import read_card, shipped
-from attnorm.reports.figures import holes_figure, save_figure
+from attnorm.reports.figures import holes_figure, images_figure, save_figure
 from attnorm.reports.page import layout_sections, samples_section, walk_section
 from attnorm.reports.render import Document, Picture, Section, write_document
 
@@ -28,13 +28,14 @@ def write_showcase(names: Sequence[str], out: Path) -> Path:
     a hole, filled. Needs no data.
     """
     sections: list[Section] = []
-    for name in names:
+    tasks = {name: read_header(shipped()[name]).config.task for name in names}
+    for name in sorted(names, key=lambda name: (tasks[name] == "inpainting", name)):
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        is_inpainter = read_header(shipped()[name]).config.task == "inpainting"
-        made = _inpainter(name, folder) if is_inpainter else _generator(name, folder)
+        made = _inpainter(name, folder) if tasks[name] == "inpainting" else _generator(name, folder)
         card = read_card(name)
-        sections.append(Section(name, (f"{card.what}. Trained on {card.data}. {card.score}.",), points=card.limits))
+        said = " ".join(f"{text[0].upper()}{text[1:]}." for text in (card.what, f"trained on {card.data}", card.score))
+        sections.append(Section(name, (said,), points=card.limits))
         sections += [
             replace(section, pictures=tuple(replace(p, file=f"{name}/{p.file}") for p in section.pictures))
             for section in made
@@ -59,16 +60,21 @@ def _generator(name: str, out: Path) -> list[Section]:
 def _inpainter(name: str, out: Path) -> list[Section]:
     inpainter = Inpainter(name)
     side = 2 * inpainter.image_size  # the largest that is seen whole
-    views = []
+    views, rows = [], []
     for photograph in PHOTOGRAPHS:
         image = torch.from_numpy(_square(builtin_photographs()[photograph], side)).permute(2, 0, 1)
         mask = torch.zeros(1, side, side, dtype=torch.bool)
         mask[:, 3 * side // 8 : 5 * side // 8, 3 * side // 8 : 5 * side // 8] = True
-        views += inpainter.fill(image, mask, with_layouts=inpainter.has_layout).views
-    save_figure(holes_figure(views), out / "filled.png")
-    text = "Photographs that it has not seen: with a hole, filled"
-    text += ", and what AN saw." if inpainter.has_layout else "."
-    return [Section("Filled", pictures=(Picture("filled.png", text),))]
+        filled = inpainter.fill(image, mask, with_layouts=inpainter.has_layout)
+        rows.append((image, filled.views[0].given, filled.image))
+        views += filled.views
+    save_figure(images_figure(rows, PHOTOGRAPHS), out / "filled.png")
+    text = "Photographs that it has not seen: as they are, with a hole, filled."
+    pictures = [Picture("filled.png", text)]
+    if inpainter.has_layout:
+        save_figure(holes_figure(views), out / "layout.png")
+        pictures.append(Picture("layout.png", "What AN saw: the entity that wins each pixel, and the map of each."))
+    return [Section("Filled", pictures=tuple(pictures))]
 
 
 def _square(photograph: np.ndarray, side: int) -> np.ndarray:

@@ -24,7 +24,8 @@ def collapse(rows: Sequence[dict[str, Any]]) -> str:
     if spreads and spreads[-1] < min(FLAT, FALLEN * max(spreads)):
         return (
             f"images of different latents differ by {spreads[-1]:.3f} only (by {max(spreads):.3f} once): the generator "
-            "has collapsed; a lower optim.g_lr or a larger batch in a new run may prevent it"
+            "makes nearly one image of each class (mode collapse); a lower optim.g_lr or a larger batch in a new run "
+            "may prevent it"
         )
     losses = [row["discriminator/loss"] for row in rows if "discriminator/loss" in row][-ROWS:]
     if len(losses) == ROWS and max(losses) < WON:
