@@ -23,7 +23,7 @@ import attnorm.models.class_conditional
 import attnorm.models.inpainting
 from attnorm import AttentiveNorm2d, entity_usage, layout_entropy, observe_layouts
 from attnorm.cli.terminal import read_images
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.images import to_uint8
 from attnorm.data.stream import Stream
 from attnorm.layers.attentive_norm import MOMENTUM, SPREAD
@@ -33,6 +33,7 @@ from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import effective_entities, soft_layout
 from attnorm.presets import PRESETS
 from attnorm.reports.render import Document, Section, Table, to_markdown
+from attnorm.settings import override
 from attnorm.system.devices import find_precision, no_autocast
 from attnorm.system.randomness import seed_step
 from attnorm.training import trainer

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 from attnorm.checkpoint import read_header
-from attnorm.config import from_dict
 from attnorm.pretrained import Card, card_text, ship
 from attnorm.run_directory import find_checkpoint
+from attnorm.settings import from_dict
 from attnorm.system.files import write_text
 
 

@@ -50,7 +50,7 @@ def modules_after(program: str) -> set[str]:
 
 
 def test_the_package_its_configuration_and_presets_need_the_standard_library_only() -> None:
-    modules = modules_after("import attnorm, attnorm.config, attnorm.presets; attnorm.__version__; dir(attnorm)")
+    modules = modules_after("import attnorm, attnorm.settings, attnorm.presets; attnorm.__version__; dir(attnorm)")
     assert "attnorm" in modules and not modules & {"torch", "numpy", "PIL", "tyro", "rich"}
 
 

@@ -24,10 +24,11 @@ from attnorm.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError, override, to_dict
+from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory, find_checkpoint, load, load_discriminator
+from attnorm.settings import override, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
 from attnorm.training.class_conditional import ClassConditionalTask

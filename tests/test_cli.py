@@ -24,9 +24,10 @@ from PIL import Image
 from attnorm import __version__, cli
 from attnorm.cli import SUBCOMMANDS, terminal
 from attnorm.cli.generation import folder_names
-from attnorm.config import Config, from_dict, override
+from attnorm.config import Config
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import from_dict, override
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")

@@ -12,9 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnorm.config import (
-    MAKES_A_ROW,
-    MAY_CHANGE_ON_RESUME,
-    MAY_DIFFER,
     AttentiveNormConfig,
     ClassConditionalConfig,
     Config,
@@ -24,11 +21,16 @@ from attnorm.config import (
     InpaintingTaskConfig,
     OptimiserConfig,
     RunConfig,
+    printable,
+)
+from attnorm.settings import (
+    MAKES_A_ROW,
+    MAY_CHANGE_ON_RESUME,
+    MAY_DIFFER,
     flatten,
     from_dict,
     marked,
     override,
-    printable,
     to_dict,
 )
 

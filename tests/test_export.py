@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from attnorm import AttentiveNorm2d, cli
 from attnorm import export as exporting
 from attnorm.checkpoint import Header, save_checkpoint
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.inference import Inpainter
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
 from attnorm.presets import PRESETS
 from attnorm.run_directory import Loaded, load
+from attnorm.settings import override
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'attnorm[export]'")
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.images import to_uint8
 from attnorm.inference import Sampler
 from attnorm.inference.sampler import truncated
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
+from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
 
 CLASSES = ("cat", "dog", "7", "goldfish")

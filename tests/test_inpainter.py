@@ -20,10 +20,11 @@ from torch import Tensor
 
 from attnorm import cli
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
-from attnorm.config import Config, ConfigError, UserError, override
+from attnorm.config import Config, ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
+from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.inpainting import InpaintingTask
 

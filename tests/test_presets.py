@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from attnorm.config import flatten
 from attnorm.presets import FAMILIES, INPAINTING_FAMILIES, PRESETS
+from attnorm.settings import flatten
 
 ROWS: dict[str, dict[str, Any]] = {
     "an": {},

@@ -12,10 +12,11 @@ from PIL import Image
 
 from attnorm import cli, load, pretrained
 from attnorm.checkpoint import CheckpointError, Header, read_checkpoint, save_checkpoint
-from attnorm.config import Config, ConfigError, from_dict, override
+from attnorm.config import Config, ConfigError
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
 from attnorm.pretrained import Card, card_text, read_card, ship, shipped
+from attnorm.settings import from_dict, override
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.inpainting import InpaintingTask
 

@@ -21,7 +21,7 @@ from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS
 from attnorm.benchmark.results import BenchReport
 from attnorm.checkpoint import Header, save_checkpoint
-from attnorm.config import ConfigError, override
+from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, load_images
 from attnorm.evaluation.protocol import scores_file
 from attnorm.metrics import features
@@ -34,6 +34,7 @@ from attnorm.reproduce.estimate import Estimate, Timings, estimate, humanize
 from attnorm.reproduce.execute import execute
 from attnorm.reproduce.plan import SCALES, TABLE_ROWS, Plan, is_trained, make_plan, read_failed, require_own
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.system.files import file_lock, read_lines
 from attnorm.training.trainer import Outcome, TrainingError
 

@@ -23,10 +23,11 @@ from attnorm.benchmark.training_step import (
     random_images,
 )
 from attnorm.cli.watching import progress_of, render, sparkline
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.presets import PRESETS
 from attnorm.reports.training_speed import table
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.training.signs import collapse
 from attnorm.training.trainer import make_task, resolve
 

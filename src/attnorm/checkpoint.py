@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from attnorm import config as configuration
 from attnorm.config import FORMAT_VERSION, Config, UserError
+from attnorm.settings import from_dict, to_dict
 from attnorm.system.files import write_atomically
 
 HEADER_KEY, HEADER_CHECKSUM_KEY = "attnorm", "attnorm_checksum"
@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,
-            "config": configuration.to_dict(header.config),
+            "config": to_dict(header.config),
             "classes": header.classes,
             "images_seen": header.images_seen,
             "seconds": header.seconds,
@@ -157,7 +157,7 @@ def _parse_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:
                 f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: update attnorm"
             )
         header = Header(
-            config=configuration.from_dict(Config, values["config"]),
+            config=from_dict(Config, values["config"]),
             classes=tuple(values["classes"]),
             images_seen=int(values["images_seen"]),
             seconds=float(values["seconds"]),

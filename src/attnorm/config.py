@@ -1,20 +1,16 @@
-"""What a run is made of: frozen, validated dataclasses, to and from JSON, changed with `--set a.b=value`.
+"""What a run is made of: frozen, validated dataclasses. `settings.py` reads, writes and changes them.
 
 Standard library only, so that `attnorm --help` starts at once and a configuration can be read anywhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import math
 import re
-import reprlib
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 FORMAT_VERSION = 1
 
@@ -63,14 +59,14 @@ _FREE = {"compare": "free"}  # changes nothing of what is learnt, or is shown be
 _REPORTING = {"compare": "free", "resume": "free"}  # and may be another one when a run goes on
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
 
 def require_seed(name: str, seed: int) -> None:
     """Raises ConfigError unless 0 <= seed < 2^63; each of these means other random numbers."""
-    _require(0 <= seed < 2**63, f"{name} is {seed}; expected a whole number from 0 to 2^63 - 1")
+    require(0 <= seed < 2**63, f"{name} is {seed}; expected a whole number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +90,10 @@ class AttentiveNormConfig:
     impl: Literal["auto", "reference", "fused", "native", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        _require(self.num_entities >= 1, f"num_entities is {self.num_entities}; expected at least 1")
-        _require(self.reduction >= 1, f"reduction is {self.reduction}; expected at least 1")
-        _require(self.eps > 0, f"eps is {self.eps}; expected a positive number")
-        _require(
+        require(self.num_entities >= 1, f"num_entities is {self.num_entities}; expected at least 1")
+        require(self.reduction >= 1, f"reduction is {self.reduction}; expected at least 1")
+        require(self.eps > 0, f"eps is {self.eps}; expected a positive number")
+        require(
             self.temperature in (None, "auto") or float(self.temperature) > 0,
             f"temperature is {self.temperature}; expected auto, a positive number, or none for 0.1 * sqrt(64 / width)",
         )
@@ -130,22 +126,22 @@ class ClassConditionalConfig:
 
     def __post_init__(self) -> None:
         sizes = (32, 64, 128, 256)
-        _require(self.image_size in sizes, f"model.image_size is {self.image_size}; expected one of {sizes}")
-        _require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
-        _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; expected 0 (from the data) or more")
-        _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; expected at least 1")
+        require(self.image_size in sizes, f"model.image_size is {self.image_size}; expected one of {sizes}")
+        require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
+        require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; expected 0 (from the data) or more")
+        require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; expected at least 1")
         last = int(math.log2(self.image_size)) - 2
-        _require(
+        require(
             not self.g_channels or (len(self.g_channels) == last + 1 and min(self.g_channels) >= 1),
             f"model.g_channels is {self.g_channels}; expected {last + 1} multiples of the width for {self.image_size} "
             "pixels, or none for SAGAN's",
         )
-        _require(
+        require(
             self.architecture == "sagan" or bool(self.g_channels),
             "model.architecture is grouped and model.g_channels is empty; expected the widths of its stages",
         )
         for block in self.an_blocks:
-            _require(
+            require(
                 1 <= block <= last,
                 f"model.an_blocks names block {block}; a {self.image_size}-pixel generator has blocks 1 to {last}",
             )
@@ -166,8 +162,8 @@ class ProjectedConfig:
     augmentations: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
 
     def __post_init__(self) -> None:
-        _require(self.feature_size >= 32, f"projected.feature_size is {self.feature_size}; expected at least 32")
-        _require(self.width >= 1, f"projected.width is {self.width}; expected at least 1")
+        require(self.feature_size >= 32, f"projected.feature_size is {self.feature_size}; expected at least 32")
+        require(self.width >= 1, f"projected.width is {self.width}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +186,12 @@ class RelativisticConfig:
 
     def __post_init__(self) -> None:
         for name in ("schedule_images", "last_ema_half_life"):
-            _require(getattr(self, name) >= 1, f"relativistic.{name} is {getattr(self, name)}; expected at least 1")
+            require(getattr(self, name) >= 1, f"relativistic.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("gamma", "last_gamma"):
-            _require(getattr(self, name) >= 0, f"relativistic.{name} is {getattr(self, name)}; expected 0 or more")
+            require(getattr(self, name) >= 0, f"relativistic.{name} is {getattr(self, name)}; expected 0 or more")
         for name, low, high in (("last_lr", 0, math.inf), ("last_beta2", 0, 1), ("last_augmented", 0, 1)):
             value = getattr(self, name)
-            _require(low <= value <= high, f"relativistic.{name} is {value}; expected {low} to {high}")
+            require(low <= value <= high, f"relativistic.{name} is {value}; expected {low} to {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +207,11 @@ class InpaintingConfig:
     an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False), metadata=_ROW)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.image_size >= 32 and self.image_size % 8 == 0,
             f"model.image_size is {self.image_size}; expected a multiple of 8, at least 32",
         )
-        _require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
+        require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
 
     @property
     def temperature(self) -> float | Literal["auto"]:
@@ -242,11 +238,11 @@ class InpaintingTaskConfig:
     def __post_init__(self) -> None:
         for name in ("reconstruction_weight", "gradient_penalty_weight", "adversarial_weight"):
             value = getattr(self, name)
-            _require(value >= 0, f"inpainting.{name} is {value}; expected 0 or more")
-        _require(self.switch_images >= 0, f"inpainting.switch_images is {self.switch_images}; expected 0 or more")
+            require(value >= 0, f"inpainting.{name} is {value}; expected 0 or more")
+        require(self.switch_images >= 0, f"inpainting.switch_images is {self.switch_images}; expected 0 or more")
         for name in ("patience", "validation_images"):
-            _require(getattr(self, name) >= 1, f"inpainting.{name} is {getattr(self, name)}; expected at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"inpainting.{name} is {getattr(self, name)}; expected at least 1")
+        require(
             0 <= self.min_improvement < 1,
             f"inpainting.min_improvement is {self.min_improvement}; expected a share, 0 <= min_improvement < 1",
         )
@@ -263,8 +259,8 @@ class DataConfig:
     held_out_every: int = 0  # 10: the tenth, twentieth, ... image by name is never trained on; 0: all are
 
     def __post_init__(self) -> None:
-        _require(self.stored_size >= 0, f"data.stored_size is {self.stored_size}; expected 0 (as the model) or more")
-        _require(
+        require(self.stored_size >= 0, f"data.stored_size is {self.stored_size}; expected 0 (as the model) or more")
+        require(
             self.held_out_every == 0 or self.held_out_every >= 2,
             f"data.held_out_every is {self.held_out_every}; expected 0 (none) or at least 2",
         )
@@ -287,11 +283,11 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         for name in ("g_lr", "d_lr", "gate_lr_scale"):
-            _require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
+            require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name} is {value}; expected 0 <= {name} < 1")
-        _require(self.d_steps >= 1, f"optim.d_steps is {self.d_steps}; expected at least 1")
+            require(0 <= value < 1, f"optim.{name} is {value}; expected 0 <= {name} < 1")
+        require(self.d_steps >= 1, f"optim.d_steps is {self.d_steps}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,11 +320,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         size = self.batch_norm_group
-        _require(size >= 0, f"run.batch_norm_group is {size}; expected 0 (all processes) or more")
+        require(size >= 0, f"run.batch_norm_group is {size}; expected 0 (all processes) or more")
         kinds = [f"{kind}_every_images" for kind in ("log", "layout", "grid", "checkpoint", "validate")]
         for name in ("accumulate", "batch_size", "duration_images", "keep_checkpoints", *kinds):
-            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
-        _require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
+            require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; expected at least 1")
+        require(self.max_minutes >= 0, f"run.max_minutes is {self.max_minutes}; expected 0 (no limit) or more")
         require_seed("run.seed", self.seed)
 
 
@@ -357,227 +353,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             isinstance(self.model, MODELS[self.task]) and (self.inpainting is not None) == (self.task == "inpainting"),
             f"task is {self.task}, but the other settings are not; choose a preset of that task",
         )
-        _require(
+        require(
             (self.projected is not None) == (self.recipe == "projected")
             and (self.relativistic is not None) == (self.recipe == "relativistic")
             and (self.recipe == "paper" or self.task == "class_conditional"),
             f"recipe is {self.recipe}, but the other settings are not; choose a preset of that recipe",
         )
-        _require(
+        require(
             self.data.stored_size == 0 or self.data.stored_size >= self.model.image_size,
             f"data.stored_size is {self.data.stored_size}; expected 0 or at least model.image_size "
             f"({self.model.image_size}), of which squares are cut from it",
         )
-
-
-def marked(mark: Literal["compare", "resume"], value: str, cls: type = Config, prefix: str = "") -> frozenset[str]:
-    """Dotted names of the settings with a mark; a group's mark is that of all in it."""
-    hints: dict[str, Any] = typing.get_type_hints(cls)
-    names: set[str] = set()
-    for setting in dataclasses.fields(cls):
-        path, is_marked = prefix + setting.name, setting.metadata.get(mark) == value
-        groups = [option for option in _alternatives(hints[setting.name]) if dataclasses.is_dataclass(option)]
-        for group in groups:
-            below = {f"{path}.{leaf}" for leaf in flatten(typing.cast(type, group)())}
-            names |= below if is_marked else marked(mark, value, typing.cast(type, group), f"{path}.")
-        if is_marked and not groups:
-            names.add(path)
-    return frozenset(names)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON types; tuples become lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
-
-
-def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "", ignore_unknown: bool = False) -> T:
-    """The inverse of `to_dict`, for any dataclass of plain values, lists, tables and groups of them.
-
-    Raises:
-        ConfigError: an unknown key, unless these are to be left out, a missing one, or a value of the wrong type.
-    """
-    _require(
-        isinstance(values, dict), f"{prefix.rstrip('.') or 'config'} is {_brief(values)}; expected a group of settings"
-    )
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        path = prefix + key
-        if key not in hints:
-            if ignore_unknown:
-                continue
-            raise ConfigError(_unknown(path, [prefix + name for name in hints]))
-        group = _group(hints[key], values)
-        if group is None or (value is None and type(None) in _alternatives(hints[key])):
-            arguments[key] = _checked(value, hints[key], path)
-        else:
-            arguments[key] = from_dict(group, value, prefix=path + ".", ignore_unknown=ignore_unknown)
-    for name, setting in getattr(cls, "__dataclass_fields__", {}).items():
-        is_needed = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
-        _require(name in arguments or not is_needed, f"{prefix + name} is missing")
-    return cls(**arguments)
-
-
-def _group(hint: Any, values: dict[str, Any]) -> type | None:
-    """The dataclass that `hint` means, of several that of the task which `values` name; None for a plain value."""
-    groups = [option for option in _alternatives(hint) if dataclasses.is_dataclass(option)]
-    if len(groups) > 1:
-        return MODELS[_checked(values.get("task", Config.task), Task, "task")]
-    return typing.cast(type, groups[0]) if groups else None
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """{"model.an.num_entities": 16, ...}: every leaf by its dotted name."""
-
-    def walk(values: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(to_dict(config), ""))
-
-
-def override(config: T, settings: typing.Iterable[str]) -> T:
-    """A copy of `config` with every "a.b=value" of `settings` applied; what must fit together is checked once, at the
-    end, so that only the last of several values of a key counts, and no order else.
-
-    Raises ConfigError for a key that does not exist (naming the nearest one) or a value of the wrong type.
-    """
-    leaves = flatten(config)
-    values: dict[str, Any] = {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        path = path.strip()
-        _require(bool(equals), f"--set got {setting!r}; expected KEY=VALUE, for example run.batch_size=32")
-        if path not in leaves:
-            raise ConfigError(_unknown(path, list(leaves)))
-        *groups, leaf = path.split(".")
-        hint = typing.get_type_hints(type(functools.reduce(getattr, groups, config)))[leaf]
-        values[path] = _parse(text.strip(), hint, path)
-    changed = _with_values(config, values)
-    if isinstance(changed, Config) and any(
-        values.get(path, leaves[path]) != leaves[path] for path in MAKES_A_ROW & leaves.keys()
-    ):
-        return typing.cast(T, dataclasses.replace(changed, row=""))
-    return changed
-
-
-def _with_values(config: T, values: dict[str, Any]) -> T:
-    """A copy with the leaves of these dotted names replaced; each group is made, and so validated, once."""
-    changes: dict[str, Any] = {path: value for path, value in values.items() if "." not in path}
-    for group in dict.fromkeys(path.partition(".")[0] for path in values if "." in path):
-        below = {
-            path.removeprefix(f"{group}."): value for path, value in values.items() if path.startswith(f"{group}.")
-        }
-        changes[group] = _with_values(getattr(config, group), below)
-    return dataclasses.replace(typing.cast(Any, config), **changes)
-
-
-def _unknown(path: str, known: list[str]) -> str:
-    by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    hint = did_you_mean(path, by_leaf or known).rstrip() or "`attnorm train --preset P --dry-run` prints all there are"
-    return f"there is no setting {path}; {hint}"
-
-
-def _parse(text: str, hint: Any, path: str) -> Any:
-    """The text of a command line as a value of type `hint`."""
-    options = _alternatives(hint)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    if typing.get_origin(hint) is tuple:
-        items = [item for item in text.strip("()[]").split(",") if item.strip()]
-        return tuple(_parse(item.strip(), typing.get_args(hint)[0], path) for item in items)
-    if bool in options:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        _require(text.lower() in words, f"{path} is {text!r}; expected true or false")
-        return words[text.lower()]
-    if text in _words(options):
-        return text
-    for kind in (int, float):
-        if kind in options:
-            try:
-                value = _whole(text) if kind is int and "e" in text.lower() else kind(text.replace("_", ""))
-            except (ValueError, OverflowError):
-                raise ConfigError(f"{path} is {text!r}; expected {_describe(hint)}") from None
-            return _checked(value, hint, path)
-    return _checked(text, hint, path)
-
-
-def _whole(text: str) -> int:
-    """1e6 for an integer setting: what people type for large counts."""
-    if not float(text).is_integer():
-        raise ValueError(text)
-    return int(float(text))
-
-
-def _checked(value: Any, hint: Any, path: str) -> Any:
-    """`value`, if it is of type `hint`; where these are meant, JSON's lists become tuples and whole numbers floats."""
-    message = f"{path} is {_brief(value)}; expected {_describe(hint)}"
-    if typing.get_origin(hint) is Literal:
-        near = did_you_mean(
-            value if isinstance(value, str) else "", map(str, typing.get_args(hint)), cutoff=0.6
-        ).rstrip()
-        _require(isinstance(value, str) and value in typing.get_args(hint), message + (near and f"; {near}"))
-        return value
-    if typing.get_origin(hint) is tuple:
-        _require(isinstance(value, (list, tuple)), message)
-        return tuple(_checked(item, typing.get_args(hint)[0], path) for item in value)
-    if typing.get_origin(hint) is dict:
-        _require(isinstance(value, dict), message)
-        return {key: _checked(item, typing.get_args(hint)[1], f"{path}.{key}") for key, item in value.items()}
-    options = _alternatives(hint)
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        _require(abs(value) < 2**1023, message)
-        return float(value)
-    _require(type(value) in options or value in _words(options), message)
-    _require(not isinstance(value, float) or math.isfinite(value), message)
-    return value
-
-
-def _brief(value: Any) -> str:
-    """A value for a message: of one that is long or deep, a part."""
-    shown = reprlib.Repr()
-    shown.maxstring = shown.maxother = 200
-    return shown.repr(value)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _words(options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a union takes by name, beside its types: of `float | Literal["auto"]`, "auto"."""
-    return tuple(word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option))
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_describe(typing.get_args(hint)[0])}, comma between"
-    if typing.get_origin(hint) is dict:
-        return f"a table of {_describe(typing.get_args(hint)[1])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    return " or ".join(
-        "a group of settings"
-        if dataclasses.is_dataclass(option)
-        else " or ".join(_words((option,))) or names.get(option, str(option))
-        for option in _alternatives(hint)
-    )
-
-
-MAKES_A_ROW = marked("compare", "row")
-MAY_DIFFER = marked("compare", "free")  # where runs are compared
-MAY_CHANGE_ON_RESUME = marked("resume", "free")

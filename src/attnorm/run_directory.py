@@ -25,13 +25,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnorm import config as configuration
 from attnorm.checkpoint import REMEDY, CheckpointError, Header, find_damage, read_checkpoint
 from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError, did_you_mean
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.pretrained import shipped
+from attnorm.settings import from_dict, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import read_lines, write_json
 
@@ -102,7 +102,7 @@ class RunDirectory:
         self.require_free_or_run()
         for folder in ("checkpoints", "samples"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
-        values = {"format_version": FORMAT_VERSION, "config": configuration.to_dict(config), "data": data}
+        values = {"format_version": FORMAT_VERSION, "config": to_dict(config), "data": data}
         write_json(self.config_file, values)
 
     def require_free_or_run(self) -> None:
@@ -127,7 +127,7 @@ class RunDirectory:
             wrong = [name for name, kinds in _DATA.items() if name in data and type(data[name]) is not kinds]
             if wrong or not all(isinstance(name, str) for name in data.get("classes", [])):
                 raise TypeError(f"its data have other kinds of {', '.join(wrong) or 'classes'}")
-            return configuration.from_dict(Config, values["config"]), data
+            return from_dict(Config, values["config"]), data
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnorm import cli
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
-from attnorm.config import ConfigError, override
+from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, fingerprint, load_images
 from attnorm.evaluation import generators
 from attnorm.evaluation.classes import TABLE_2_CLASSES, fake_labels, find_classes
@@ -46,6 +46,7 @@ from attnorm.models.class_conditional import Generator
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.system.files import read_lines
 
 CLASSES = ("bird", "cat", "dog")

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from attnorm import cli
 from attnorm.checkpoint import Header, save_checkpoint
-from attnorm.config import override
 from attnorm.data.images import load_images
 from attnorm.evaluation import inpainters
 from attnorm.evaluation.baselines import mean_fill
@@ -32,6 +31,7 @@ from attnorm.presets import PRESETS
 from attnorm.reports.inpainting import make_document
 from attnorm.reports.render import to_markdown
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 
 NUM_IMAGES = 12
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from attnorm.checkpoint import Header, save_checkpoint
-from attnorm.config import override
 from attnorm.evaluation.latency import measure_latency
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
 from attnorm.reports.inpainting import write_latency
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 
 
 @pytest.fixture(scope="module")

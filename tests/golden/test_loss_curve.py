@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from attnorm import AttentiveNorm2d
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.stream import Batch
+from attnorm.settings import override
 from attnorm.system.randomness import seed_step
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.trainer import run_phase

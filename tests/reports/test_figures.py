@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.inference import Sampler
 from attnorm.layers.observe import Observation
@@ -25,6 +25,7 @@ from attnorm.ops.soft_layout import effective_entities
 from attnorm.reports import figures
 from attnorm.reports.page import write_page
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
 
 CLASSES = ("<b>cat</b>", "dog & co", "owl")

@@ -18,12 +18,13 @@ from PIL import Image
 
 from attnorm import cli
 from attnorm.checkpoint import Header, save_checkpoint
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.models.class_conditional import Generator
 from attnorm.presets import ROWS
 from attnorm.reports.render import Document, Picture, Section, Strong, Table, to_html, to_markdown
 from attnorm.reports.report import build_report, write_report
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 
 CLASSES = ("<b>cat</b>", "dog | co", "owl")
 BENCH = Path(__file__).parents[2] / "docs/results/bench/cpu-float32.json"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
-from attnorm.config import Config, ConfigError, override
+from attnorm.config import Config, ConfigError
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, PRESETS, ROWS
 from attnorm.reports.paper import TABLE_1, TABLE_2, TABLE_4, TABLE_5
@@ -22,6 +22,7 @@ from attnorm.reports.report import Report, build_report, to_dict
 from attnorm.reports.runs import columns, read_run, row_of
 from attnorm.reports.tables import _agrees
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 
 CLASSES = ("cat", "dog", "owl")
 BENCH = Path(__file__).parents[2] / "docs/results/bench/cpu-float32.json"

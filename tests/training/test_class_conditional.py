@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnorm import AttentiveNorm2d, SelfAttention2d
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.stream import Batch
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.presets import PRESETS
+from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.losses import orthogonality_loss
 from attnorm.training.task import Phase

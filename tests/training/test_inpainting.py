@@ -18,13 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from attnorm.checkpoint import read_checkpoint
-from attnorm.config import Config, ConfigError, InpaintingTaskConfig, override
+from attnorm.config import Config, ConfigError, InpaintingTaskConfig
 from attnorm.data.images import ImageSet, cut_centres, fingerprint, held_out_indices, to_float
 from attnorm.data.masks import free_form_mask, rectangle_mask
 from attnorm.data.stream import Batch, Stream
 from attnorm.models.inpainting import Scores
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.training import trainer
 from attnorm.training.inpainting import InpaintingTask, PhaseSwitch
 from attnorm.training.trainer import run_phase, train

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from attnorm import AttentiveNorm2d
 from attnorm.checkpoint import read_checkpoint
-from attnorm.config import Config, ConfigError, override
+from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch, Stream, parts_of_batch
 from attnorm.layers.batch_norm import BatchNorm2d, share_moments
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.system.process_group import ProcessGroup, process_group
 from attnorm.system.randomness import drawing_for, seed_step
 from attnorm.training.class_conditional import ClassConditionalTask

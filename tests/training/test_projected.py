@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from attnorm.checkpoint import read_checkpoint
-from attnorm.config import Config, ConfigError, ProjectedConfig, from_dict, override, to_dict
+from attnorm.config import Config, ConfigError, ProjectedConfig
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.presets import PRESETS
+from attnorm.settings import from_dict, override, to_dict
 from attnorm.system.randomness import BatchPart
 from attnorm.training.augmentation import augment
 from attnorm.training.projected import ProjectedTask

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from attnorm import load
 from attnorm.checkpoint import read_checkpoint
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.presets import PRESETS
+from attnorm.settings import override
 from attnorm.training.losses import zero_centred_penalty
 from attnorm.training.relativistic import RelativisticTask
 from attnorm.training.trainer import train

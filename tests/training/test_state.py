@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from attnorm.config import Config, override
+from attnorm.config import Config
 from attnorm.data.stream import Batch
+from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.state import ExponentialAverage
 from attnorm.training.trainer import run_phase

@@ -19,9 +19,9 @@ from torch.distributed.run import get_args_parser
 
 from attnorm import cli
 from attnorm.checkpoint import read_checkpoint
-from attnorm.config import override
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 SETTINGS = ("run.duration_images=80000", "run.checkpoint_every_images=16", "run.layout_every_images=1000")

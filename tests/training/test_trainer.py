@@ -23,11 +23,12 @@ from PIL import Image
 from rich.console import Console
 
 from attnorm.checkpoint import CheckpointError, read_checkpoint
-from attnorm.config import Config, ConfigError, override
+from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet, fingerprint, to_float
 from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import override
 from attnorm.system.files import file_lock
 from attnorm.system.randomness import seed_step, seed_weights
 from attnorm.training import class_conditional, trainer
@@ -334,7 +335,8 @@ import torch
 from rich.console import Console
 from attnorm.checkpoint import Header, read_checkpoint, save_checkpoint
 from attnorm.run_directory import RunDirectory
-from attnorm.config import Config, override
+from attnorm.config import Config
+from attnorm.settings import override
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.system.process_group import ProcessGroup
 from attnorm.training import trainer

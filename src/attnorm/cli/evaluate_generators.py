@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from attnorm import config as configuration
 from attnorm.cli.terminal import (
     Names,
     Overwrite,
@@ -24,6 +23,7 @@ from attnorm.cli.terminal import (
     split_names,
 )
 from attnorm.config import Config, ConfigError, require_seed
+from attnorm.settings import override
 
 if TYPE_CHECKING:
     from attnorm.data.images import ImageSet
@@ -150,7 +150,7 @@ def _evaluate(
         extractor = load_extractor(extractor_name, device=find_own_device(device), inception_weights=inception_weights)
         read: dict[tuple[Any, ...], ImageSet] = {}
         for run, of_run in configs.items():
-            config = configuration.override(of_run, [f"data.source={data}"]) if data else of_run
+            config = override(of_run, [f"data.source={data}"]) if data else of_run
             key = (config.data.source, config.data.stored_size or config.model.image_size, config.data.fit)
             if key not in read:
                 console.quiet = group.rank > 0

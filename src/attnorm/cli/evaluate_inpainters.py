@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from attnorm import config as configuration
 from attnorm.cli.terminal import Overwrite, Seed, one_bar, progress_bar, read_images, require_free, require_outside
 from attnorm.config import ConfigError, require_seed
+from attnorm.settings import override
 
 
 def evaluate_inpainters(
@@ -96,7 +96,7 @@ def _measure(
     test_set = read_manifest(folder)
     lpips = load_lpips(lpips_weights, device=device) if lpips_weights else None
     config = test_set.reading
-    images = read_images(configuration.override(config, [f"data.source={data}"]) if data else config)
+    images = read_images(override(config, [f"data.source={data}"]) if data else config)
     examples = read_examples(test_set, images)
     with progress_bar() as progress:
         evaluation = inpainters.evaluate_inpainters(

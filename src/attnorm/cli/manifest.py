@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm import config as configuration
 from attnorm.cli.terminal import Overwrite, Seed, read_images, require_free, require_outside
-from attnorm.config import Config, ConfigError, require_seed
+from attnorm.config import Config, ConfigError, DataConfig, require_seed
 
 
 def manifest(
@@ -46,7 +45,7 @@ def manifest(
     from attnorm.evaluation.test_set import make_manifest, reading
     from attnorm.run_directory import RunDirectory, find_checkpoint
 
-    source = configuration.DataConfig(source=data, fit=fit, stored_size=stored_size)
+    source = DataConfig(source=data, fit=fit, stored_size=stored_size)
     if like is not None:
         is_run = RunDirectory(like).exists()
         config = RunDirectory(like).read()[0] if is_run else read_header(find_checkpoint(like)).config

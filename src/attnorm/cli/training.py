@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from attnorm import config as configuration
 from attnorm.cli.terminal import (
     console,
     describe_os_error,
@@ -23,6 +22,7 @@ from attnorm.cli.terminal import (
 )
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, did_you_mean
 from attnorm.presets import PRESETS
+from attnorm.settings import override, to_dict
 
 if TYPE_CHECKING:
     from attnorm.system.process_group import ProcessGroup
@@ -48,9 +48,9 @@ def train(
     """
     config = _configuration(preset, settings)
     if data:
-        config = configuration.override(config, [f"data.source={data}"])
+        config = override(config, [f"data.source={data}"])
     if dry_run:
-        values = configuration.to_dict(config)
+        values = to_dict(config)
         values["model"]["an"]["temperature"] = config.model.temperature
         print(json.dumps(values, indent=2), flush=True)
         _say_what_it_takes(config)
@@ -99,7 +99,7 @@ def _configuration(preset: str, settings: tuple[str, ...]) -> Config:
     if preset not in PRESETS:
         hint = did_you_mean(preset, PRESETS)
         raise ConfigError(f"there is no preset {preset!r}; {hint}`attnorm presets` lists them")
-    return configuration.override(PRESETS[preset][1], settings)
+    return override(PRESETS[preset][1], settings)
 
 
 def _train(config: Config, out: Path, group: ProcessGroup) -> None:

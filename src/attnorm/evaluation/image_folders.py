@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import write_tensors
-from attnorm.config import ConfigError, UserError, from_dict
+from attnorm.config import ConfigError, UserError
 from attnorm.data.images import load_images
 from attnorm.data.sources import Contents, find_source
 from attnorm.evaluation.classes import spread
@@ -46,6 +46,7 @@ from attnorm.evaluation.feature_stats import (
 from attnorm.evaluation.scores import Score, UsedData, UsedExtractor
 from attnorm.metrics.features import Extractor
 from attnorm.metrics.generative import Gaussian
+from attnorm.settings import from_dict
 from attnorm.system.devices import device_name
 from attnorm.system.provenance import commit
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import CheckpointError, Header
-from attnorm.config import ConfigError, UserError, from_dict, require_seed
+from attnorm.config import ConfigError, UserError, require_seed
 from attnorm.data.images import to_float, to_uint8
 from attnorm.evaluation.baselines import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.test_set import Examples, Manifest
@@ -29,6 +29,7 @@ from attnorm.inference import Inpainter
 from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.metrics.intervals import CONFIDENCE, RESAMPLES, Difference, differences
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import from_dict
 from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import hash_file, write_json, write_text
 from attnorm.system.provenance import commit

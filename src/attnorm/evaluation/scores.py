@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from attnorm.checkpoint import CheckpointError
-from attnorm.config import ConfigError, from_dict
+from attnorm.config import ConfigError
 from attnorm.metrics.features import Extractor
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import from_dict
 from attnorm.system.files import append_lines, hash_file, read_lines, write_lines
 
 

@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attnorm import config as configuration
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import (
     Config,
@@ -38,6 +37,7 @@ from attnorm.data.images import ImageSet, cut_centres, held_out_indices
 from attnorm.data.masks import centre_mask, free_form_mask, read_mask, rectangle_mask
 from attnorm.data.sources import find_source
 from attnorm.metrics.image_quality import SSIM_BORDER
+from attnorm.settings import from_dict
 from attnorm.system.files import hash_file, write_atomically, write_json
 
 FORMAT_VERSION = 1
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = values.pop("format_version")
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{file} has format {version}; this version reads up to {FORMAT_VERSION}")
-        values["data"] = configuration.from_dict(DataConfig, values["data"], prefix="data.")
+        values["data"] = from_dict(DataConfig, values["data"], prefix="data.")
         values["entries"] = tuple(Entry(**entry) for entry in values["entries"])
         return Manifest(folder=folder, **values)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnorm.checkpoint import Header, read_checkpoint, save_checkpoint
-from attnorm.config import Config, ConfigError, from_dict, to_dict
+from attnorm.config import Config, ConfigError
+from attnorm.settings import from_dict, to_dict
 from attnorm.system.files import write_json
 
 FOLDER = Path(__file__).parent

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnorm.checkpoint import Header, read_header
-from attnorm.config import MAKES_A_ROW, MAY_DIFFER, ClassConditionalConfig, Config, ConfigError, flatten
+from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.evaluation.scores import Score, UsedExtractor, scores_of_run
 from attnorm.models.class_conditional import describe
 from attnorm.presets import FAMILIES, ROWS
 from attnorm.reports.paper import TABLE_1, TABLE_4
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import MAKES_A_ROW, MAY_DIFFER, flatten
 
 
 class Layout(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from attnorm.benchmark.training_step import SWITCHES, Speed
-from attnorm.config import Config, to_dict
+from attnorm.config import Config
 from attnorm.reports.render import Document, Section, Table, write_document
+from attnorm.settings import to_dict
 from attnorm.system.devices import device_name
 from attnorm.system.files import write_json
 from attnorm.system.provenance import commit, processor

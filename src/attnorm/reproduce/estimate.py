@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from attnorm import config as configuration
 from attnorm.config import (
     ClassConditionalConfig,
     Config,
@@ -35,6 +34,7 @@ from attnorm.reproduce.plan import (
     is_trained,
     read_failed,
 )
+from attnorm.settings import flatten
 from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
 from attnorm.system.files import write_json
 from attnorm.training.class_conditional import ClassConditionalTask
@@ -149,7 +149,7 @@ def estimate(
 
 def _describe(row: str, config: Config, images: ImageSet) -> str:
     """Names what was timed: the row, and a hash of everything in its settings that a step's cost may depend on."""
-    values = configuration.flatten(config)
+    values = flatten(config)
     kept = [f"{key}={value}" for key, value in values.items() if key.partition(".")[0] in ("task", "model", "optim")]
     kept += [f"{key}={values[key]}" for key in ("run.batch_size", "run.precision", "run.tf32", "run.channels_last")]
     text = "\n".join([*kept, str(len(images.classes)), str(images.images.shape[2:])])

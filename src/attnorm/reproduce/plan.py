@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from attnorm import config as configuration
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
 from attnorm.benchmark.results import read_results
 from attnorm.checkpoint import read_checkpoint
@@ -26,6 +25,7 @@ from attnorm.evaluation.protocol import scores_file
 from attnorm.evaluation.scores import read_scores
 from attnorm.presets import INPAINTING_FAMILIES, PRESETS, rows_of
 from attnorm.run_directory import RunDirectory, find_checkpoint
+from attnorm.settings import override
 from attnorm.system.devices import find_device
 from attnorm.training.resume import require_same_settings
 from attnorm.training.trainer import resolve
@@ -174,7 +174,7 @@ def make_plan(
     jobs = []
     for number in range(seeds or scale.seeds):
         for row in chosen:
-            config = configuration.override(PRESETS[f"{family}-{row}"][1], [*settings, *more])
+            config = override(PRESETS[f"{family}-{row}"][1], [*settings, *more])
             seed = config.run.seed + number
             config = replace(config, run=replace(config.run, seed=seed))
             jobs.append(Job(row, config, out / "runs" / f"{row}-s{seed}"))

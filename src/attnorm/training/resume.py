@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from attnorm import config as configuration
 from attnorm.checkpoint import CheckpointError, read_checkpoint
-from attnorm.config import MAY_CHANGE_ON_RESUME, Config, ConfigError, RunConfig
+from attnorm.config import Config, ConfigError, RunConfig
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import parts_of_batch
 from attnorm.run_directory import RunDirectory
+from attnorm.settings import MAY_CHANGE_ON_RESUME, flatten
 from attnorm.system.process_group import ProcessGroup, find_own_device
 from attnorm.training.state import TrainingState
 
@@ -57,7 +57,7 @@ def require_same_settings(run: RunDirectory, config: Config) -> None:
 
 def effective_settings(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name: tau as the layers get it, and nothing of AN where there is none."""
-    settings = configuration.flatten(config)
+    settings = flatten(config)
     if not config.model.context.startswith("an"):
         return {name: value for name, value in settings.items() if not name.startswith("model.an.")}
     return settings | {"model.an.temperature": config.model.temperature}
