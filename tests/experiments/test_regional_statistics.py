@@ -13,14 +13,16 @@ import torch
 
 from attnorm import cli
 from attnorm.config import ConfigError
+from attnorm.experiments import regional_images as images
 from attnorm.experiments import regional_statistics as experiment
-from attnorm.experiments.regional_statistics import ARMS, BASE, CELL, REACH, Setting
+from attnorm.experiments.regional_images import CELL, Setting
+from attnorm.experiments.regional_statistics import ARMS, BASE, REACH
 from attnorm.reports import regional_statistics as report
 from attnorm.reports.regional_statistics import write_report
 
 
-def drawn(setting: Setting, num: int = 3, size: int = 64) -> experiment.Examples:
-    return experiment.draw_examples(num, size, setting, torch.Generator().manual_seed(0))
+def drawn(setting: Setting, num: int = 3, size: int = 64) -> images.Examples:
+    return images.draw_examples(num, size, setting, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_what_tells_a_hidden_colour_is_elsewhere_and_at_least_so_far_away(settin
 
 def test_an_image_is_its_texture_times_the_contrast_plus_the_colour_and_what_is_shown_hides_both() -> None:
     examples = drawn(BASE, num=2)
-    bank = experiment.texture_bank()
+    bank = images.texture_bank()
     assert bank.shape == (64, CELL, CELL) and not bank.sum((1, 2)).any() and (bank.abs() == 1).all()
     differing = (bank.flatten(1)[:, None] != bank.flatten(1)[None]).sum(2) + 16 * torch.eye(64)
     assert differing.min() >= 4
@@ -85,7 +87,7 @@ def test_every_arm_can_be_trained_and_starts_with_the_same_weights_around_the_bl
         if parameter.ndim == 0:
             torch.nn.init.constant_(parameter, 0.5)
     examples = drawn(BASE, num=1, size=32)
-    experiment.hidden_error(network(examples.shown), examples).backward()
+    images.hidden_error(network(examples.shown), examples).backward()
     for name, parameter in network.named_parameters():
         # Softmax does not see the bias of keys, nor Eq. 5 that of values.
         assert name.endswith(("key.bias", "value.bias")) or parameter.grad.abs().max() > 0, name
@@ -109,7 +111,7 @@ def test_pre_norm_attention_is_softmax_over_pooled_keys_of_the_normalized_map() 
 def test_the_error_is_the_mean_over_hidden_pixels() -> None:
     examples = drawn(BASE, num=2, size=32)
     predicted = torch.where(examples.hidden, examples.images + 0.25, examples.images + 9)
-    assert experiment.hidden_error(predicted, examples).item() == pytest.approx(0.25, rel=1e-5)
+    assert images.hidden_error(predicted, examples).item() == pytest.approx(0.25, rel=1e-5)
 
 
 def test_the_command_goes_on_where_it_stopped_and_says_so(

@@ -12,16 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from attnorm.experiments.regional_images import CELL, Setting, as_picture
 from attnorm.experiments.regional_statistics import (
     ARMS,
     BASE,
-    CELL,
     GATE_LR_SCALE,
     REACH,
     SWEEPS,
     TRAINED_AT,
-    Setting,
-    as_picture,
     example_images,
     read_results,
 )

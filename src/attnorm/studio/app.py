@@ -14,18 +14,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from fastapi import FastAPI, Header, HTTPException, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.staticfiles import StaticFiles
 
 from attnorm import __version__
 from attnorm.config import UserError, printable
+from attnorm.studio import results
 from attnorm.studio import service as studio
+from attnorm.studio.errors import answer_errors
 from attnorm.studio.guard import Guard
-from attnorm.studio.jobs import Cancelled, Job, Jobs, TooBusy, TooLong
+from attnorm.studio.jobs import Cancelled, Job, Jobs
+from attnorm.studio.runs import add_runs
 from attnorm.studio.schema import (
     GenerateOut,
     GenerateRequest,
@@ -51,7 +52,6 @@ from attnorm.studio.service import CLASSICAL, NotFound, Service
 
 _log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
-SECONDS_BETWEEN_LOOKS = 0.5  # at the files of runs that are watched
 T = TypeVar("T")
 
 MEDIA_TYPES = {
@@ -102,7 +102,7 @@ def create_app(service: Service, *, hosts: Collection[str] = (), token: str = ""
         lifespan=lifespan,
     )
     app.add_middleware(Guard, hosts=hosts, token=token, upload_bytes=limits.upload_bytes)
-    _answer_errors(app)
+    answer_errors(app)
 
     desk = _Desk(jobs)
     _add_studio(app, service, jobs)
@@ -110,7 +110,7 @@ def create_app(service: Service, *, hosts: Collection[str] = (), token: str = ""
     _add_generators(app, service, desk)
     _add_layout(app, service, desk)
     _add_photographs(app, service, desk)
-    _add_runs(app, service)
+    add_runs(app, service)
     _add_page(app)
     return app
 
@@ -204,10 +204,10 @@ def _add_generators(app: FastAPI, service: Service, desk: _Desk) -> None:
             recipe = service.recipe(body.model, service.sampler(body.model), body.model_dump())
             match body.format:
                 case "zip":
-                    return pictures, recipe, studio.archive(pictures, recipe)
+                    return pictures, recipe, results.archive(pictures, recipe)
                 case "png":
-                    return pictures, recipe, studio.png(studio.grid([p.pixels for p in pictures], body.count))
-            return pictures, recipe, [_base64(studio.png(picture.pixels)) for picture in pictures]
+                    return pictures, recipe, results.png(results.grid([p.pixels for p in pictures], body.count))
+            return pictures, recipe, [_base64(results.png(picture.pixels)) for picture in pictures]
 
         (pictures, recipe, made), seconds = await desk.work(request, x_job, make)
         if body.format != "json":
@@ -222,15 +222,15 @@ def _add_generators(app: FastAPI, service: Service, desk: _Desk) -> None:
     async def interpolate(request: Request, body: InterpolateRequest, x_job: JobName = None) -> Any:
         """A walk from class to class with one latent (Figure 8): JSON, a strip (png) or an animation (gif)."""
 
-        def make(job: Job) -> tuple[studio.Walk, dict[str, Any], Any]:
+        def make(job: Job) -> tuple[results.Walk, dict[str, Any], Any]:
             walk = service.interpolate(body.model, body.classes, body.seed, body.steps, body.truncation, job)
             recipe = service.recipe(body.model, service.sampler(body.model), body.model_dump())
             match body.format:
                 case "gif":
-                    return walk, recipe, studio.gif(walk)
+                    return walk, recipe, results.gif(walk)
                 case "png":
-                    return walk, recipe, studio.strip(walk)
-            return walk, recipe, [_base64(studio.png(image)) for image in walk.images]
+                    return walk, recipe, results.strip(walk)
+            return walk, recipe, [_base64(results.png(image)) for image in walk.images]
 
         (walk, recipe, made), seconds = await desk.work(request, x_job, make)
         if body.format != "json":
@@ -252,9 +252,9 @@ def _add_layout(app: FastAPI, service: Service, desk: _Desk) -> None:
 
         (seen, recipe), seconds = await desk.work(request, x_job, make)
         return LayoutOut(
-            png=_base64(studio.png(seen.image)),
+            png=_base64(results.png(seen.image)),
             sites=[_site(site) for site in seen.sites],
-            edited_png=None if seen.edited is None else _base64(studio.png(seen.edited)),
+            edited_png=None if seen.edited is None else _base64(results.png(seen.edited)),
             edited_sites=[_site(site) for site in seen.edited_sites],
             seconds=seconds,
             recipe=Recipe(**recipe),
@@ -292,12 +292,12 @@ def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
         """
         name, image, mask = await _read_photograph(request, hole, service)
 
-        def make(job: Job) -> tuple[studio.Repaired, dict[str, Any], InpaintOut | None]:
+        def make(job: Job) -> tuple[results.Repaired, dict[str, Any], InpaintOut | None]:
             repaired = service.repair(
                 method, name, image, mask, job, format=format, invert=invert, with_layouts=layouts, with_scores=scores
             )
             asked = {"method": method, "format": format, "invert": invert, "name": printable(name)}
-            asked |= {"image_sha256": studio.sha256(image), "mask_sha256": studio.sha256(mask)}
+            asked |= {"image_sha256": results.sha256(image), "mask_sha256": results.sha256(mask)}
             recipe: dict[str, Any] = {"attnorm": __version__, "request": asked}
             if method not in CLASSICAL:
                 recipe = service.recipe(method, service.inpainter(method), asked)
@@ -322,7 +322,7 @@ def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
                 format=read.format,
                 mode=read.mode,
                 note=read.note,
-                preview=_base64(studio.preview(read.rgb())),
+                preview=_base64(results.preview(read.rgb())),
             )
 
         return (await desk.work(request, x_job, make))[0]
@@ -336,88 +336,6 @@ def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
         return Response(examples[name](), media_type="image/png")
 
 
-def _add_runs(app: FastAPI, service: Service) -> None:
-    watching = 0
-
-    @app.get("/api/runs", tags=["runs"])
-    def runs() -> dict[str, dict[str, Any]]:
-        """Run directories by name, and how far each is."""
-        listed: dict[str, dict[str, Any]] = {}
-        for name, path in service.runs().items():
-            try:
-                listed[name] = service.status(service.run(name))
-            except (UserError, OSError) as error:
-                listed[name] = {"problem": str(error) or f"{path.name} cannot be read"}
-        return listed
-
-    @app.get("/api/runs/events", tags=["runs"], response_class=StreamingResponse)
-    async def events(request: Request, run: Annotated[list[str], Query(min_length=1, max_length=16)]) -> Response:
-        """What runs log, while they train: server-sent events `rows` (of metrics.jsonl) and `status`, in JSON."""
-        nonlocal watching
-        for name in run:
-            service.run(name)
-        if watching >= service.limits.streams:
-            raise TooBusy(f"{watching} pages watch runs already; close one")
-
-        async def stream() -> AsyncIterator[str]:
-            nonlocal watching
-            watching += 1
-            try:
-                seen: dict[str, Any] = {}
-                quiet = 0
-                while not await request.is_disconnected():
-                    parts = await asyncio.to_thread(_news, service, run, seen)
-                    quiet = 0 if parts else quiet + 1
-                    for part in parts:
-                        yield part
-                    if quiet % 20 == 19:
-                        yield ": still here\n\n"
-                    await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-            finally:
-                watching -= 1
-
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-
-    @app.get("/api/runs/{name}/samples/{images_seen}", tags=["runs"], response_class=Response)
-    def samples(name: str, images_seen: int) -> Response:
-        """A grid of samples, as a PNG file."""
-        return Response(service.sample_grid(service.run(name), images_seen), media_type="image/png")
-
-
-def _news(service: Service, names: list[str], seen: dict[str, Any]) -> list[str]:
-    """Events of what has changed since the last look, which `seen` is brought up to."""
-    parts = []
-    for name in names:
-        try:
-            run = service.run(name)
-            state = run.metrics_file.stat() if run.metrics_file.exists() else None
-            version = (state.st_mtime_ns, state.st_size) if state else None
-            status = service.status(run)
-            status.pop("seconds_since_change")
-            if seen.get(f"{name} status") != status:
-                seen[f"{name} status"] = status
-                parts.append(_event("status", {"run": name, **status}))
-            if version == seen.get(f"{name} version", ()):
-                continue
-            seen[f"{name} version"] = version
-            rows = service.metrics(run)
-            known = seen.get(f"{name} rows", [])
-            is_continued = rows[: len(known)] == known  # a resumed run drops what lies after its checkpoint
-            new = rows[len(known) :] if is_continued else rows
-            seen[f"{name} rows"] = rows
-            if new or not is_continued:
-                parts.append(_event("rows", {"run": name, "anew": not is_continued, "rows": new}))
-        except (UserError, OSError) as error:
-            if seen.get(f"{name} problem") != str(error):
-                seen[f"{name} problem"] = str(error)
-                parts.append(_event("problem", {"run": name, "problem": str(error)}))
-    return parts
-
-
-def _event(kind: str, value: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
-
-
 def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -428,43 +346,6 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(STATIC / "docs.html", media_type="text/html; charset=utf-8")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error is JSON, {"error": text}, in words for the one who asked."""
-
-    def answer(status: int, text: str, **headers: str) -> JSONResponse:
-        return JSONResponse({"error": text}, status, headers or None)
-
-    @app.exception_handler(UserError)
-    async def mistake(_: Request, error: UserError) -> JSONResponse:
-        match error:
-            case TooBusy():
-                return answer(503, str(error), **{"retry-after": "5"})
-            case TooLong():
-                return answer(504, str(error))
-            case NotFound():
-                return answer(404, str(error))
-        return answer(422, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = [f"{'.'.join(map(str, part['loc'][1:])) or part['loc'][0]}: {part['msg']}" for part in error.errors()]
-        return answer(422, printable("; ".join(told))[:1000])
-
-    @app.exception_handler(StarletteHTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
-
-    @app.exception_handler(Cancelled)
-    async def cancelled(_: Request, __: Cancelled) -> JSONResponse:
-        return answer(499, "the request was cancelled")
-
-    @app.exception_handler(Exception)
-    async def failure(_: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return answer(507, "there is too little memory for this; ask for fewer or smaller images")
-        return answer(500, "this failed inside the studio, which goes on; its terminal says how")
 
 
 async def _read_photograph(
@@ -502,11 +383,11 @@ def _rectangles(service: Service, name: str, image: bytes, holes: list[str]) -> 
         if not wide or not high or left + wide > width or top + high > height:
             raise UserError(f"the hole {hole} is not inside the image of {width}x{height} pixels")
         mask[top : top + high, left : left + wide] = 255
-    return studio.png(mask[None].expand(3, -1, -1))
+    return results.png(mask[None].expand(3, -1, -1))
 
 
-def _repaired(method: str, repaired: studio.Repaired, recipe: dict[str, Any]) -> InpaintOut:
-    box, patch = studio.patch(repaired)
+def _repaired(method: str, repaired: results.Repaired, recipe: dict[str, Any]) -> InpaintOut:
+    box, patch = results.patch(repaired)
     return InpaintOut(
         method=method,
         file=_base64(repaired.data),
@@ -527,7 +408,7 @@ def _site(site: studio.Site) -> SiteOut:
 
 def _maps(layout: torch.Tensor) -> MapsOut:
     entities, height, width = layout.shape
-    return MapsOut(entities=entities, height=height, width=width, shares=_base64(studio.to_bytes(layout)))
+    return MapsOut(entities=entities, height=height, width=width, shares=_base64(results.to_bytes(layout)))
 
 
 def _base64(data: bytes) -> str:

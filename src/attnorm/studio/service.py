@@ -9,36 +9,31 @@ and are handed on as such. Of the file system, nothing outside the run directori
 from __future__ import annotations
 
 import collections
-import functools
-import hashlib
-import io
-import json
 import math
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.checkpoint import CheckpointError, read_header
-from attnorm.config import ConfigError, UserError, printable
+from attnorm.checkpoint import CheckpointError
+from attnorm.config import ConfigError, UserError
 from attnorm.inference import Inpainter, Sampler
 from attnorm.inference.photo_files import Photograph, decode_photograph
 from attnorm.inference.photo_pairs import decode_with_mask
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.observe import Observation, edited_entities, layers_of
-from attnorm.pretrained import read_card, shipped
 from attnorm.reports.figures import most_telling_entity, region_statistics
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.studio.jobs import Job, let_cancel
+from attnorm.studio.models import Model, available_models, run_directories
+from attnorm.studio.results import Picture, Repaired, Walk, png, shallow
 from attnorm.system.files import hash_file
 
 Named = TypeVar("Named", Sampler, Inpainter)
@@ -58,102 +53,8 @@ class Limits:
     streams: int = 32  # browsers that watch runs
 
 
-@dataclass(frozen=True)
-class Model:
-    """A network that can be used, or a run that has none yet."""
-
-    id: str
-    path: Path
-    task: str  # "class_conditional" or "inpainting"; "" where the configuration cannot be read
-    context: str
-    image_size: int
-    classes: tuple[str, ...]
-    num_entities: int  # 0 without AN
-    preset: str
-    source: str  # "run", or "shipped" with the package
-    problem: str  # why it cannot be used; empty if it can
-    about: str = ""  # what is known of a shipped model
-
-
-def run_directories(places: Iterable[Path]) -> dict[str, Path]:
-    """Run directories by name: each place is one, or a folder of them. A second one of a name gets a number."""
-    found: dict[str, Path] = {}
-    for place in places:
-        folders = [place]
-        if not RunDirectory(place).exists() and place.is_dir():
-            folders = sorted(folder for folder in place.iterdir() if RunDirectory(folder).exists())
-        for folder in folders:
-            name = printable(folder.name if folder.name not in ("", "..") else folder.resolve().name) or "run"
-            names = [name, *(f"{name}-{number}" for number in range(2, len(found) + 3))]
-            found[next(name for name in names if name not in found)] = folder
-    return found
-
-
-def available_models(places: Iterable[Path]) -> list[Model]:
-    """Every model at hand: runs in the order of their places, then those that come with the package."""
-    models = [_model_of(name, path) for name, path in run_directories(places).items()]
-    taken = {model.id for model in models}
-    return models + [_shipped(name, path) for name, path in shipped().items() if name not in taken]
-
-
-@functools.cache  # the package's files do not change
-def _shipped(name: str, path: Path) -> Model:
-    header, card = read_header(path), read_card(name)
-    settings = header.config.model
-    return Model(
-        name,
-        path,
-        header.config.task,
-        settings.context,
-        settings.image_size,
-        header.classes,
-        settings.an.num_entities if settings.context.startswith("an") else 0,
-        header.config.preset,
-        "shipped",
-        "",
-        f"{card.what}. Trained on {card.data}. {card.limits[0]}.",
-    )
-
-
-def _model_of(name: str, path: Path) -> Model:
-    try:
-        config, data = RunDirectory(path).read()
-    except UserError as error:
-        return Model(name, path, "", "", 0, (), 0, "", "run", str(error))
-    settings = config.model
-    problem = "" if RunDirectory(path).checkpoints() else "it has no checkpoint yet"
-    return Model(
-        name,
-        path,
-        config.task,
-        settings.context,
-        settings.image_size,
-        tuple(data.get("classes", ())) if config.task == "class_conditional" else (),
-        settings.an.num_entities if settings.context.startswith("an") else 0,
-        config.preset,
-        "run",
-        problem,
-    )
-
-
 # Methods that need no model, with what the page says of them.
 CLASSICAL = {"telea": "Telea, 2004", "mean": "Mean colour"}
-
-
-class Picture(NamedTuple):
-    """One generated image."""
-
-    label: str
-    seed: int
-    pixels: Tensor  # uint8 [3, S, S]
-
-
-class Walk(NamedTuple):
-    """Images from class to class with one latent, and the map of each entity along them."""
-
-    images: Tensor  # uint8 [N, 3, S, S]
-    layout: Tensor | None  # [N, K, h, w] of the first site
-    entity: int  # whose map varies most
 
 
 class Site(NamedTuple):
@@ -171,19 +72,6 @@ class Seen(NamedTuple):
     edited: Tensor | None
     sites: list[Site]
     edited_sites: list[Site]
-
-
-class Repaired(NamedTuple):
-    """A photograph without its hole."""
-
-    photograph: Photograph
-    mask: Tensor  # bool [1, H, W]
-    data: bytes  # a file of `format`
-    format: str
-    image: Tensor  # [3, H, W], as `Photograph.rgb`
-    views: list[tuple[tuple[int, int, int, int], Tensor]]  # box and layout [K, h, w]
-    scores: dict[str, float]  # of the hole, where what was under it is the truth
-    note: str
 
 
 class Service:
@@ -478,99 +366,6 @@ class NotFound(UserError):
     """There is nothing of this name."""
 
 
-def png(pixels: Tensor | np.ndarray) -> bytes:
-    """A PNG file of uint8 [3, H, W], or of [H, W, 3] or [H, W, 4] in NumPy."""
-    array = pixels.permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(stream, "PNG", compress_level=3)
-    return stream.getvalue()
-
-
-def grid(images: Sequence[Tensor], columns: int) -> Tensor:
-    """uint8 images [3, S, S] in rows, two white pixels between: [3, H, W]."""
-    side, gap = images[0].shape[1], 2
-    rows = math.ceil(len(images) / columns)
-    sheet = torch.full((3, rows * (side + gap) - gap, columns * (side + gap) - gap), 255, dtype=torch.uint8)
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        top, left = row * (side + gap), column * (side + gap)
-        sheet[:, top : top + side, left : left + side] = image
-    return sheet
-
-
-def archive(pictures: Sequence[Picture], recipe: dict[str, Any]) -> bytes:
-    """A zip of PNG files, numbered, and of recipe.json with what each of them is."""
-    stream = io.BytesIO()
-    files = [f"{number:03d}.png" for number in range(len(pictures))]
-    listed = [
-        {"file": file, "class": picture.label, "seed": picture.seed}
-        for file, picture in zip(files, pictures, strict=True)
-    ]
-    with zipfile.ZipFile(stream, "w") as out:
-        for file, picture in zip(files, pictures, strict=True):
-            out.writestr(zipfile.ZipInfo(file), png(picture.pixels))  # a fixed date: equal content, equal file
-        out.writestr(zipfile.ZipInfo("recipe.json"), json.dumps(recipe | {"images": listed}, indent=2))
-    return stream.getvalue()
-
-
-def strip(walk: Walk) -> bytes:
-    """The PNG file of a walk: its images in a row, and below them the maps of one entity, on one scale."""
-    rows = list(walk.images)
-    columns = len(rows)
-    if walk.layout is not None:
-        rows += list(_heat(walk))
-    return png(grid(rows, columns))
-
-
-def gif(walk: Walk, *, milliseconds: int = 80) -> bytes:
-    """An endless animation of a walk, there and back."""
-    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in walk.images]
-    frames += frames[-2:0:-1]
-    stream = io.BytesIO()
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    return stream.getvalue()
-
-
-def _heat(walk: Walk) -> Tensor:
-    """The map of the entity of a walk, as large as its images: uint8 [N, 3, S, S]."""
-    assert walk.layout is not None
-    maps = walk.layout[:, walk.entity, None]
-    low, high = maps.min(), maps.max()
-    maps = torch.nn.functional.interpolate((maps - low) / (high - low).clamp_min(1e-12), walk.images.shape[2:])
-    return (maps * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-
-def preview(rgb: Tensor, side: int = 2048) -> bytes:
-    """A PNG file of an image as `Photograph.rgb` gives it, reduced to at most `side` pixels a side."""
-    image = Image.fromarray(_shallow(rgb).permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((side, side), Image.Resampling.BOX)
-    return png(np.asarray(image))
-
-
-def patch(repaired: Repaired) -> tuple[tuple[int, int, int, int], bytes]:
-    """Where the hole is (top, left, bottom, right), and what is there now: a PNG file, else transparent."""
-    hole = repaired.mask[0].numpy()
-    rows, columns = (np.flatnonzero(hole.any(axis)) for axis in (1, 0))
-    top, left, bottom, right = (int(n) for n in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1))
-    colours = _shallow(repaired.image[:, top:bottom, left:right]).permute(1, 2, 0).numpy()
-    alpha = hole[top:bottom, left:right, None].astype(np.uint8) * 255
-    return (top, left, bottom, right), png(np.concatenate([colours, alpha], 2))
-
-
-def _shallow(rgb: Tensor) -> Tensor:
-    """uint8 of uint8 or uint16."""
-    return (rgb.int() >> 8).to(torch.uint8) if rgb.dtype == torch.uint16 else rgb
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def to_bytes(layout: Tensor) -> bytes:
-    """Shares of entities as bytes, 255 for all: uint8 [K, h, w] in this order."""
-    return (layout * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
-
-
 def _regions(observation: Observation) -> dict[str, Any]:
     (statistics,) = region_statistics(observation)
     return statistics
@@ -580,8 +375,8 @@ def _classical(method: str, rgb: Tensor, hole: Tensor) -> Tensor:
     """`rgb` with its hole filled by a method without a model; 16 bits become 8 in the hole, and 16 again."""
     from attnorm.evaluation.baselines import mean_fill
 
-    is_deep, shallow = rgb.dtype == torch.uint16, _shallow(rgb)
-    filled = mean_fill(shallow[None], hole[None])[0] if method == "mean" else _telea(shallow, hole)
+    is_deep, seen = rgb.dtype == torch.uint16, shallow(rgb)
+    filled = mean_fill(seen[None], hole[None])[0] if method == "mean" else _telea(seen, hole)
     if is_deep:
         filled = (filled.int() * 257).to(torch.uint16)
     return torch.where(hole, filled, rgb)
@@ -612,7 +407,7 @@ def _scores(truth: Tensor, filled: Tensor, hole: Tensor) -> dict[str, float]:
     """PSNR in dB and MAE in [0, 1] of the hole, PSNR and SSIM of the whole."""
     from attnorm.metrics.image_quality import mae, psnr, ssim
 
-    truth, filled, hole = _shallow(truth)[None], _shallow(filled)[None], hole[None]
+    truth, filled, hole = shallow(truth)[None], shallow(filled)[None], hole[None]
     everywhere = torch.ones_like(hole)
     scores = {
         "psnr_hole": psnr(truth, filled, hole),
