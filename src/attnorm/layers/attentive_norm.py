@@ -188,14 +188,15 @@ class AttentiveNorm2d(nn.Module):
         comes x itself, which is the one to go on with: see `sample`.
         """
         dtype = at_least_float32(x, self.rho)
-        entities, offset = self._meeting_features("entities", x, dtype)
+        moments = self._feature_moments(dtype)
+        entities, offset = self._meeting_features("entities", x, dtype, moments)
         filters, offset = entities[None], offset[None]  # f(X) = W X, section 3.1
         if self.self_sampling and self.training:
             # Section 3.2: n random points of k(X), max-pooled 2x2, are alternatives to the entities.
             positions = draw_positions(x, self.num_entities, shared=self.shared_sampling, generator=generator)
             x, at_pixels = sample(x, positions)  # [N, C, K, 4]
-            key, key_bias = self._meeting_features("key", x, dtype)
-            query, query_bias = self._meeting_features("query", x, dtype)
+            key, key_bias = self._meeting_features("key", x, dtype, moments)
+            query, query_bias = self._meeting_features("query", x, dtype, moments)
             corners = (key @ at_pixels.to(dtype).flatten(2) + key_bias[:, None]).unflatten(2, (-1, 4))
             keys = corners.amax(3).transpose(1, 2)  # k(X)_i, [N, K, D]
             # Eq. 2: F_ij = k(X)_i . q(X)_j with q(X) = Q X + b, which is (Q^T k_i) . X_j + k_i . b.
@@ -206,19 +207,28 @@ class AttentiveNorm2d(nn.Module):
         tau = SPREAD / math.sqrt(self.num_features) if self.temperature == "auto" else self.temperature
         return x, tau * filters, tau * offset  # Eq. 4's tau
 
-    def _meeting_features(self, name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _meeting_features(
+        self, name: str, x: Tensor, dtype: torch.dtype, moments: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Weight and bias of a 1x1 convolution of the features: with temperature="auto", of (X - mean) / deviation."""
         weight, bias = (part.to(dtype) for part in self._weights(name, x))
-        if self.temperature == "auto":
-            assert self.feature_mean is not None and self.feature_var is not None
-            # Copies: the next batch changes the moments, perhaps before the gradients of this one are computed.
-            mean, var = self.feature_mean.to(dtype, copy=True), self.feature_var.to(dtype, copy=True)
-            # A channel that hardly varies counts as one of a tenth of the others' deviation; and a deviation below the
-            # rounding of its mean is none.
-            var = var.clamp_min(LEAST_VAR * var.sort().values[len(var) // 2])
-            weight = weight * (var + 1e-10 * mean.square() + 1e-30).rsqrt()
+        if moments is not None:
+            mean, rstd = moments
+            weight = weight * rstd
             bias = bias - weight @ mean
         return weight, bias
+
+    def _feature_moments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The features' running mean and 1 / deviation, [C] each, with temperature="auto"."""
+        if self.temperature != "auto":
+            return None
+        assert self.feature_mean is not None and self.feature_var is not None
+        # Copies: the next batch changes the moments, perhaps before the gradients of this one are computed.
+        mean, var = self.feature_mean.to(dtype, copy=True), self.feature_var.to(dtype, copy=True)
+        # A channel that hardly varies counts as one of a tenth of the others' deviation; and a deviation below the
+        # rounding of its mean is none.
+        var = var.clamp_min(LEAST_VAR * var.sort().values[len(var) // 2])
+        return mean, (var + 1e-10 * mean.square() + 1e-30).rsqrt()
 
     @torch.no_grad()
     def _track(self, x: Tensor) -> None:
