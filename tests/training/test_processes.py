@@ -1,6 +1,7 @@
-"""Two processes train as one with the whole batch. This file is what they run; one process is what they are held to.
+"""Several processes train as one with the whole batch. This file is what they run; one is what they are held to.
 
-In float64 and with AN awake: what two processes make of half a batch each is what one makes of the whole, to 1e-10.
+In float64 and with AN awake: what two or four processes make of their share of a batch is what one makes of the whole,
+to 1e-10.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CONDITIONAL = (
 )
 INPAINTING = ("model.width=2", "run.batch_size=4", "inpainting.switch_images=4", "optim.d_steps=1")
 # What is exact with parts one after another: no moment is made of a batch.
-IN_PARTS = ("run.accumulate=2", "model.an.temperature=0.5")
+IN_PARTS = ("run.accumulate=2", "run.batch_size=8", "model.an.temperature=0.5")
 
 
 def awake(task: Any) -> Any:
@@ -80,16 +81,17 @@ def in_evaluation(task: ClassConditionalTask) -> ClassConditionalTask:
 
 def batch_of(task: Any, position: int, part: Any) -> Batch:
     size = task.config.model.image_size
-    small = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(position)) * 2 - 1
-    own = slice(0, 4) if part is None else slice(part.start, part.stop)
+    count = task.config.run.batch_size
+    small = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(position)) * 2 - 1
+    own = slice(0, count) if part is None else slice(part.start, part.stop)
     images = F.interpolate(small, size=size)[own]
-    return Batch(images, (torch.arange(4) % 3)[own], position + own.start, part)
+    return Batch(images, (torch.arange(count) % 3)[own], position + own.start, part)
 
 
 def gradients_of_two_steps(task: Any, group: ProcessGroup) -> dict[str, Tensor]:
     """Of every phase and parameter, with the loss; and the whole state at the end."""
     settings, found = task.config.run, {}
-    parts = parts_of_batch(4, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
+    parts = parts_of_batch(settings.batch_size, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
     _share_batch_norm(task.config, task, group)
     for step in range(2):
         seed_step(0, 4 + 4 * step)
@@ -203,7 +205,7 @@ def errors(group: ProcessGroup) -> dict[str, str]:
 
 
 def work(folder: Path) -> None:
-    """What each of the two processes does."""
+    """What each of the processes does."""
     torch.set_num_threads(1)
     with process_group() as group:
         torch.set_default_dtype(torch.float64)
@@ -237,11 +239,11 @@ def start(*arguments: object, count: int = 2, **environment: str) -> list[subpro
     ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have made, once for all tests here."""
+@pytest.fixture(scope="module", params=[2, 4])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two or four processes have made, once for all tests here."""
     folder = tmp_path_factory.mktemp("processes")
-    started = start(folder)
+    started = start(folder, count=request.param)
     for process in started:
         _, said = process.communicate(timeout=500)
         assert process.returncode == 0, said
@@ -270,7 +272,7 @@ def assert_equal_but_for_rounding(ours: dict[str, Tensor], expected: dict[str, T
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", EXACT)
-def test_two_processes_are_one_with_the_whole_batch(made: Path, name: str) -> None:
+def test_processes_are_one_with_the_whole_batch(made: Path, name: str) -> None:
     ours, expected = load_file(made / f"{name}0"), ONE[name](ProcessGroup())
     assert ours.keys() == expected.keys()
     assert_equal_but_for_rounding(ours, expected)
@@ -287,42 +289,48 @@ def test_parts_one_after_another_are_the_whole_batch(name: str) -> None:
     assert_equal_but_for_rounding(parts, whole)
 
 
-def test_both_processes_hold_the_same_state(made: Path) -> None:
-    first, second = (load_file(made / f"class-conditional{rank}") for rank in (0, 1))
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+def test_all_processes_hold_the_same_state(made: Path) -> None:
+    first, *others = (load_file(path) for path in sorted(made.glob("class-conditional*")))
+    assert len(others) in (1, 3)
+    assert [name for name in first if not all(torch.equal(first[name], other[name]) for other in others)] == []
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(made: Path) -> None:
-    first, second = (
-        dict(line.split(": ", 1) for line in (made / f"errors{r}").read_text().splitlines()) for r in (0, 1)
+    first, second, *others = (
+        dict(line.split(": ", 1) for line in path.read_text().splitlines()) for path in sorted(made.glob("errors*"))
     )
     assert (first["second"], second["second"]) == ("SystemExit: 1", "ConfigError: 1 cannot")
     assert (first["both"], second["both"]) == ("ConfigError: 0 cannot", "SystemExit: 2")
     assert (first["none"], second["none"]) == ("0", "1")
     assert first["flags"] == second["flags"] == "[True, False]"
     assert first["smallest"] == second["smallest"] == "-3.0"
-    assert sorted((first["says"], second["says"])) == ["no", "yes"]
+    assert [other["second"] for other in others] == ["SystemExit: 1"] * len(others)
+    assert sorted(one["says"] for one in (first, second, *others)) == ["no"] * (1 + len(others)) + ["yes"]
 
 
 def tensors_of(out: Path, images_seen: int = 16) -> dict[str, Tensor]:
     return read_checkpoint(RunDirectory(out).checkpoint_file(images_seen))[0]
 
 
-def test_a_run_of_two_processes_is_resumed_bit_for_bit(made: Path) -> None:
+def test_a_run_of_processes_is_resumed_bit_for_bit(made: Path) -> None:
     whole, parts = tensors_of(made / "whole"), tensors_of(made / "parts")
     assert whole.keys() == parts.keys() and [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-    assert read_checkpoint(RunDirectory(made / "whole").checkpoint_file(16))[1].processes == 2
+    count = len([*made.glob("errors*")])
+    assert read_checkpoint(RunDirectory(made / "whole").checkpoint_file(16))[1].processes == count
     assert "went so far" not in (made / "said0").read_text() and (made / "said1").read_text() == ""
 
 
 def test_a_run_goes_on_in_another_number_of_processes(made: Path, tmp_path: Path) -> None:
-    """The losses of two processes, to the rounding of float32, as long as Adam has not made much of it."""
+    """The losses of the processes, to the rounding of float32, as long as Adam has not made much of it."""
     said = run(made / "begun", ProcessGroup())
-    assert "went so far in 2 process(es) and goes on in 1: the same images" in " ".join(said.split())
+    count = len([*made.glob("errors*")])
+    assert f"went so far in {count} process(es) and goes on in 1: the same images" in " ".join(said.split())
     run(tmp_path / "one", ProcessGroup(), "run.duration_images=8")
-    one, two, on = (RunDirectory(path).read_metrics() for path in (tmp_path / "one", made / "whole", made / "begun"))
-    assert [row["images_seen"] for row in on] == [row["images_seen"] for row in two]
-    losses = [[row["discriminator/loss"] for row in rows if "step" in row] for rows in (one, two, on)]
+    one, several, on = (
+        RunDirectory(path).read_metrics() for path in (tmp_path / "one", made / "whole", made / "begun")
+    )
+    assert [row["images_seen"] for row in on] == [row["images_seen"] for row in several]
+    losses = [[row["discriminator/loss"] for row in rows if "step" in row] for rows in (one, several, on)]
     assert losses[1][:2] == pytest.approx(losses[0], rel=2e-3) and losses[2] == pytest.approx(losses[1], rel=2e-2)
 
 
