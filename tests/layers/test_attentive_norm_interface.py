@@ -67,15 +67,6 @@ def test_training_without_a_generator_draws_from_the_global_one() -> None:
     assert torch.equal(layer(x), first)
 
 
-def test_training_without_self_sampling_draws_nothing() -> None:
-    layer = make_layer(self_sampling=False)
-    x = feature_map(2, 4, 4, 4)
-    before = torch.get_rng_state()
-    out = layer(x)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(out, layer.eval()(x))
-
-
 # Names, messages, errors
 
 
@@ -151,13 +142,6 @@ def test_a_size_of_zero_is_an_error(sizes: tuple[int, ...]) -> None:
         AttentiveNorm2d(*sizes[:2], reduction=sizes[2] if len(sizes) > 2 else 8)
 
 
-@pytest.mark.parametrize("statistics", ["masked", "released"])
-def test_fused_on_request_raises_where_it_cannot_run(statistics: str) -> None:
-    layer = AttentiveNorm2d(4, statistics=statistics, impl="fused")
-    with pytest.raises(ValueError, match=rf"impl='fused' cannot run: statistics='{statistics}'.*use impl='auto'"):
-        layer(torch.zeros(1, 4, 2, 2))
-
-
 def test_every_fall_back_is_logged_once_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,25 +157,3 @@ def test_every_fall_back_is_logged_once_with_its_reason(
         "by the plain implementations only",
         "AttentiveNorm2d: not using the fused implementation: statistics='masked' has the reference form only",
     ]
-
-
-def test_repr_names_the_switches_that_are_set() -> None:
-    assert AttentiveNorm2d(8).extra_repr() == "8, num_entities=16, temperature=auto"
-    layer = AttentiveNorm2d(
-        8,
-        4,
-        temperature=0.25,
-        affine=False,
-        value_projection=False,
-        statistics="masked",
-        moments="batch",
-        orthogonality="raw",
-        shared_sampling=True,
-        clamp_t=True,
-        impl="reference",
-    )
-    assert layer.extra_repr() == (
-        "8, num_entities=4, temperature=0.25, affine=False, value_projection=False, statistics='masked', "
-        "moments='batch', orthogonality='raw', shared_sampling=True, clamp_t=True, impl='reference'"
-    )
-    assert "self_sampling=False" in repr(AttentiveNorm2d(8, self_sampling=False))

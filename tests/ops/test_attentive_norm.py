@@ -79,15 +79,6 @@ def test_the_layer_is_the_same_by_every_implementation(
         assert found[0].is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("plain", ["", "reference", "fused"])
-def test_one_entity_is_instance_normalization(impl: str, plain: str) -> None:
-    layer = make_layer(8, 1, plain or impl).eval()
-    x = torch.randn(2, 8, 6, 6)
-    assert layer.value is not None and layer.weight is not None and layer.bias is not None
-    normalized = nn.functional.instance_norm(layer.value(x), weight=layer.weight[0], bias=layer.bias[0])
-    torch.testing.assert_close(layer(x), 0.7 * normalized + x, atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the check itself
 def test_torch_accepts_the_operators(impl: str) -> None:
     n, c, k = 2, 8, 4
@@ -160,19 +151,6 @@ def test_third_derivatives_go_through_the_plain_form(impl: str) -> None:
         (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
         results[name] = list(torch.autograd.grad(second.pow(2).sum(), [x, layer.entities.weight, layer.rho]))
     assert_close(results[impl], results["reference"], 1e-4)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_second_derivatives_in_float64_agree_with_finite_differences(training: bool) -> None:
-    layer = make_layer(3, 2, "auto").double().train(training)
-    x = torch.randn(1, 3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-    def run(x: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        out: Tensor = layer(x)
-        return out
-
-    assert torch.autograd.gradgradcheck(run, (x,))
 
 
 def test_a_layer_used_twice_counts_each_use_once_in_a_graph_to_be_differentiated(impl: str) -> None:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from attnorm.ops import regional_norm
@@ -28,8 +26,6 @@ TOLERANCES = {
     "float32": Tolerance(rtol=1e-4, atol=1e-4),
     # Both round the output and each gradient to 8 bits, once, from numbers that differ by 1e-6: one step at most.
     "bfloat16": Tolerance(rtol=2**-7, atol=1e-3),
-    # x = 1e3 + N(0,1) is exact in both precisions (the float64 side gets the float32 values); its sums err by 1e-4.
-    "float32, offset 1e3": Tolerance(rtol=0, atol=1e-3),
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,20 +91,6 @@ def test_fused_equals_reference(shape: tuple[int, ...], moments: str, dtype: str
         torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol * scale, msg=lambda t, n=name: f"{n}: {t}")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("moments", ["instance", "batch"])
-def test_large_mean_costs_no_digits(impl: str, moments: str) -> None:
-    inputs = make_inputs(2, 4, 3, 9, 9, dtype=torch.float32)
-    inputs = inputs._replace(x=inputs.x + 1e3 * torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None, None])
-    expected = results(Inputs(*(part.double() for part in inputs)), moments=moments, impl="reference")
-    got = results(inputs, moments=moments, impl=impl)
-    rtol, atol = TOLERANCES["float32, offset 1e3"]
-    torch.testing.assert_close(got["out"].double(), expected["out"], rtol=rtol, atol=atol)
-    for name in Inputs._fields:
-        error = (got[name].double() - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-3, name
-
-
 # Regions that can be checked by hand
 
 
@@ -128,16 +110,6 @@ def test_hard_regions_are_normalized_by_the_points_of_one_colour(impl: str) -> N
         expected[:, colour == i] = normalized * inputs.weight[i][:, None] + inputs.bias[i][:, None]
     out = regional_norm(inputs.x, layout, inputs.weight, inputs.bias, impl=impl)
     torch.testing.assert_close(out[0], expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_two_pixels_half_in_each_region(impl: str) -> None:
-    """x = (0, 4), S_1 = (3/4, 1/4): mu_1 = 1, sigma_1^2 = 3; by symmetry mu_2 = 3, sigma_2^2 = 3."""
-    x = torch.tensor([0.0, 4.0], dtype=torch.float64).reshape(1, 1, 1, 2)
-    layout = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64).reshape(1, 2, 1, 2)
-    out = regional_norm(x, layout, eps=1e-30, impl=impl).flatten()
-    expected = torch.tensor([-1 * 0.75 - 3 * 0.25, 3 * 0.25 + 1 * 0.75], dtype=torch.float64) / 3**0.5
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -161,19 +133,6 @@ def test_three_readings_of_the_moments_of_a_region(
 
 
 # Invariances
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=25, deadline=None)
-@given(shift=st.floats(-10, 10), log_scale=st.floats(-2, 2), negative=st.booleans())
-def test_shift_and_scale_of_the_input_do_not_matter(impl: str, shift: float, log_scale: float, negative: bool) -> None:
-    """With eps scaled as the variance is, N(s x + c) = sign(s) N(x)."""
-    scale = (-1) ** negative * 10**log_scale
-    inputs = make_inputs(2, 3, 3, 4, 4)
-    out = regional_norm(inputs.x, inputs.layout, impl=impl)
-    moved = regional_norm(scale * inputs.x + shift, inputs.layout, eps=1e-5 * scale**2, impl=impl)
-    # 1e-15 of a shift of 10, in units of a deviation of 0.01, squared in the variance.
-    torch.testing.assert_close(moved, out * (-1) ** negative, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -202,15 +161,6 @@ def test_constant_region_is_normalized_to_zero_with_finite_gradients(impl: str) 
 
 
 # Batch moments
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_batch_moments_are_those_of_one_long_image(impl: str) -> None:
-    inputs = make_inputs(3, 2, 3, 4, 5)
-    long = inputs._replace(x=torch.cat(list(inputs.x), 1)[None], layout=torch.cat(list(inputs.layout), 1)[None])
-    out = regional_norm(*inputs, moments="batch", impl=impl)
-    expected = regional_norm(*long, moments="instance", impl=impl)
-    torch.testing.assert_close(torch.cat(list(out), 1)[None], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
