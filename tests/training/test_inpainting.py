@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import io
-import json
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-from rich.console import Console
 from torch import Tensor, nn
 
 from attnorm.checkpoint import read_checkpoint
@@ -25,9 +23,9 @@ from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
-from attnorm.training import trainer
 from attnorm.training.inpainting import InpaintingTask, PhaseSwitch
-from attnorm.training.trainer import run_phase, train
+from attnorm.training.trainer import run_phase
+from tests.training.conftest import assert_equal_runs, check_resume, noise, rows_of, run
 
 CPU = torch.device("cpu")
 TINY = (
@@ -65,9 +63,7 @@ def random_batch(size: int = 2, position: int = 0) -> Batch:
 
 
 def random_images(num: int = 16, height: int = 32, width: int = 32) -> ImageSet:
-    pixels = np.random.default_rng(0).integers(0, 256, (num, 3, height, width), dtype=np.uint8)
-    labels = np.zeros(num, np.int64)
-    return ImageSet(pixels, labels, ("all",), "by hand", fingerprint(pixels, labels, ("all",)))
+    return noise(num, height, width, classes=("all",))
 
 
 def copies(network: nn.Module) -> dict[str, Tensor]:
@@ -364,27 +360,6 @@ def test_layout_statistics_describe_the_layer(held_out: Tensor) -> None:
 # Whole runs
 
 
-def run(config: Config, out: Path, images: ImageSet | None = None) -> trainer.Outcome:
-    return train(config, images or random_images(), out, console=Console(file=io.StringIO()))
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what no two runs share: times."""
-    lines = RunDirectory(out).metrics_file.read_text(encoding="utf-8").splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "images_per_second")}
-        for line in lines
-    ]
-
-
-def assert_equal_runs(first: Path, second: Path) -> None:
-    """The last checkpoint and all that was reported."""
-    ours, theirs = (read_checkpoint(RunDirectory(out).checkpoints()[-1])[0] for out in (first, second))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert rows_of(first) == rows_of(second)
-
-
 PLATEAU = ("inpainting.switch_images=0", "inpainting.patience=2", "inpainting.min_improvement=0.9")
 
 
@@ -397,8 +372,8 @@ def test_resume_is_bit_exact_across_the_switch(
     tmp_path: Path, whole_runs: dict[str, Path], switch: tuple[str, ...], stop: int
 ) -> None:
     whole = whole_runs[switch[0]]
-    run(tiny(*switch, f"run.duration_images={stop}"), tmp_path / "parts")
-    run(tiny(*switch), tmp_path / "parts")
+    run(tiny(*switch, f"run.duration_images={stop}"), tmp_path / "parts", random_images())
+    run(tiny(*switch), tmp_path / "parts", random_images())
     assert_equal_runs(whole, tmp_path / "parts")
 
 
@@ -408,7 +383,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {}
     for switch in (("inpainting.switch_images=8",), PLATEAU):
         runs[switch[0]] = tmp_path_factory.mktemp("whole") / "run"
-        assert run(tiny(*switch), runs[switch[0]]).reason == "finished"
+        assert run(tiny(*switch), runs[switch[0]], random_images()).reason == "finished"
     return runs
 
 
@@ -446,12 +421,8 @@ def test_rows_hold_losses_validation_and_what_the_layouts_do(whole_runs: dict[st
 )
 def test_resume_is_bit_exact_whatever_the_settings(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """With squares cut at random from larger images."""
-    images, quick = random_images(height=40, width=48), ("run.layout_every_images=1000", "run.grid_every_images=1000")
-    settings = (*settings, *quick, "inpainting.switch_images=4")
-    run(tiny(*settings, "run.duration_images=8"), tmp_path / "whole", images)
-    run(tiny(*settings, "run.duration_images=4"), tmp_path / "parts", images)
-    run(tiny(*settings, "run.duration_images=8"), tmp_path / "parts", images)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+    quick = ("run.layout_every_images=1000", "run.grid_every_images=1000", "inpainting.switch_images=4")
+    check_resume(functools.partial(tiny, *settings, *quick), tmp_path, 4, 8, random_images(height=40, width=48))
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +455,7 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
 def test_without_held_out_images_nothing_starts(tmp_path: Path) -> None:
     for setting in ("data.held_out_every=0", "data.held_out_every=17"):
         with pytest.raises(ConfigError, match="of the 16 images of by hand none is held out to validate on"):
-            run(tiny(setting), tmp_path / "run")
+            run(tiny(setting), tmp_path / "run", random_images())
         assert not (tmp_path / "run").exists()
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import functools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from attnorm.checkpoint import read_checkpoint
 from attnorm.config import Config, ConfigError, ProjectedConfig
-from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.presets import PRESETS
@@ -20,7 +17,8 @@ from attnorm.settings import from_dict, override, to_dict
 from attnorm.system.randomness import BatchPart
 from attnorm.training.augmentation import augment
 from attnorm.training.projected import ProjectedTask
-from attnorm.training.trainer import run_phase, train
+from attnorm.training.trainer import run_phase
+from tests.training.conftest import check_resume
 
 TINY = (
     "model.width=2",
@@ -148,18 +146,9 @@ def test_arms_differ_in_the_context_block_alone() -> None:
 
 @pytest.mark.parametrize("settings", [(), ("run.precision=bfloat16", "run.channels_last=true")])
 def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(24) % 3
-    images = ImageSet(pixels, labels, ("a", "b", "c"), "by hand", fingerprint(pixels, labels, ("a", "b", "c")))
-    console = Console(file=io.StringIO())
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(tiny("an", *settings), images, whole, console=console)
-    train(tiny("an", *settings, "run.duration_images=8"), images, halves, console=console)
-    train(tiny("an", *settings), images, halves, console=console)
-    ours, theirs = (read_checkpoint(out / "checkpoints/000000016.safetensors")[0] for out in (whole, halves))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert not any("features" in name for name in ours)
+    out = check_resume(functools.partial(tiny, "an", *settings), tmp_path, 8, 16)
+    tensors, _ = read_checkpoint(out / "checkpoints/000000016.safetensors")
+    assert not any("features" in name for name in tensors)
 
 
 def test_the_recipe_and_its_settings_go_together() -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from attnorm import load
-from attnorm.checkpoint import read_checkpoint
 from attnorm.config import Config
-from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.relativistic import RelativisticGenerator
@@ -22,7 +18,7 @@ from attnorm.presets import PRESETS
 from attnorm.settings import override
 from attnorm.training.losses import zero_centred_penalty
 from attnorm.training.relativistic import RelativisticTask
-from attnorm.training.trainer import train
+from tests.training.conftest import check_resume
 
 TINY = (
     "model.width=2",
@@ -134,15 +130,5 @@ def test_what_is_scheduled_goes_along_half_a_cosine(images_seen: int, share: flo
     "settings", [(), ("model.context=self_attention", "relativistic.context_in_discriminator=true")]
 )
 def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(24) % 3
-    images = ImageSet(pixels, labels, ("a", "b", "c"), "by hand", fingerprint(pixels, labels, ("a", "b", "c")))
-    console = Console(file=io.StringIO())
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(tiny("an", *settings), images, whole, console=console)
-    train(tiny("an", *settings, "run.duration_images=8"), images, halves, console=console)
-    train(tiny("an", *settings), images, halves, console=console)
-    ours, theirs = (read_checkpoint(out / "checkpoints/000000016.safetensors")[0] for out in (whole, halves))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert isinstance(load(whole).model, RelativisticGenerator)
+    out = check_resume(functools.partial(tiny, "an", *settings), tmp_path, 8, 16)
+    assert isinstance(load(out).model, RelativisticGenerator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import json
 import math
 import os
@@ -20,11 +20,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError
-from attnorm.data.images import ImageSet, fingerprint, to_float
+from attnorm.data.images import to_float
 from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
@@ -35,7 +34,8 @@ from attnorm.training import class_conditional, trainer
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.resume import effective_settings
 from attnorm.training.state import TrainingState
-from attnorm.training.trainer import TrainingError, train
+from attnorm.training.trainer import TrainingError
+from tests.training.conftest import assert_equal_checkpoints, check_resume, noise, rows_of, run, silent
 
 TINY = (
     "model.image_size=32",
@@ -56,38 +56,6 @@ TINY = (
 
 def tiny(*settings: str) -> Config:
     return override(Config(), [*TINY, *settings])
-
-
-def random_images(num: int = 24, seed: int = 0) -> ImageSet:
-    pixels = np.random.default_rng(seed).integers(0, 256, (num, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(num, dtype=np.int64) % 3
-    classes = ("a", "b", "c")
-    return ImageSet(pixels, labels, classes, "by hand", fingerprint(pixels, labels, classes), note="nothing but noise")
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def run(config: Config, out: Path, images: ImageSet | None = None, console: Console | None = None) -> trainer.Outcome:
-    return train(config, images or random_images(), out, console=console or silent())
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what no two runs share: times."""
-    lines = RunDirectory(out).metrics_file.read_text(encoding="utf-8").splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "images_per_second")}
-        for line in lines
-    ]
-
-
-def assert_equal_checkpoints(first: Path, second: Path) -> None:
-    ours, our_header = read_checkpoint(first)
-    theirs, their_header = read_checkpoint(second)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert our_header.images_seen == their_header.images_seen
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +109,8 @@ def test_resumed_run_reports_what_the_whole_one_does(whole: Path, continued: Pat
 )
 def test_resume_is_bit_exact_whatever_the_settings(tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (*settings, "run.layout_every_images=1000", "run.grid_every_images=1000")
-    run(tiny(*settings, "run.duration_images=16"), tmp_path / "whole")
-    run(tiny(*settings, "run.duration_images=8"), tmp_path / "parts")
-    run(tiny(*settings, "run.duration_images=16"), tmp_path / "parts")
-    name = "checkpoints/000000016.safetensors"
-    assert_equal_checkpoints(tmp_path / "whole" / name, tmp_path / "parts" / name)
-    assert all(math.isfinite(row["generator/loss"]) for row in rows_of(tmp_path / "parts") if "step" in row)
+    out = check_resume(functools.partial(tiny, *settings), tmp_path, 8, 16)
+    assert all(math.isfinite(row["generator/loss"]) for row in rows_of(out) if "step" in row)
 
 
 def test_a_seed_is_a_run_and_another_seed_another(whole: Path, tmp_path: Path) -> None:
@@ -187,7 +151,7 @@ def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(tmp_path:
     RunDirectory(out).create(tiny("model.width=4", "model.num_classes=3"), {"fingerprint": "other"})
     assert run(tiny("run.duration_images=4"), out).images_seen == 4
     config, data = RunDirectory(out).read()
-    assert config.model.width == 2 and data["fingerprint"] == random_images().fingerprint
+    assert config.model.width == 2 and data["fingerprint"] == noise().fingerprint
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, whole: Path) -> None:
@@ -243,7 +207,7 @@ def test_changed_settings_are_refused_by_name(whole: Path) -> None:
 
 def test_other_data_are_refused(whole: Path) -> None:
     with pytest.raises(ConfigError, match=r"trained on other data.*give the same data"):
-        run(tiny(), whole, random_images(seed=1))
+        run(tiny(), whole, noise(seed=1))
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -330,21 +294,20 @@ def assert_finite(out: Path) -> None:
 PREPARATION = f"""
 import io, os, random, signal, sys, time
 from pathlib import Path
-import numpy as np
 import torch
 from rich.console import Console
 from attnorm.checkpoint import Header, read_checkpoint, save_checkpoint
 from attnorm.run_directory import RunDirectory
 from attnorm.config import Config
 from attnorm.settings import override
-from attnorm.data.images import ImageSet, fingerprint
 from attnorm.system.process_group import ProcessGroup
 from attnorm.training import trainer
 
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import noise
+
 torch.set_num_threads(1)
-pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
-labels, classes = np.arange(24, dtype=np.int64) % 3, ("a", "b", "c")
-images = ImageSet(pixels, labels, classes, "by hand", fingerprint(pixels, labels, classes), note="nothing but noise")
+images = noise()
 config = override(Config(), {TINY!r})
 """
 
@@ -561,19 +524,19 @@ def test_a_grid_has_a_class_a_row_and_eight_columns(whole: Path) -> None:
 
 def test_a_uniform_layout_is_warned_of_once(tmp_path: Path) -> None:
     settings = ("run.layout_every_images=4", "run.duration_images=16", "run.grid_every_images=1000")
-    console = Console(file=io.StringIO(), width=200)
+    console = silent()
     run(tiny(*settings, "model.an.temperature=1e-6"), tmp_path / "uniform", console=console)
     text = console.file.getvalue()
     for site in ("generator.blocks.2.an", "discriminator.blocks.0.an"):
         assert text.count(f"warning: layout/{site}/entropy") == 1
     assert "model.an.temperature" in text
-    console = Console(file=io.StringIO(), width=200)
+    console = silent()
     run(tiny(*settings, "model.an.temperature=100"), tmp_path / "sharp", console=console)
     assert "warning" not in console.file.getvalue()
 
 
 def test_a_line_of_progress_names_speed_and_time_left(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
+    console = silent()
     run(tiny("run.duration_images=8"), tmp_path / "run", console=console)
     (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("4 of 8 images, ")]
     assert re.search(r"\d+/s, 0:\d\d:\d\d left", line)
@@ -583,7 +546,7 @@ def test_a_line_of_progress_names_speed_and_time_left(tmp_path: Path) -> None:
 
 
 def test_flip_mirrors_about_half_of_the_images() -> None:
-    images = random_images(64)
+    images = noise(64)
     mirrored = {}
     for flip in (False, True):
         config = tiny("run.batch_size=64", f"data.flip={flip}")
