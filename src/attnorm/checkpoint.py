@@ -2,6 +2,9 @@
 
 It holds every tensor of the training state, and in its header the configuration, the classes and a checksum of each
 tensor, beside one of the header itself: a checkpoint alone rebuilds its model, and damage is found.
+
+Of a model in a folder as the Hugging Face Hub has them (`attnorm.hub`), the header is config.json, beside
+model.safetensors, whose tensors are those of the averaged generator alone, without a prefix.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from attnorm.config import FORMAT_VERSION, Config, UserError
 from attnorm.settings import from_dict, to_dict
 from attnorm.system.files import write_atomically
 
-HEADER_KEY, HEADER_CHECKSUM_KEY = "attnorm", "attnorm_checksum"
+HEADER_KEY, HEADER_CHECKSUM_KEY, CHECKSUMS_KEY = "attnorm", "attnorm_checksum", "attnorm_checksums"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model in a folder
 REMEDY = "take an earlier one, or remove it and resume"
 
 
@@ -81,23 +85,30 @@ class Header:
     threads: int = 0  # of torch, in the process that wrote it: another number rounds otherwise; 0: not known
     processes: int = 1  # that trained together
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, with the version of the format; `_parse_header` is the inverse."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "format_version": FORMAT_VERSION,
+            **values,
+            "config": to_dict(self.config),
+            "classes": list(self.classes),
+        }
+
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
     """Writes one checkpoint file atomically; OSError, with what there is room for, where that fails."""
-    text = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "config": to_dict(header.config),
-            "classes": header.classes,
-            "images_seen": header.images_seen,
-            "seconds": header.seconds,
-            "note": header.note,
-            "threads": header.threads,
-            "processes": header.processes,
-            "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
-        }
-    )
+    text = json.dumps(header.to_dict() | {"checksums": _checksums(tensors)})
     write_tensors(path, tensors, {HEADER_KEY: text, HEADER_CHECKSUM_KEY: _digest(text.encode())})
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model's tensors by their own names, with a checksum of each, for a folder with a config.json."""
+    write_tensors(path, tensors, {"format": "pt", CHECKSUMS_KEY: json.dumps(_checksums(tensors))})
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
 def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], Header]:
@@ -108,8 +119,9 @@ def read_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
         CheckpointError: it is no checkpoint, or of a newer version.
     """
     with _opened(path) as (file, header, checksums):
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        tensors = {name.removeprefix(prefix): _read_tensor(path, file, name, checksums) for name in names}
+        root = "" if HEADER_KEY in (file.metadata() or {}) else "ema."
+        names = {(root + name).removeprefix(prefix): name for name in file.keys() if (root + name).startswith(prefix)}  # noqa: SIM118
+        tensors = {short: _read_tensor(path, file, name, checksums) for short, name in names.items()}
     return tensors, header
 
 
@@ -135,6 +147,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             text = metadata.get(HEADER_KEY)
+            if text is None and (config := path.with_name(CONFIG)).is_file() and path.name == WEIGHTS:
+                header, _ = _parse_header(config, config.read_text(encoding="utf-8", errors="replace"))
+                yield file, header, _stated_checksums(path, metadata)
+                return
             if text is None:
                 raise DamagedError(
                     f"{path} is a safetensors file, but not a checkpoint of attnorm: it has no header of ours"
@@ -146,6 +162,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, Header, dict[str, str]]]:
         raise DamagedError(f"{path} cannot be read as a checkpoint ({error}); {REMEDY}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); expected a checkpoint") from error
+
+
+def _stated_checksums(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return dict(json.loads(metadata.get(CHECKSUMS_KEY, "{}")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: its checksums are not what was written; {REMEDY}") from error
 
 
 def _parse_header(path: Path, text: str) -> tuple[Header, dict[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from attnorm import __version__
+from attnorm import hub
 from attnorm.config import UserError
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
@@ -112,26 +112,6 @@ def as_program(model: Generator | InpaintingGenerator) -> ClassConditionalProgra
     return ClassConditionalProgram(model).eval()
 
 
-def describe(loaded: Loaded) -> dict[str, str]:
-    """What is written inside the file: task, sizes, meaning of inputs and output."""
-    header = loaded.header
-    common = {
-        "task": header.config.task,
-        "image_size": str(header.config.model.image_size),
-        "images_seen": str(header.images_seen),
-        "attnorm": __version__,
-        "values": "images are RGB, float32 in [-1, 1]: pixel / 127.5 - 1",
-    }
-    if isinstance(loaded.model, InpaintingGenerator):
-        return {**common, "mask": "0: known, anything else: missing", "least_side": str(LEAST_SIDE)}
-    return {
-        **common,
-        "classes": json.dumps(loaded.classes),
-        "latent_dim": str(loaded.model.latent_dim),
-        "classes_input": "float32 [N, number of classes], rows sum to 1: 1 for a class, or a mixture",
-    }
-
-
 def export(loaded: Loaded, out: Path, format: Format = "onnx") -> float:
     """Writes the generator as `out` and returns how far its pictures are from the network's, at most.
 
@@ -146,16 +126,19 @@ def export(loaded: Loaded, out: Path, format: Format = "onnx") -> float:
     if format not in get_args(Format):
         raise ExportError(f"got the format {format!r}; expected {' or '.join(get_args(Format))}")
     program = as_program(loaded.model)
+    metadata = hub.describe(loaded.header)
+    if isinstance(loaded.model, InpaintingGenerator):
+        metadata["least_side"] = str(LEAST_SIDE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters', about their own insides
         try:
             with torch.no_grad():
                 exported = torch.export.export(program, program.example(), dynamic_shapes=program.dynamic_shapes())
                 if format == "onnx":
-                    return _write_onnx(program, exported, describe(loaded), out)
+                    return _write_onnx(program, exported, metadata, out)
         except ImportError as error:
             raise ExportError(f"{error.name} is not installed; ONNX needs: pip install 'attnorm[export]'") from error
-    files = {"attnorm.json": json.dumps(describe(loaded))}
+    files = {"attnorm.json": json.dumps(metadata)}
     difference = _difference(program, lambda *inputs: exported.module()(*inputs))
     write_atomically(out, lambda temporary: torch.export.save(exported, temporary, extra_files=files))
     return difference

@@ -25,12 +25,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnorm.checkpoint import REMEDY, CheckpointError, Header, find_damage, read_checkpoint
-from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, UserError, did_you_mean
+from attnorm.checkpoint import CONFIG, REMEDY, WEIGHTS, CheckpointError, Header, find_damage, read_checkpoint
+from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, InpaintingConfig, UserError, did_you_mean
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.models.relativistic import RelativisticGenerator
-from attnorm.pretrained import shipped
+from attnorm.pretrained import card_text, read_card, shipped
 from attnorm.settings import from_dict, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import read_lines, write_json
@@ -95,7 +95,7 @@ class RunDirectory:
         ]
 
     def exists(self) -> bool:
-        return self.config_file.is_file()
+        return self.config_file.is_file() and not is_saved_model(self.path)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
         """Makes the directory, or begins one anew; raises CheckpointError where there is already something else."""
@@ -192,9 +192,15 @@ def _is_remnant(entry: Path) -> bool:
     return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
 
 
+def is_saved_model(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote it (`attnorm.hub`), or huggingface_hub had it from the Hub."""
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+
+
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint that `path` means: a file itself, a run directory's latest that is not damaged, or, where nothing
-    of that name is there, the model of that name that comes with the package.
+    """The checkpoint that `path` means: a file itself, a run directory's latest that is not damaged, the weights in a
+    folder of `save_pretrained`, or, where nothing of that name is there, the model of that name that comes with the
+    package.
     """
     path = Path(path)
     if path.is_file():
@@ -213,6 +219,8 @@ def find_checkpoint(path: Path | str) -> Path:
             f"{path} does not exist; {hint}expected a run directory, a checkpoint file or the name of a model "
             "(`attnorm models`)"
         )
+    if is_saved_model(path):
+        return path / WEIGHTS
     run = RunDirectory(path)
     if not run.exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
@@ -236,8 +244,8 @@ class Loaded:
 
 
 def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
-    """Rebuilds the generator of a run directory (its latest checkpoint), of a checkpoint file, or of a model that comes
-    with the package, by its name.
+    """Rebuilds the generator of a run directory (its latest checkpoint), of a checkpoint file, of a folder that
+    `save_pretrained` wrote, or of a model that comes with the package, by its name.
 
     Args:
         ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
@@ -255,13 +263,28 @@ def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
         raise CheckpointError(
             f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {REMEDY}"
         )
-    model: Generator | InpaintingGenerator
-    if isinstance(settings, ClassConditionalConfig):
-        model = RelativisticGenerator(settings) if settings.architecture == "grouped" else Generator(settings)
-    else:
-        model = InpaintingGenerator(settings)
+    model = build_generator(settings)
     _fill(model, tensors, file)
+    model.header, model.card = header, _card_of(file)
     return Loaded(model.to(find_device(device)).eval(), header, file)
+
+
+def build_generator(settings: ClassConditionalConfig | InpaintingConfig) -> Generator | InpaintingGenerator:
+    """The network of these settings, as it is before training; ValueError without a number of classes."""
+    if isinstance(settings, InpaintingConfig):
+        return InpaintingGenerator(settings)
+    return RelativisticGenerator(settings) if settings.architecture == "grouped" else Generator(settings)
+
+
+def _card_of(file: Path) -> str:
+    """What is known of a network beside its header, as Markdown: its card, or the scores of its run."""
+    if file in shipped().values():
+        return card_text(file.stem, read_card(file.stem))
+    if is_saved_model(file.parent):
+        readme = file.with_name("README.md")
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)
+    return ""
 
 
 def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminator:

@@ -23,7 +23,8 @@ def export(
     missing) for an inpainter. What the file is and wants is in its metadata. It is compared with the network first.
 
     Args:
-        run: A run directory (its latest checkpoint), a checkpoint file, or a model's name (`attnorm models`).
+        run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
+            (`attnorm models`).
         out: The file, FILE.onnx or FILE.pt2.
         format: onnx for onnxruntime, in browsers too; torch-export for torch.export.load.
         raw_weights: Use the weights as they are, not their average over training.

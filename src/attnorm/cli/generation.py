@@ -39,7 +39,8 @@ def sample(
     The same seed gives the same files, on the same machine with the same number of threads.
 
     Args:
-        run: A run directory (its latest checkpoint), a checkpoint file, or a model's name (`attnorm models`).
+        run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
+            (`attnorm models`).
         out: Where the images go: DIR/CLASS/SEED.png, a grid of the first ones, and samples.json.
         num: How many images in all; they go round the classes.
         seed: Image number i is made from seed S + i.
@@ -109,7 +110,8 @@ def interpolate(
     """Walk from one class to another with the latent fixed (Figure 8), with one entity's map under each image.
 
     Args:
-        run: A run directory (its latest checkpoint), a checkpoint file, or a model's name (`attnorm models`).
+        run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
+            (`attnorm models`).
         start: The first class, by name or number.
         end: The last class.
         out: The picture to write.
@@ -152,7 +154,8 @@ def layout(
     Prints a line for each site: entropy of the layout, entities in use, rho, spread of the logits, asleep or awake.
 
     Args:
-        run: A run directory (its latest checkpoint), a checkpoint file, or a model's name (`attnorm models`).
+        run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
+            (`attnorm models`).
         out: Where layouts.png, statistics.png and layouts.json go.
         classes: By name or number, comma between; the first ten unless named.
         seed: Of the first image.
@@ -185,7 +188,7 @@ def page(
     """Write a web page about a run: samples by class, layouts, an interpolation, the training curves.
 
     Args:
-        run: A run directory, or a model's name (`attnorm models`).
+        run: A run directory, a saved model's folder, or a model's name (`attnorm models`).
         out: Where index.html and its pictures go.
         device: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.

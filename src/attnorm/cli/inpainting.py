@@ -45,8 +45,8 @@ def inpaint(
     With --images, the same command goes on where it was interrupted.
 
     Args:
-        run: A run directory (its latest checkpoint) of an inpainting model, a checkpoint file, or a model's name
-            (`attnorm models`).
+        run: A run directory (its latest checkpoint) of an inpainting model, a checkpoint file, a saved model's
+            folder, or a model's name (`attnorm models`).
         out: The file to write, in the image's format or PNG or TIFF; with --images a folder.
         image: A photograph of any size; a mask belongs to it as it is shown, turned as its EXIF data say.
         mask: An image file of the same size, white where something is missing.

@@ -53,8 +53,8 @@ class Inpainter:
     themselves. There are no tiles: the statistics of AN, and attention, are of a whole window.
 
     Args:
-        path: A run directory (its latest checkpoint is taken), a checkpoint file, or the name of a model that comes
-            with the package.
+        path: A run directory (its latest checkpoint is taken), a checkpoint file, a folder of
+            `save_pretrained`, or the name of a model that comes with the package.
         ema: Use the average of the weights over training; False for the raw weights.
         device: "auto" takes a GPU where there is one.
         max_pixels: The largest area that is seen at once, at least S * S; 0: 4 * S * S, twice the training side.

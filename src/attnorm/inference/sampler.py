@@ -36,8 +36,8 @@ class Sampler:
     with it, an image changes by no more than rounding, a grey level.
 
     Args:
-        path: A run directory (its latest checkpoint is taken), a checkpoint file, or the name of a model that comes
-            with the package.
+        path: A run directory (its latest checkpoint is taken), a checkpoint file, a folder of
+            `save_pretrained`, or the name of a model that comes with the package.
         ema: Use the average of the weights over training, as all scores do; False for the raw weights.
         device: "auto" takes a GPU where there is one.
 

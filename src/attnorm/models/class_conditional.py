@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
 from attnorm.config import ClassConditionalConfig
+from attnorm.hub import HubModel
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.batch_norm import BatchNorm2d
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
@@ -29,7 +30,7 @@ D_CHANNELS = {32: (2, 2, 2, 2), 64: (1, 2, 4, 8, 16), 128: (1, 2, 4, 8, 16, 16),
 D_FLAT_BLOCKS = {32: 2, 64: 1, 128: 1, 256: 1}
 
 
-class Generator(nn.Module):
+class Generator(HubModel):
     """(z, class) -> image: a linear layer to 4x4, up-blocks that double the map, norm, ReLU, 3x3, tanh.
 
     The context block, attentive normalization or self-attention, is in (or after) the up-blocks `config.an_blocks`.
@@ -38,6 +39,7 @@ class Generator(nn.Module):
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
         require_classes(config)
+        self.config = config
         multiples = config.g_channels or G_CHANNELS[config.image_size]
         channels = [multiple * config.width for multiple in multiples]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnorm.config import InpaintingConfig
+from attnorm.hub import HubModel
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.region_norm import RegionNorm2d
@@ -36,7 +37,7 @@ class Inpainting(NamedTuple):
     refined: Tensor  # [N, 3, H, W] in [-1, 1], of the second
 
 
-class InpaintingGenerator(nn.Module):
+class InpaintingGenerator(HubModel):
     """(image, mask) -> coarse and refined images; the context block is in the second stage.
 
     Both stages are encoder, dilated convolutions, decoder, with ELU and no normalization. The second stage has two
@@ -59,6 +60,7 @@ class InpaintingGenerator(nn.Module):
 
     def __init__(self, config: InpaintingConfig) -> None:
         super().__init__()
+        self.config = config
         width = config.width
         is_wide = config.context == "an-wide"
         self.coarse = nn.Sequential(*_encoder(width, COARSE_CHANNELS), *_dilated(width), *_decoder(4 * width, width))

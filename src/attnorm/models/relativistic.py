@@ -54,6 +54,7 @@ class RelativisticGenerator(Generator):
     def __init__(self, config: ClassConditionalConfig) -> None:
         nn.Module.__init__(self)  # another network to the same purpose
         require_classes(config)
+        self.config = config
         channels = [multiple * config.width for multiple in config.g_channels]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size
         self.embedding = nn.Linear(config.num_classes, config.latent_dim, bias=False)

@@ -7,15 +7,16 @@ pretrained/NAME.json         what is known of it: see `Card`
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnorm.checkpoint import Header, read_checkpoint, save_checkpoint
-from attnorm.config import Config, ConfigError
+from attnorm.checkpoint import read_checkpoint, save_checkpoint
+from attnorm.config import ConfigError
+from attnorm.hub import public
 from attnorm.settings import from_dict, to_dict
 from attnorm.system.files import write_json
 
@@ -71,7 +72,7 @@ def ship(checkpoint: Path, name: str, card: Card, folder: Path = FOLDER) -> Path
     if size > LARGEST:
         raise ConfigError(f"{name} would have {size / 2**20:.1f} MiB; expected at most {LARGEST // 2**20}: ship less")
     file = folder / f"{name}.safetensors"
-    save_checkpoint(file, small, replace(header, config=_elsewhere(header)))
+    save_checkpoint(file, small, public(header))
     write_json(folder / f"{name}.json", to_dict(card))
     return file
 
@@ -94,8 +95,3 @@ def card_text(name: str, card: Card) -> str:
 
 def _halved(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float16) if tensor.is_floating_point() and tensor.ndim >= 2 else tensor
-
-
-def _elsewhere(header: Header) -> Config:
-    config = header.config
-    return replace(config, data=replace(config.data, source=""))

@@ -22,7 +22,7 @@ from attnorm.reports.figures import (
     write_walk,
 )
 from attnorm.reports.render import Document, Picture, Section, Table, write_document
-from attnorm.run_directory import RunDirectory
+from attnorm.run_directory import RunDirectory, is_saved_model
 
 STEPS = 5  # of the interpolation, from one class to the next
 
@@ -30,10 +30,11 @@ STEPS = 5  # of the interpolation, from one class to the next
 def write_page(run: Path, sampler: Sampler, out: Path) -> Path:
     """Writes OUT/index.html and the pictures it shows; returns the page's path. Needs no data set but the built-in.
 
-    `run` is a run directory, or a model that comes with the package, of which there are no curves.
+    `run` is a run directory, or a model without a run (saved by `save_pretrained`, or of the package's), which has no
+    curves.
     """
     is_run = RunDirectory(run).exists()
-    if not is_run and str(run) not in shipped():
+    if not is_run and not is_saved_model(run) and str(run) not in shipped():
         raise CheckpointError(f"{run} is not a run directory; a page needs its curves too")
     out.mkdir(parents=True, exist_ok=True)
     preset = sampler.header.config.preset

@@ -1,4 +1,4 @@
-"""Models at hand: run directories, and what comes with the package."""
+"""Models at hand: run directories, folders of saved models, and what comes with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from attnorm.checkpoint import read_header
 from attnorm.config import UserError, printable
 from attnorm.pretrained import read_card, shipped
-from attnorm.run_directory import RunDirectory
+from attnorm.run_directory import RunDirectory, find_checkpoint, is_saved_model
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,23 @@ class Model:
 
 
 def run_directories(places: Iterable[Path]) -> dict[str, Path]:
-    """Run directories by name: each place is one, or a folder of them. A second one of a name gets a number."""
+    """Run directories, and folders of saved models, by name: each place is one, or a folder of them. A second one of a
+    name gets a number.
+    """
     found: dict[str, Path] = {}
     for place in places:
         folders = [place]
-        if not RunDirectory(place).exists() and place.is_dir():
-            folders = sorted(folder for folder in place.iterdir() if RunDirectory(folder).exists())
+        if not _is_model(place) and place.is_dir():
+            folders = sorted(folder for folder in place.iterdir() if _is_model(folder))
         for folder in folders:
             name = printable(folder.name if folder.name not in ("", "..") else folder.resolve().name) or "run"
             names = [name, *(f"{name}-{number}" for number in range(2, len(found) + 3))]
             found[next(name for name in names if name not in found)] = folder
     return found
+
+
+def _is_model(folder: Path) -> bool:
+    return RunDirectory(folder).exists() or is_saved_model(folder)
 
 
 def available_models(places: Iterable[Path]) -> list[Model]:
@@ -71,12 +77,17 @@ def _shipped(name: str, path: Path) -> Model:
 
 
 def _model_of(name: str, path: Path) -> Model:
+    problem = ""
     try:
-        config, data = RunDirectory(path).read()
+        if is_saved_model(path):
+            header = read_header(find_checkpoint(path))
+            config, data = header.config, {"classes": header.classes}
+        else:
+            config, data = RunDirectory(path).read()
+            problem = "" if RunDirectory(path).checkpoints() else "it has no checkpoint yet"
     except UserError as error:
         return Model(name, path, "", "", 0, (), 0, "", "run", str(error))
     settings = config.model
-    problem = "" if RunDirectory(path).checkpoints() else "it has no checkpoint yet"
     return Model(
         name,
         path,

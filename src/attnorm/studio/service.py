@@ -30,7 +30,7 @@ from attnorm.inference.photo_pairs import decode_with_mask
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.observe import Observation, edited_entities, layers_of
 from attnorm.reports.figures import most_telling_entity, region_statistics
-from attnorm.run_directory import RunDirectory, find_checkpoint
+from attnorm.run_directory import RunDirectory, find_checkpoint, is_saved_model
 from attnorm.studio.jobs import Job, let_cancel
 from attnorm.studio.models import Model, available_models, run_directories
 from attnorm.studio.results import Picture, Repaired, Walk, png, shallow
@@ -311,7 +311,7 @@ class Service:
     # Runs
 
     def runs(self) -> dict[str, Path]:
-        return run_directories(self.places)
+        return {name: path for name, path in run_directories(self.places).items() if not is_saved_model(path)}
 
     def run(self, name: str) -> RunDirectory:
         """By its name; NotFound for an unknown one."""

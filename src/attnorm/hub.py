@@ -1,0 +1,182 @@
+"""Generators in a folder that is like one of the Hugging Face Hub's: written here, sent there, and had from there.
+
+DIR/config.json          the whole configuration, the names of the classes, and what inputs and outputs mean
+DIR/model.safetensors    the network's tensors by their own names
+DIR/README.md            the model card
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+
+from attnorm.checkpoint import CONFIG, WEIGHTS, CheckpointError, Header, save_weights
+from attnorm.config import (
+    ClassConditionalConfig,
+    Config,
+    InpaintingConfig,
+    InpaintingTaskConfig,
+    UserError,
+    printable,
+)
+from attnorm.system.files import write_json
+
+MISSING = "huggingface_hub is not installed; saving for the Hub needs: pip install 'attnorm[hub]'"
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, PyTorchModelHubMixin
+else:
+    try:
+        from huggingface_hub import PyTorchModelHubMixin
+    except ImportError:  # all else works without it, reading such a folder too
+
+        class PyTorchModelHubMixin:
+            def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+                raise UserError(MISSING)
+
+            push_to_hub = generate_model_card = save_pretrained
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin):
+    """A generator with `save_pretrained`, `push_to_hub` and `from_pretrained`, huggingface_hub's.
+
+    Attributes:
+        config: What the network is built from.
+        header: What else is known of it, None of one that was not loaded: classes, images seen, the run's settings.
+        card: Markdown on data, licence, scores and limits, as far as known.
+    """
+
+    config: ClassConditionalConfig | InpaintingConfig
+    header: Header | None = None
+    card: str = ""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # not by the mixin's way, which knows neither runs nor names
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Self:
+        """The generator, float32 and in evaluation mode, of a folder that `save_pretrained` wrote, a run directory, a
+        checkpoint file or a model that comes with the package; only where there is nothing of that name on this
+        machine, of the Hub's model "OWNER/NAME".
+
+        Args:
+            device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+            revision: Of the Hub's model: a branch, a tag or a commit; it and what follows as huggingface_hub has them.
+
+        Raises:
+            CheckpointError: nothing there, or a network of another class.
+        """
+        name = str(pretrained_model_name_or_path)
+        # By its name, since it stands above this file: the one reader of all that a network can be had from.
+        runs = importlib.import_module("attnorm.run_directory")
+        if name.count("/") == 1 and not Path(name).exists():
+            asked = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+            name = str(_from_hub(name, local_files_only=local_files_only, **asked))
+        model = runs.load(name, device=device).model
+        if not isinstance(model, cls):
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} holds a network of class {type(model).__name__}; expected "
+                f"{cls.__name__}: call {type(model).__name__}.from_pretrained"
+            )
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Called by `save_pretrained`, which makes the folder before and the card after."""
+        header = public(self.header or _header_of(self.config))
+        values = {"architectures": [type(self).__name__], "inference": describe(header)}
+        save_weights(save_directory / WEIGHTS, self.state_dict())
+        write_json(save_directory / CONFIG, values | header.to_dict())
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card of a loaded model, or what can be said of any; with the Hub's metadata before it."""
+        from huggingface_hub import ModelCard, ModelCardData
+
+        header = public(self.header or _header_of(self.config))
+        is_inpainter = header.config.task == "inpainting"
+        tags = ["attentive-normalization", "gan", "inpainting" if is_inpainter else "class-conditional"]
+        data = ModelCardData(library_name="attnorm", tags=tags, pipeline_tag="image-to-image" if is_inpainter else None)
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self.card or _card(type(self).__name__, header)}")
+
+
+def describe(header: Header) -> dict[str, str]:
+    """What a user of the network must know: task, sizes, meaning of inputs and output, each as text."""
+    config = header.config
+    common = {
+        "task": config.task,
+        "image_size": str(config.model.image_size),
+        "images_seen": str(header.images_seen),
+        "attnorm": importlib.import_module("attnorm").__version__,  # by its name: the list of all names is above
+        "values": "images are RGB, float32 in [-1, 1]: pixel / 127.5 - 1",
+    }
+    if not isinstance(config.model, ClassConditionalConfig):
+        return {**common, "mask": "0: known, anything else: missing"}
+    return {
+        **common,
+        "classes": json.dumps(header.classes),
+        "latent_dim": str(config.model.latent_dim),
+        "classes_input": "float32 [N, number of classes], rows sum to 1: 1 for a class, or a mixture",
+    }
+
+
+def public(header: Header) -> Header:
+    """Without where the data lay, which is no one else's business."""
+    return replace(header, config=replace(header.config, data=replace(header.config.data, source="")))
+
+
+def _header_of(model: ClassConditionalConfig | InpaintingConfig) -> Header:
+    """Of a network that nothing else is known of: its classes have numbers for names."""
+    if isinstance(model, ClassConditionalConfig):
+        return Header(Config(model=model), tuple(map(str, range(model.num_classes))), 0, 0.0)
+    return Header(Config(task="inpainting", model=model, inpainting=InpaintingTaskConfig()), (), 0, 0.0)
+
+
+def _card(name: str, header: Header) -> str:
+    config, about = header.config, describe(header)
+    size = config.model.image_size
+    what = (
+        f"fills holes of photographs; trained at {size} pixels"
+        if config.task == "inpainting"
+        else (
+            f"makes images of {size} pixels, of {len(header.classes)} classes: {', '.join(header.classes[:20])}"
+            + (", ..." if len(header.classes) > 20 else "")
+        )
+    )
+    facts = {
+        "context block": config.model.context,
+        "training": f"{header.images_seen:,} images, preset {config.preset or 'none'}, seed {config.run.seed}",
+        "data": header.note or "not stated",
+        "licence": "not stated: neither of the data nor of the weights",
+        "scores": "not stated",
+        "values": about["values"],
+    }
+    if "mask" in about:
+        facts["mask"] = about["mask"]
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    use = f'```python\nfrom attnorm import {name}\n\nmodel = {name}.from_pretrained("OWNER/NAME")\n```'
+    text = "\n".join([f"# {name}", "", f"A network of attnorm (Attentive Normalization) that {what}.", "", *lines])
+    return f"{printable(text)}\n\n{use}\n"
+
+
+def _from_hub(name: str, **options: Any) -> Path:
+    """The folder, in huggingface_hub's cache, of a model on the Hub."""
+    expected = f"{name} is not on this machine; expected a folder, a name of `attnorm models`, or a model on the Hub"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(f"{expected}; the Hub needs: pip install 'attnorm[hub]'") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "README.md"], **options))
+    except (OSError, ValueError) as error:  # of no such model, no such right, no network
+        raise CheckpointError(f"{expected}, which says: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,64 @@
+"""Models by name, as timm has them: those that come with the package, and the networks of the presets."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import fields, replace
+from typing import Any
+
+from attnorm.checkpoint import read_header
+from attnorm.config import ConfigError, did_you_mean
+from attnorm.hub import HubModel
+from attnorm.models.class_conditional import Generator
+from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.presets import PRESETS
+from attnorm.pretrained import shipped
+from attnorm.run_directory import build_generator
+
+
+def list_models(pattern: str = "", *, pretrained: bool = False) -> list[str]:
+    """Names that `create_model` takes, sorted: of models that come with the package and of presets.
+
+    Args:
+        pattern: Of file names, "cifar10*"; "": all.
+        pretrained: Those with weights alone.
+    """
+    names = set(shipped()) | (set() if pretrained else set(PRESETS))
+    return sorted(fnmatch.filter(names, pattern or "*"))
+
+
+def create_model(name: str, pretrained: bool = False, **settings: Any) -> Generator | InpaintingGenerator:
+    """The generator of that name; a name that both a shipped model and a preset have is the shipped model's.
+
+    Args:
+        name: Of `list_models`; pretrained, also a folder of `save_pretrained`, a run directory, or "OWNER/NAME" of the
+            Hub.
+        pretrained: With its weights, in evaluation mode; else as it is before training.
+        settings: Of the network, without weights only, by their names in `--set model.NAME`: num_classes=10, which
+            presets need for classes, width=16.
+
+    Raises:
+        ConfigError: no such name, no weights of it, or a setting that its network has not.
+        CheckpointError: nothing can be had from there.
+        ValueError: num_classes is missing.
+    """
+    models = shipped()
+    if pretrained:
+        if settings:
+            raise ConfigError(f"weights fix the network: {', '.join(settings)} cannot be set; leave pretrained out")
+        if name in PRESETS and name not in models:
+            raise ConfigError(
+                f"the preset {name} has no weights; these have: {', '.join(list_models(pretrained=True))}"
+            )
+        return HubModel.from_pretrained(name)  # type: ignore[return-value]  # it loads no others
+    if name not in models and name not in PRESETS:
+        hint = did_you_mean(name, [*models, *PRESETS])
+        raise ConfigError(f"there is no model {name!r}; {hint}`attnorm.list_models()` has all names")
+    config = (read_header(models[name]).config if name in models else PRESETS[name][1]).model
+    known = [field.name for field in fields(config)]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigError(
+                f"{name} has no setting {setting}; {did_you_mean(setting, known)}it has: {', '.join(known)}"
+            )
+    return build_generator(replace(config, **settings))
