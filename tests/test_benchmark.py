@@ -240,19 +240,6 @@ def test_what_is_wrong_gets_no_time(
     assert f"- smoke, an-fused, training: {status}: " in text and f"| {status} |" in text
 
 
-def test_the_sampled_positions_are_those_of_the_reference() -> None:
-    """Two draws differ by far more than the tolerance, so that agreement means the same draw."""
-    x, gradient = checks.make_tensors((1, 8, 16, 16), torch.device("cpu"), torch.float32)
-    layer = checks.build(FUSED.build, 8, torch.device("cpu")).train()
-    outputs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        outputs.append(layer(x).detach())
-    assert checks._relative(outputs[0], outputs[1].double()) > 1e-3
-    first, second = (checks._run(layer, x, gradient, "training", torch.float32)[1] for _ in range(2))
-    assert torch.equal(first, second)
-
-
 # Memory and operations
 
 

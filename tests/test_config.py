@@ -299,26 +299,22 @@ def test_setting_without_a_value_shows_how() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("name", "values", "expected"),
     [
-        ("run.batch_size=big", "run.batch_size is 'big'; expected a whole number"),
-        ("run.batch_size=1.5", "run.batch_size is '1.5'; expected a whole number"),
-        ("run.batch_size=1.5e0", "run.batch_size is '1.5e0'; expected a whole number"),
-        ("run.batch_size=1e999", "run.batch_size is '1e999'; expected a whole number"),
-        ("run.batch_size=none", "run.batch_size is 'none'; expected a whole number"),
-        ("run.batch_size=", "run.batch_size is ''; expected a whole number"),
-        ("optim.g_lr=fast", "optim.g_lr is 'fast'; expected a number"),
-        ("run.tf32=maybe", "run.tf32 is 'maybe'; expected true or false"),
-        ("model.an_blocks=3,x", "model.an_blocks is 'x'; expected a whole number"),
-        ("model.an.temperature=warm", "model.an.temperature is 'warm'; expected a number or auto or none"),
-        ("model.context=attention", "model.context is 'attention'; expected one of an, self_attention, none"),
-        ("model.context=ann", r"expected one of an, self_attention, none; did you mean an\?"),
-        ("run.precision=float16", r"run.precision is 'float16'; expected one of .*; did you mean \w+\?"),
+        ("run.batch_size", ["big", "1.5", "1.5e0", "1e999", "none", ""], "a whole number"),
+        ("optim.g_lr", ["fast"], "a number"),
+        ("run.tf32", ["maybe"], "true or false"),
+        ("model.an.temperature", ["warm"], "a number or auto or none"),
+        ("model.context", ["attention"], "one of an, self_attention, none"),
+        ("model.context", ["ann"], r"one of an, self_attention, none; did you mean an\?"),
     ],
 )
-def test_wrong_type_is_told_what_was_expected(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        override(Config(), [setting])
+def test_wrong_type_is_told_what_was_expected(name: str, values: list[str], expected: str) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=f"{name} is '{value}'; expected {expected}"):
+            override(Config(), [f"{name}={value}"])
+    with pytest.raises(ConfigError, match=r"model\.an_blocks is 'x'; expected a whole number"):
+        override(Config(), ["model.an_blocks=3,x"])
 
 
 FLOAT_SETTINGS = [name for name, value in flatten(Config()).items() if type(value) is float] + ["model.an.temperature"]
@@ -370,63 +366,35 @@ def test_whole_numbers_of_json_are_numbers() -> None:
 # Validation
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("model.image_size=48", r"model.image_size is 48; expected one of \(32, 64, 128, 256\)"),
-        ("model.width=0", "model.width is 0; expected at least 1"),
-        ("model.num_classes=-1", "model.num_classes is -1; expected 0"),
-        ("model.latent_dim=0", "model.latent_dim is 0; expected at least 1"),
-        ("model.an_blocks=6", "names block 6; a 128-pixel generator has blocks 1 to 5"),
-        ("model.an_blocks=0", "names block 0; a 128-pixel generator has blocks 1 to 5"),
-        ("model.an.num_entities=0", "num_entities is 0; expected at least 1"),
-        ("model.an.reduction=0", "reduction is 0; expected at least 1"),
-        ("model.an.temperature=0", "temperature is 0.0; expected auto, a positive number"),
-        ("model.an.eps=0", "eps is 0.0; expected a positive number"),
-        ("optim.g_lr=0", "optim.g_lr is 0.0; expected a positive number"),
-        ("optim.d_lr=-1", "optim.d_lr is -1.0; expected a positive number"),
-        ("optim.beta1=1", "optim.beta1 is 1.0; expected 0 <= beta1 < 1"),
-        ("optim.beta2=-0.1", "optim.beta2 is -0.1; expected 0 <= beta2 < 1"),
-        ("optim.ema_decay=1", "optim.ema_decay is 1.0; expected 0 <= ema_decay < 1"),
-        ("optim.d_steps=0", "optim.d_steps is 0; expected at least 1"),
-        ("run.batch_size=0", "run.batch_size is 0; expected at least 1"),
-        ("run.duration_images=0", "run.duration_images is 0; expected at least 1"),
-        ("run.keep_checkpoints=0", "run.keep_checkpoints is 0; expected at least 1"),
-        ("run.grid_every_images=0", "run.grid_every_images is 0; expected at least 1"),
-        ("run.checkpoint_every_images=0", "run.checkpoint_every_images is 0; expected at least 1"),
-        ("run.max_minutes=-1", "run.max_minutes is -1.0; expected 0"),
-        ("run.seed=-1", "run.seed is -1; expected a whole number from 0 to"),
-        ("run.validate_every_images=0", "run.validate_every_images is 0; expected at least 1"),
-        ("data.held_out_every=1", r"data.held_out_every is 1; expected 0 \(none\) or at least 2"),
-        ("data.stored_size=-1", "data.stored_size is -1; expected 0"),
-        ("data.stored_size=127", r"data.stored_size is 127; expected 0 or at least model.image_size \(128\)"),
-    ],
-)
-def test_setting_that_cannot_be_meant_is_refused(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        override(Config(), [setting])
+REFUSED = """
+model.image_size=48 model.width=0 model.num_classes=-1 model.latent_dim=0 model.an_blocks=6 model.an_blocks=0
+model.an.num_entities=0 model.an.reduction=0 model.an.temperature=0 model.an.eps=0
+optim.g_lr=0 optim.d_lr=-1 optim.beta1=1 optim.beta2=-0.1 optim.ema_decay=1 optim.d_steps=0
+run.batch_size=0 run.duration_images=0 run.keep_checkpoints=0 run.grid_every_images=0 run.checkpoint_every_images=0
+run.validate_every_images=0 run.max_minutes=-1 run.seed=-1
+data.held_out_every=1 data.stored_size=-1 data.stored_size=127
+"""
+REFUSED_OF_INPAINTING = """
+model.image_size=100 model.image_size=24 model.width=0 model.context=attention inpainting.masks=circle
+inpainting.gradient_penalty_weight=-1 inpainting.reconstruction_weight=-1 inpainting.adversarial_weight=-1
+inpainting.switch_images=-1 inpainting.patience=0 inpainting.validation_images=0 inpainting.min_improvement=1
+"""
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("config", "setting"),
     [
-        ("model.image_size=100", "model.image_size is 100; expected a multiple of 8, at least 32"),
-        ("model.image_size=24", "model.image_size is 24; expected a multiple of 8, at least 32"),
-        ("model.width=0", "model.width is 0; expected at least 1"),
-        ("model.context=attention", "model.context is 'attention'; expected one of an, an-wide, contextual"),
-        ("inpainting.masks=circle", "inpainting.masks is 'circle'; expected one of rectangle, free-form, mixed"),
-        ("inpainting.gradient_penalty_weight=-1", "gradient_penalty_weight is -1.0; expected 0 or more"),
-        ("inpainting.reconstruction_weight=-1", "reconstruction_weight is -1.0; expected 0 or more"),
-        ("inpainting.adversarial_weight=-1", "adversarial_weight is -1.0; expected 0 or more"),
-        ("inpainting.switch_images=-1", "switch_images is -1; expected 0 or more"),
-        ("inpainting.patience=0", "patience is 0; expected at least 1"),
-        ("inpainting.validation_images=0", "validation_images is 0; expected at least 1"),
-        ("inpainting.min_improvement=1", "min_improvement is 1.0; expected a share"),
+        *((Config(), setting) for setting in REFUSED.split()),
+        *((INPAINTING, setting) for setting in REFUSED_OF_INPAINTING.split()),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_setting_of_inpainting_that_cannot_be_meant_is_refused(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        override(INPAINTING, [setting])
+def test_setting_that_cannot_be_meant_is_refused_by_name(config: Config, setting: str) -> None:
+    name = setting.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(
+        ConfigError, match=rf"{name} (is .*; expected|names block \d; a 128-pixel generator has blocks 1 to 5)"
+    ):
+        override(config, [setting])
 
 
 def test_temperature_is_the_layers_own_or_follows_the_width_or_is_set() -> None:

@@ -173,17 +173,6 @@ def test_a_window_is_the_generator_on_that_part(inpainter: Inpainter) -> None:
     assert torch.equal(filled.image, expected)
 
 
-def test_a_window_of_everything_equals_the_whole_picture(file: Path, inpainter: Inpainter) -> None:
-    """A hole so large that its window is the picture, by the rule for large pictures and with a limit of its size."""
-    image, mask = noise(64, 72), holes(64, 72, (10, 10, 45, 50))
-    whole = Inpainter(file, device="cpu", max_pixels=64 * 72)
-    expected = torch.where(mask, generated(inpainter, image, mask), image)
-    assert torch.equal(whole.fill(image, mask).image, expected)
-    ((box, own),) = inpainter._windows(mask[0].numpy())  # whose limit is lower, so that the rule applies
-    assert box == (0, 0, 64, 72) and torch.equal(own, mask)
-    assert torch.equal(torch.where(own, whole._fill_window(image, mask, False)[1], image), expected)
-
-
 @pytest.mark.parametrize("box", [(0, 0, 6, 6), (94, 134, 100, 140), (0, 70, 4, 90), (80, 3, 100, 139)])
 def test_windows_lie_in_the_picture_around_their_hole(inpainter: Inpainter, box: tuple[int, int, int, int]) -> None:
     ((window, own),) = inpainter._windows(holes(100, 140, box)[0].numpy())
@@ -193,22 +182,6 @@ def test_windows_lie_in_the_picture_around_their_hole(inpainter: Inpainter, box:
     for size, start, stop, length in ((100, top, bottom, box[2] - box[0]), (140, left, right, box[3] - box[1])):
         assert stop - start == size or ((stop - start) % 8 == 0 and stop - start >= 2 * length)
     assert torch.equal(own, holes(100, 140, box)[:, top:bottom, left:right])
-
-
-def test_holes_far_apart_are_filled_one_after_another_and_near_ones_together(inpainter: Inpainter) -> None:
-    boxes = [(5, 5, 15, 15), (8, 20, 12, 30), (80, 150, 95, 170), (70, 60, 71, 61)]
-    mask = holes(100, 200, *boxes)
-    windows = list(inpainter._windows(mask[0].numpy()))
-    assert len(windows) == 3  # the first and the second share one; with the fourth it would be too large
-    total = torch.zeros(100, 200, dtype=torch.int)
-    for (top, left, bottom, right), own in windows:
-        assert (bottom - top) * (right - left) <= inpainter.max_pixels
-        total[top:bottom, left:right] += own[0]
-    assert torch.equal(total, mask[0].int())  # every missing pixel once, and no other
-    image = noise(100, 200)
-    filled = inpainter.fill(image, mask)
-    hidden = mask.expand_as(image)
-    assert torch.equal(filled.image[~hidden], image[~hidden]) and (filled.image != image)[hidden].float().mean() > 0.9
 
 
 def test_a_later_window_sees_what_an_earlier_one_filled_and_masks_what_none_has(inpainter: Inpainter) -> None:

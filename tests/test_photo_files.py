@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from attnorm.config import UserError
@@ -642,10 +642,3 @@ def test_folders_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
         (masks / name).touch()
     with pytest.raises(UserError, match=r"a\.png has several masks in .*: a\.gif and a\.png; expected one"):
         pair_files(images, masks)
-
-
-def test_xmp_text_of_a_png_is_copied(tmp_path: Path) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", "<mine/>")
-    picture("LA").save(tmp_path / "x.png", pnginfo=text)
-    assert decode(read_photograph(tmp_path / "x.png").encoded("PNG")).info["XML:com.adobe.xmp"] == "<mine/>"

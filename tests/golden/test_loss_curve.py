@@ -103,21 +103,6 @@ def test_losses_are_those_of_the_golden_curves(golden: dict[str, list[float]]) -
     assert {"generator/loss", "discriminator/loss"} <= set(differs(fixed, golden))
 
 
-def test_without_orthogonality_the_curve_is_another(golden: dict[str, list[float]]) -> None:
-    changed = differs(loss_curve(tiny_task("optim.orthogonality_weight=0")), golden)
-    assert {"generator/loss", "generator/orthogonality", "discriminator/orthogonality"} <= set(changed)
-
-
-def test_without_self_sampling_the_curve_is_another(golden: dict[str, list[float]]) -> None:
-    """From the same weights: only the branch is gone."""
-    task = tiny_task("model.an.self_sampling=false")
-    whole = tiny_task()
-    for ours, theirs in ((task.generator, whole.generator), (task.discriminator, whole.discriminator)):
-        missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
-        assert not missing and all(any(part in name for part in (".key.", ".query.", ".t")) for name in unexpected)
-    assert {"generator/loss", "discriminator/loss"} <= set(differs(loss_curve(task), golden))
-
-
 def test_another_learning_rate_is_another_curve(golden: dict[str, list[float]]) -> None:
     """The tolerance is not so wide that anything passes."""
     assert {"generator/loss", "discriminator/loss"} <= set(differs(loss_curve(tiny_task("optim.d_lr=1.1e-3")), golden))

@@ -337,14 +337,6 @@ def test_scores_of_a_checkpoint_that_was_trained_anew_are_left_out(tmp_path: Pat
     assert [score.metric for score in found.scores] == ["frechet"] and not found.note
 
 
-def test_a_later_subset_estimate_does_not_displace_a_whole_measurement(tmp_path: Path) -> None:
-    lines = (line("frechet", 5.0, images_seen=320), line("frechet", 4.0, subset=True))
-    table = section(build_report([make_run(tmp_path / "run", "an", lines=lines)]), "Table 1").tables[0]
-    row = cells(table, "run")
-    assert row["FID, fid5k_train_inception"] == "5.00" and row["images seen"] == "320"
-    assert not any("subset" in name for name in table.header)
-
-
 def test_a_score_without_real_images_does_not_displace_a_distance(tmp_path: Path) -> None:
     lines = (line("frechet", 5.0, images_seen=320, device="a GPU"), line("is1", 4.0), line("kid", 1.0, device="cpu"))
     lines[2]["images_seen"] = 320
