@@ -121,6 +121,8 @@ class ClassConditionalConfig:
     # Channels of G's 4x4 map and after each up-block, in multiples of the width; none: SAGAN's.
     g_channels: tuple[int, ...] = ()
     latent_in_norms: bool = False  # G's conditional norms depend on the latent too, as in BigGAN
+    # Of maps in G's up-blocks; bilinear: torch-mimicry's networks, whose weights `attnorm convert` reads.
+    upsampling: Literal["nearest", "bilinear"] = "nearest"
     # sagan: the paper's networks. grouped: R3GAN's grouped residual blocks without normalization, of g_channels.
     architecture: Literal["sagan", "grouped"] = "sagan"
 
@@ -205,6 +207,9 @@ class InpaintingConfig:
         default="an", metadata=_ROW
     )
     an: AttentiveNormConfig = field(default_factory=lambda: AttentiveNormConfig(affine=False), metadata=_ROW)
+    # Details of DeepFill v1 as it was released for TensorFlow or ported to PyTorch, for weights that `attnorm convert`
+    # reads; none: ours (docs/migration.md).
+    contextual_release: Literal["none", "tensorflow", "pytorch"] = "none"
 
     def __post_init__(self) -> None:
         require(
@@ -212,6 +217,11 @@ class InpaintingConfig:
             f"model.image_size is {self.image_size}; expected a multiple of 8, at least 32",
         )
         require(self.width >= 1, f"model.width is {self.width}; expected at least 1")
+        require(
+            self.contextual_release == "none" or self.context == "contextual",
+            f"model.contextual_release is {self.contextual_release}, with context {self.context}; expected none, "
+            "or context contextual",
+        )
 
     @property
     def temperature(self) -> float | Literal["auto"]:

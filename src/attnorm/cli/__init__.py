@@ -19,6 +19,7 @@ import tyro
 
 from attnorm import __version__
 from attnorm.cli.bench import bench
+from attnorm.cli.converting import convert
 from attnorm.cli.evaluate_generators import evaluate_generators
 from attnorm.cli.evaluate_images import evaluate_images
 from attnorm.cli.evaluate_inpainters import evaluate_inpainters
@@ -44,7 +45,7 @@ A first run: attnorm train --preset demo --out runs/demo, then attnorm page runs
 SUBCOMMANDS = {
     function.__name__.replace("_", "-"): function
     for function in (
-        *(train, watch, sample, interpolate, layout, inpaint, page, curves, export),
+        *(train, watch, sample, interpolate, layout, inpaint, page, curves, export, convert),
         *(manifest, evaluate_generators, evaluate_inpainters, evaluate_images),
         *(bench, experiment, report, reproduce, models, presets, studio),
     )

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +32,32 @@ class ContextualAttention(nn.Module):
     pixel that is missing is ever pasted.
 
     Time and memory grow with (H*W)^2: see `score_bytes`.
+
+    Args:
+        release: "tensorflow" or "pytorch" for the details of the published DeepFill v1 or of its port, whose weights
+            can be converted (docs/migration.md): masks are reduced by nearest neighbour, which overlooks thin strokes;
+            the release reduces masks and features with their corners aligned, so not to every second pixel; the port
+            adds 1e-4 to every square under the norm's root. "none": as above.
     """
 
     matched_size, pasted_size, softmax_scale, norm_floor = 3, 4, 10.0, 1e-4
+
+    def __init__(self, release: Literal["none", "tensorflow", "pytorch"] = "none") -> None:
+        super().__init__()
+        self.release = release
+
+    def reduce_mask(self, mask: Tensor) -> Tensor:
+        """The mask [N, 1, 4H, 4W] of an image as that of its features, [N, 1, H, W]; 0 = known."""
+        if self.release == "none":
+            # A feature stands for 4x4 pixels; it is missing if one of them is, lest thin strokes vanish.
+            return F.max_pool2d(mask, 4)
+        return self._nearest(mask, 4)
+
+    def _nearest(self, x: Tensor, factor: int) -> Tensor:
+        if self.release == "tensorflow":
+            rows, columns = (_aligned(side, side // factor) for side in x.shape[2:])
+            return x[:, :, rows.to(x.device)][..., columns.to(x.device)]
+        return x[:, :, ::factor, ::factor]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x` is [N, C, H, W], floating, H and W even; `mask` [N, 1, H, W], 0 = known. Returns `x`'s shape
@@ -45,13 +70,17 @@ class ContextualAttention(nn.Module):
         half = height // 2, width // 2
         with no_autocast(x):
             features = x if x.dtype == torch.float64 else x.float()
-            matched = F.unfold(features[:, :, ::2, ::2], self.matched_size, padding=1)  # [N, 9C, P]
-            norms = torch.linalg.vector_norm(matched, dim=1, keepdim=True)
-            scores = matched.mT @ (matched / norms.clamp_min(self.norm_floor))  # [N, P, P]: query, source
+            matched = F.unfold(self._nearest(features, 2), self.matched_size, padding=1)  # [N, 9C, P]
+            if self.release == "pytorch":
+                norms = (matched.square() + self.norm_floor).sum(1, keepdim=True).sqrt()
+            else:
+                norms = torch.linalg.vector_norm(matched, dim=1, keepdim=True).clamp_min(self.norm_floor)
+            scores = matched.mT @ (matched / norms)  # [N, P, P]: query, source
             scores = _fuse(scores)
             scores = _renumber(_fuse(_renumber(scores, *half)), *half[::-1])
 
-            missing = F.max_pool2d((mask != 0).to(features.dtype), 2)
+            missing = (mask != 0).to(features.dtype)
+            missing = F.max_pool2d(missing, 2) if self.release == "none" else self._nearest(missing, 2)
             # Padding is not missing: it is part of what is compared and pasted at the border.
             missing = F.max_pool2d(missing, self.matched_size, stride=1, padding=1).flatten(2)  # [N, 1, P]
             known = 1 - missing
@@ -69,6 +98,12 @@ def score_bytes(height: int, width: int) -> int:
     layer holds several such matrices at once.
     """
     return 4 * (height // 2 * (width // 2)) ** 2
+
+
+def _aligned(side: int, reduced: int) -> Tensor:
+    """Which of `side` pixels stand for `reduced`, the first and the last among them; int64."""
+    step = (side - 1) / max(reduced - 1, 1)
+    return (torch.arange(reduced) * step + 0.5).floor().long()
 
 
 def _fuse(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
 
 
 class UpBlock(nn.Module):
-    """Generator block: norm, ReLU, nearest x2, 3x3, norm, ReLU, 3x3; the shortcut is nearest x2 and a 1x1.
+    """Generator block: norm, ReLU, x2, 3x3, norm, ReLU, 3x3; the shortcut is x2 and a 1x1; x2 is nearest or bilinear.
 
     With an AttentiveNorm2d it takes the place of the second norm ("replace"), or stands before it ("insert"): between
     the convolution and the activation, as section 4 says. `after` is applied to the block's sum (self-attention). With
@@ -29,6 +29,7 @@ class UpBlock(nn.Module):
         site: Literal["replace", "insert"] = "replace",
         after: nn.Module | None = None,
         latent_dim: int = 0,
+        upsampling: Literal["nearest", "bilinear"] = "nearest",
     ) -> None:
         super().__init__()
         self.norm1 = ConditionalBatchNorm2d(in_channels, num_classes, latent_dim=latent_dim)
@@ -40,18 +41,19 @@ class UpBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.after = after
+        self.upsampling = upsampling
 
     def forward(self, x: Tensor, condition: Tensor, z: Tensor | None = None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
         h = F.relu(self.norm1(x, condition, z))
-        h = self.conv1(F.interpolate(h, scale_factor=2))
+        h = self.conv1(F.interpolate(h, scale_factor=2, mode=self.upsampling))
         if self.an is not None:
             h = self.an(h)
         if self.norm2 is not None:
             h = self.norm2(h, condition, z)
         h = self.conv2(F.relu(h))
-        # A 1x1 convolution commutes with nearest upsampling; done first it costs a quarter.
-        h = h + F.interpolate(self.shortcut(x), scale_factor=2)
+        # A 1x1 convolution commutes with upsampling; done first it costs a quarter.
+        h = h + F.interpolate(self.shortcut(x), scale_factor=2, mode=self.upsampling)
         return h if self.after is None else self.after(h)
 
 

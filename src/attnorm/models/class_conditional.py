@@ -55,6 +55,7 @@ class Generator(HubModel):
                 site=config.site,
                 after=SelfAttention2d(after) if has_context and config.context == "self_attention" else None,
                 latent_dim=config.latent_dim if config.latent_in_norms else 0,
+                upsampling=config.upsampling,
             )
             self.blocks.append(block)
         self.norm = BatchNorm2d(channels[-1])

@@ -75,6 +75,10 @@ class InpaintingGenerator(HubModel):
         # Last, so that its random numbers come after those of what surrounds it.
         self.context = _context(config)
         _initialize(self.context)
+        if config.contextual_release == "pytorch":
+            for module in self.modules():
+                if isinstance(module, SameConv2d):
+                    module.is_symmetric = True
 
     def forward(self, image: Tensor, mask: Tensor) -> Inpainting:
         """Both stages; what the hole of `image` holds has no influence.
@@ -92,9 +96,9 @@ class InpaintingGenerator(HubModel):
         x = torch.cat([paste(known, coarse, is_missing), extra], 1)  # the second stage trains the first one too
         h = self.before_context(x)
         if isinstance(self.context, ContextualAttention):
-            # Of the mask's pixels a feature stands for 4x4; it is missing if one of them is, lest thin strokes vanish.
-            h = self.context(F.relu(h), F.max_pool2d(hole, 4))
+            h = self.context(F.relu(h), self.context.reduce_mask(hole))
         elif isinstance(self.context, RegionNorm2d):
+            # Of the mask's pixels a feature stands for 4x4; it is missing if one of them is, lest thin strokes vanish.
             h = F.elu(self.context(h, F.max_pool2d(hole, 4)))
         else:
             h = F.elu(self.context(h))
@@ -164,8 +168,11 @@ class SameConv2d(nn.Conv2d):
     """Zero padding to a side of ceil(side / stride), as TensorFlow's SAME does: an odd pixel goes right and below.
 
     Where stride 2 halves an even map, the kernel's middle so is on the odd pixels; symmetric padding would have it on
-    the even ones. It is DeepFill v1's choice, kept because nothing speaks against it. Stride 1 is symmetric.
+    the even ones. It is DeepFill v1's choice, kept because nothing speaks against it. Stride 1 is symmetric; so is
+    stride 2 in the port to PyTorch (`is_symmetric`).
     """
+
+    is_symmetric = False
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, dilation: int = 1
@@ -176,7 +183,9 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)]."""
         stride, kernel = self.stride[0], self.kernel_size[0]
-        if stride > 1:
+        if stride > 1 and self.is_symmetric:
+            x = F.pad(x, [kernel // 2] * 4)
+        elif stride > 1:
             (left, right), (top, bottom) = (_same_padding(size, kernel, stride) for size in (x.shape[3], x.shape[2]))
             x = F.pad(x, (left, right, top, bottom))
         return super().forward(x)
@@ -235,7 +244,7 @@ def _context(config: InpaintingConfig) -> nn.Module:
         case "an" | "an-wide":
             return AttentiveNorm2d(channels, **{**asdict(config.an), "temperature": config.temperature})
         case "contextual":
-            return ContextualAttention()
+            return ContextualAttention(config.contextual_release)
         case "self_attention":
             return SelfAttention2d(channels)
         case "region":

@@ -1,10 +1,11 @@
-"""Published weights of feature networks, in torch's format: the project's only reader of it."""
+"""Published weights of networks, in torch's format: the project's only reader of it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from attnorm.config import UserError
 
 
-def read_weights(path: Path, sha256: str = "") -> dict[str, Tensor]:
+def read_weights(path: Path, sha256: str = "", *, part: str = "") -> dict[str, Tensor]:
     """The tensors of a file, a safetensors one or torch's, by its restricted reader, which makes tensors and calls
     nothing; UserError of any other file.
 
     Args:
         sha256: What the file's must be; what was verified is what is read. "": any.
+        part: Where the file has a group of that name, that alone is read.
     """
     try:
         content = path.read_bytes()
@@ -26,19 +28,19 @@ def read_weights(path: Path, sha256: str = "") -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of weights") from error
     if sha256:
         verify(str(path), content, sha256)
-    state: dict[str, Tensor]
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
+        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # that of a pickle which calls something is named in a module that is banned here
         raise UserError(  # not torch's own words, which advise to run it
             f"{path} cannot be read as weights without running what is in it, or is damaged; expected a safetensors "
             "file, or torch's of tensors alone"
         ) from error
-    if not all(isinstance(weight, Tensor) for weight in state.values()):
+    state = state.get(part, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
         raise UserError(f"{path} holds something else than tensors by name; expected a file of weights")
-    return state
+    return dict(state)
 
 
 def verify(what: str, content: bytes, sha256: str) -> None:
