@@ -23,6 +23,7 @@ from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
+from attnorm.system.process_group import ProcessGroup
 from attnorm.training.inpainting import InpaintingTask, PhaseSwitch
 from attnorm.training.trainer import run_phase
 from tests.training.conftest import assert_equal_runs, check_resume, noise, rows_of, run
@@ -315,7 +316,7 @@ def test_validation_is_the_error_of_the_averaged_generator(held_out: Tensor) -> 
     with torch.no_grad():  # another network than the one that trains
         for parameter in task.average.network.parameters():
             parameter.add_(0.05)
-    values = task.validate(0)
+    values = task.validate(0, ProcessGroup())
     l1, coarse_l1, hole_l1 = [], [], []
     for index, image in enumerate(to_float(held_out)):
         mask = rectangle_mask(32, seed=InpaintingTask._VALIDATION_SEED, index=index).mask
@@ -326,11 +327,11 @@ def test_validation_is_the_error_of_the_averaged_generator(held_out: Tensor) -> 
         hole_l1.append((refined[0] - image).abs()[mask.expand(3, -1, -1)].mean())
     for name, errors in (("l1", l1), ("coarse_l1", coarse_l1), ("hole_l1", hole_l1)):
         assert values[f"validation/{name}"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4), name
-    assert values["validation/phase"] == 1 and task.validate(8)["validation/phase"] == 2
+    assert values["validation/phase"] == 1 and task.validate(8, ProcessGroup())["validation/phase"] == 2
     torch.manual_seed(99)  # nothing is drawn, and the run's seed does not matter
     again = tiny_task("run.seed=9", held_out=held_out)
     again.average.network.load_state_dict(task.average.network.state_dict())
-    assert again.validate(0) == values
+    assert again.validate(0, ProcessGroup()) == values
 
 
 def test_the_grid_shows_hole_coarse_refined_pasted_and_truth(held_out: Tensor) -> None:

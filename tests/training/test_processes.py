@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import socket
 import subprocess
@@ -176,6 +177,13 @@ def images() -> ImageSet:
     return ImageSet(pixels, labels, classes, "by hand", fingerprint(pixels, labels, classes))
 
 
+def validation(group: ProcessGroup) -> dict[str, float]:
+    """Of five held-out images, two at a time: some processes have none."""
+    task = inpainting("run.accumulate=2")
+    task.held_out = torch.from_numpy(images().images[:5])
+    return task.validate(0, group)
+
+
 def run(out: Path, group: ProcessGroup, *settings: str) -> str:
     """What is said of it."""
     said = io.StringIO()
@@ -216,6 +224,7 @@ def work(folder: Path) -> None:
         torch.set_default_dtype(torch.float32)
         text = "\n".join(f"{name}: {value}" for name, value in errors(group).items())
         (folder / f"errors{group.rank}").write_text(text)
+        (folder / f"validation{group.rank}").write_text(json.dumps(validation(group)))
         said = [run(folder / "whole", group)]
         said += [run(folder / "parts", group, f"run.duration_images={seen}") for seen in (8, 16)]
         run(folder / "own", group, "run.batch_norm_group=1", "run.duration_images=8")
@@ -306,6 +315,12 @@ def test_an_error_in_one_process_ends_all_with_one_message(made: Path) -> None:
     assert first["smallest"] == second["smallest"] == "-3.0"
     assert [other["second"] for other in others] == ["SystemExit: 1"] * len(others)
     assert sorted(one["says"] for one in (first, second, *others)) == ["no"] * (1 + len(others)) + ["yes"]
+
+
+def test_a_validation_is_divided_among_the_processes_and_known_to_all(made: Path) -> None:
+    first, *others = (json.loads(path.read_text()) for path in made.glob("validation*"))
+    assert first == pytest.approx(validation(ProcessGroup()), rel=1e-5) and first["validation/l1"] > 0.1
+    assert others in ([first], [first] * 3)
 
 
 def tensors_of(out: Path, images_seen: int = 16) -> dict[str, Tensor]:

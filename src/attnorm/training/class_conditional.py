@@ -17,6 +17,7 @@ from attnorm.data.stream import Batch
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.class_conditional import Discriminator, Generator
 from attnorm.ops.dispatch import widened
+from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import draw_for_images
 from attnorm.training.losses import (
     classifier_loss,
@@ -147,6 +148,6 @@ class ClassConditionalTask:
             **describe_layouts("discriminator", self.discriminator, seen_by_d),
         }
 
-    def validate(self, images_seen: int) -> dict[str, float]:
+    def validate(self, images_seen: int, group: ProcessGroup) -> dict[str, float]:
         """Nothing: samples are judged by scores, which take far more images."""
         return {}

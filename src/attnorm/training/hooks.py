@@ -81,10 +81,12 @@ def hooks_of(settings: RunConfig) -> list[Hook]:
 
 
 def run_hooks(hooks: Iterable[Callable[[Training], None]], training: Training) -> None:
-    """The first process does what is due; the others wait for it, and take over what a validation has decided."""
+    """The first process does what is due, and the others wait for it; a validation is the work of all."""
     for run in hooks:
-        training.group.together(lambda run=run: run(training) if training.logger else None)  # type: ignore[misc]
-    training.group.from_first([*training.task.state.numbers.values()])
+        if run is log_validation:
+            run(training)
+        else:
+            training.group.together(lambda run=run: run(training) if training.logger else None)  # type: ignore[misc]
 
 
 def due(hooks: Sequence[Hook], images_seen: int, batch_size: int) -> list[Hook]:
@@ -141,9 +143,9 @@ def log_layouts(training: Training) -> None:
 
 
 def log_validation(training: Training) -> None:
-    assert training.logger
-    values = training.task.validate(training.images_seen)
-    if values:
+    """In every process, each with its share of the images."""
+    values = training.task.validate(training.images_seen, training.group)
+    if values and training.logger:
         training.logger.log(training.images_seen, values)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
@@ -19,6 +20,7 @@ from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Critic, InpaintingGenerator, crop_around, paste
 from attnorm.ops.dispatch import widened
 from attnorm.system.devices import no_autocast
+from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import draw_for_images
 from attnorm.training.losses import (
     gradient_penalty,
@@ -212,22 +214,17 @@ class InpaintingTask:
             yield images, self._holes(self._VALIDATION_SEED, start, len(images), device)
 
     @torch.no_grad()
-    def validate(self, images_seen: int) -> dict[str, float]:
+    def validate(self, images_seen: int, group: ProcessGroup) -> dict[str, float]:
         """Mean L1 in [-1, 1] of the averaged generator on the held-out images, which may end the first phase.
 
-        l1: the refined image as it is, the whole of it; coarse_l1: the same of the first stage; hole_l1: the refined
-        one, inside the holes.
+        Each process takes its share of the images, and all of them know the result. l1: the refined image as it is,
+        the whole of it; coarse_l1: the same of the first stage; hole_l1: the refined one, inside the holes.
         """
         if not len(self.held_out):
             return {}
-        sums = torch.zeros(3, dtype=torch.float64)
-        for images, (masks, _) in self._held_out_batches(len(self.held_out)):
-            coarse, refined = self.average.network(images, masks)
-            coarse_error, error = ((stage.float() - images).abs().mean(1, keepdim=True) for stage in (coarse, refined))
-            hole = (error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))
-            means = (error.mean((1, 2, 3)), coarse_error.mean((1, 2, 3)), hole)
-            sums += torch.stack([mean.sum() for mean in means]).cpu()
-        l1, coarse_l1, hole_l1 = (sums / len(self.held_out)).tolist()
+        sums = group.together(lambda: self._errors_on_held_out(group))
+        group.average([sums])
+        l1, coarse_l1, hole_l1 = (sums * group.count / len(self.held_out)).tolist()
         self.switch.observe(l1, images_seen)
         phase = 2 if self._is_adversarial(images_seen) else 1
         return {
@@ -236,6 +233,18 @@ class InpaintingTask:
             "validation/hole_l1": hole_l1,
             "validation/phase": phase,
         }
+
+    def _errors_on_held_out(self, group: ProcessGroup) -> Tensor:
+        """Sums of the three errors over this process's share of the held-out images, [3]."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        batches = self._held_out_batches(len(self.held_out))
+        for images, (masks, _) in itertools.islice(batches, group.rank, None, group.count):
+            coarse, refined = self.average.network(images, masks)
+            coarse_error, error = ((stage.float() - images).abs().mean(1, keepdim=True) for stage in (coarse, refined))
+            hole = (error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))
+            means = (error.mean((1, 2, 3)), coarse_error.mean((1, 2, 3)), hole)
+            sums += torch.stack([mean.sum() for mean in means]).cpu()
+        return sums
 
     @torch.no_grad()
     def sample_grid(self, *, columns: int = 8) -> Tensor:

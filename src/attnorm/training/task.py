@@ -29,6 +29,7 @@ from attnorm.data.stream import Batch
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
+from attnorm.system.process_group import ProcessGroup
 from attnorm.training.state import TrainingState
 
 
@@ -63,8 +64,11 @@ class Task(Protocol):
         """The updates of the step that begins at `images_seen`, each of which gets a batch of its own."""
         ...
 
-    def validate(self, images_seen: int) -> dict[str, float]:
-        """Values to log of the averaged network on held-out images; none where there is nothing to say."""
+    def validate(self, images_seen: int, group: ProcessGroup) -> dict[str, float]:
+        """Values to log of the averaged network on held-out images; none where there is nothing to say.
+
+        Called in every process: each takes a share of the images, and all return the same.
+        """
         ...
 
     def sample_grid(self, *, columns: int = 8) -> Tensor:
