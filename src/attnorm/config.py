@@ -260,7 +260,7 @@ class InpaintingTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = field(default="", metadata=_REPORTING)  # "builtin", a folder, a zip, or CIFAR-10's binary files
+    source: str = field(default="", metadata=_REPORTING)  # "builtin", a folder, a zip, shards, CIFAR-10's files
     # square: the centre square of each image. street-view: Paris StreetView's originals, whose width is kept too.
     fit: Literal["square", "street-view"] = "square"
     # Height in pixels at which images are kept; training cuts random squares of model.image_size. 0: model.image_size.

@@ -42,7 +42,8 @@ def train(
     Args:
         preset: A named run; `attnorm presets` lists them.
         out: The run directory: made, or resumed.
-        data: A folder of class folders, a folder of images, a zip of either, CIFAR-10's binary files, or "builtin".
+        data: A folder of class folders, a folder of images, a zip of either, tar shards (a folder of them, or
+            "s-{000..099}.tar"), CIFAR-10's binary files, or "builtin".
         settings: Change a setting of the preset, for example --set model.width=32 run.batch_size=64.
         dry_run: Print the resolved configuration, say what memory and time the run will take, and stop.
     """
@@ -59,7 +60,7 @@ def train(
         raise ConfigError("--out is missing: name the run directory to make or resume, for example --out runs/first")
     if not config.data.source:
         raise ConfigError(
-            f"--data is missing: the preset {preset} needs a folder, a zip, CIFAR-10's files or 'builtin'"
+            f"--data is missing: the preset {preset} needs a folder, a zip, tar shards, CIFAR-10's files or 'builtin'"
         )
     from attnorm.system.process_group import ProcessGroup, process_group
 

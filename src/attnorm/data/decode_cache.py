@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from attnorm.data.decoding import Decoders, Frame, is_the_systems, reason
 from attnorm.data.sources import KINDS, Contents, find_source
 from attnorm.system.files import default_cache_dir, write_atomically
 
 _log = logging.getLogger(__name__)
 
+_BLOCK = 256  # images that are hashed at once
+_MANY = 2000  # files for which it pays to start processes
+_MOST_WORKERS = 16
 _FORMAT = 3  # raise it when decoding changes, so that no older cache is taken for a new one
 
 Progress = Callable[[int, int], None]
@@ -46,20 +51,13 @@ class Decoded:
     fingerprint: str
 
 
-class _Frame(NamedTuple):
-    """What every image of a source becomes: `cut` makes uint8 [3, S, width] of an RGB image, S high."""
-
-    width: int
-    cut: Callable[[Image.Image], np.ndarray]
-
-
 def load_decoded(
     source: str, image_size: int, fit: Fit, cache_dir: Path | None, max_memory_bytes: int, progress: Progress | None
 ) -> Decoded:
     """Read the images of `source` from the cache, or decode them; arguments as for `load_images`."""
     path = Path(source).expanduser()
-    found = find_source(path)
     folder = cache_dir or default_cache_dir()
+    found = find_source(path, folder)
     key = json.dumps([_FORMAT, str(path.resolve()), image_size, fit, found.stamp])
     stem = folder / f"images{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     kept = _read(stem, source, max_memory_bytes)
@@ -69,7 +67,7 @@ def load_decoded(
     with found.open() as contents:
         if kept and not any(_is_given(contents, index) for index in kept[1]):
             return kept[0]
-        frame = _street_view_frame(contents, source, image_size) if fit == "street-view" else _square_frame(image_size)
+        frame = _street_view_frame(contents, source, image_size) if fit == "street-view" else Frame(image_size)
         decode = functools.partial(_decode_all, contents, source, frame, progress)
         try:
             _write(stem, (3, image_size, frame.width), decode)
@@ -92,10 +90,15 @@ def load_decoded(
 
 def fingerprint(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
     """SHA-256 (hex) of images (uint8 [N, 3, H, W], which may be memory-mapped), labels (int [N]) and class names."""
-    digest = hashlib.sha256(json.dumps([images.shape, list(classes)]).encode())
+    blocks = (images[start : start + _BLOCK].tobytes() for start in range(0, len(images), _BLOCK))
+    return _hash(images.shape, labels, classes, blocks)
+
+
+def _hash(shape: tuple[int, ...], labels: np.ndarray, classes: Iterable[str], pixels: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(json.dumps([shape, list(classes)]).encode())
     digest.update(labels.astype("<i8").tobytes())
-    for start in range(0, len(images), 256):
-        digest.update(images[start : start + 256].tobytes())
+    for block in pixels:
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -105,32 +108,42 @@ def _probe(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> st
 
 
 def _decode_all(
-    contents: Contents, source: str, frame: _Frame, progress: Progress | None, write: Callable[[bytes], object]
+    contents: Contents, source: str, frame: Frame, progress: Progress | None, write: Callable[[bytes], object]
 ) -> _Labelling:
-    """Decode every file in order on a few threads, passing each one's pixels to `write`."""
-
-    def pixels_or_reason(index: int) -> bytes | Exception:
-        try:
-            return frame.cut(contents.load(index)).tobytes()
-        except Exception as error:  # a damaged file makes decoders fail in any way at all
-            return error
-
+    """Decode every file in order, passing each one's pixels to `write`: on threads, and of many files in processes, one
+    a thread. Neither changes a byte.
+    """
     kept: list[str] = []
     unread: list[int] = []
     skipped = [*contents.skipped]
     total = len(contents.files)
-    workers = min(8, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(_MOST_WORKERS, cores or 1)
     block = 64 * workers  # a whole map at once would let the threads run ahead and fill the memory
-    # Filters are the process's, so they are set once, here, and not by the threads.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(workers) as pool:
+    with contextlib.ExitStack() as stack:
+        # Filters are the process's, so they are set once, here, and not by the threads.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        is_large = contents.read is not None and total >= _MANY
+        decoders = stack.enter_context(Decoders(frame, workers)) if is_large else None
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+
+        def pixels_or_reason(index: int) -> bytes | Exception:
+            try:
+                if decoders is None or contents.read is None:
+                    return frame.cut(contents.load(index)).tobytes()
+                return decoders.pixels(contents.read(index))
+            except Exception as error:  # a damaged file makes decoders fail in any way at all
+                return error
+
         for start in range(0, total, block):
             results = pool.map(pixels_or_reason, range(start, min(start + block, total)))
             for index, result in enumerate(results, start):
                 class_name, name = contents.files[index]
                 if isinstance(result, Exception):
-                    skipped.append(f"{name}: {_reason(result)}")
-                    if _is_the_systems(result):
+                    skipped.append(f"{name}: {reason(result)}")
+                    if is_the_systems(result):
                         unread.append(index)
                 else:
                     write(result)
@@ -148,78 +161,27 @@ def _decode_all(
     return _Labelling(np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped), unread)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be read"
-    return (isinstance(error, OSError) and error.strerror) or f"{error}" or type(error).__name__
-
-
-def _is_the_systems(error: Exception) -> bool:
-    """Whether a file could not be had (permissions, a share that is away, no memory), whatever it holds."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-
-
 def _is_given(contents: Contents, index: int) -> bool:
     try:
         contents.load(index)
     except Exception as error:
-        return not _is_the_systems(error)
+        return not is_the_systems(error)
     return True
-
-
-def _square_frame(image_size: int) -> _Frame:
-    def cut(image: Image.Image) -> np.ndarray:
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.crop((left, top, left + side, top + side))
-        # Pillow does not resample what has the size already.
-        return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
-
-    return _Frame(image_size, cut)
 
 
 # Originals of Paris StreetView, and the smaller version that circulates: width and height in pixels.
 STREET_VIEW_SIZES = (936, 537), (227, 227)
 
 
-def _street_view_frame(contents: Contents, source: str, image_size: int) -> _Frame:
-    """The first readable file tells which version it is; files of another size are then skipped by name.
-
-    936x537 is reduced by area to S high, its width kept: a square cut from the result is a 537 square reduced to S,
-    without keeping four times the pixels. 227x227 is enlarged bicubically to S x S.
-    """
+def _street_view_frame(contents: Contents, source: str, image_size: int) -> Frame:
+    """The first readable file tells which version it is; files of another size are then skipped by name."""
     size = next((size for index in range(len(contents.files)) if (size := _size_of(contents, index))), None)
     if size not in (None, *STREET_VIEW_SIZES):
         raise ValueError(
             f"{source} is not Paris StreetView: its first image is {size[0]}x{size[1]}; expected 936x537 or 227x227. "
             "Read other photographs with data.fit=square"
         )
-    width, height = size or STREET_VIEW_SIZES[0]
-    kept_width = image_size + (image_size * width // height - image_size) // 2 * 2  # even room beside a centre square
-    margin = (width - kept_width * height / image_size) / 2  # left off, so that nothing is distorted
-    rows = _area_weights(height, image_size, 0.0)
-    columns = _area_weights(width, kept_width, margin)
-
-    def cut(image: Image.Image) -> np.ndarray:
-        if image.size != (width, height):
-            raise ValueError(f"{image.width}x{image.height} pixels, unlike the others of {width}x{height}")
-        if image_size >= height:
-            box = (margin, 0.0, width - margin, float(height))
-            return np.asarray(image.resize((kept_width, image_size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
-        planes = np.asarray(image, np.float32).transpose(2, 0, 1)
-        return np.rint(rows @ planes @ columns.T).clip(0, 255).astype(np.uint8)
-
-    return _Frame(kept_width, cut)
-
-
-def _area_weights(length: int, size: int, margin: float) -> np.ndarray:
-    """float32 [size, length]: by how much each of `length` pixels counts in the mean over each of `size` equal parts of
-    what is between the margins. Pillow's box filter counts pixels as a whole or not at all.
-    """
-    edges = np.linspace(margin, length - margin, size + 1)
-    pixels = np.arange(length)
-    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (covered.clip(0) / (edges[1] - edges[0])).astype(np.float32)
+    return Frame(image_size, size or STREET_VIEW_SIZES[0])
 
 
 def _size_of(contents: Contents, index: int) -> tuple[int, int] | None:
@@ -247,8 +209,12 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
             end = write_header(file, len(labels))
         assert end == start
         images = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:  # pages of a mapped file would count as this process's memory
+            file.seek(start)
+            blocks = iter(lambda: file.read(_BLOCK * math.prod(shape)), b"")
+            whole = _hash(images.shape, labels, classes, blocks)
         record.update(
-            fingerprint=fingerprint(images, labels, classes),
+            fingerprint=whole,
             probe=_probe(images, labels, classes),
             classes=classes,
             skipped=skipped,

@@ -1,7 +1,8 @@
 """Real images as one uint8 array, whatever they come from, decoded once.
 
-Every source (folder, zip, CIFAR-10's binary files, the built-in photographs) becomes the same `ImageSet`. The project's
-only conversion between uint8 and [-1, 1] lives here too, and so does the order in which training sees the images.
+Every source (folder, zip, tar shards, CIFAR-10's binary files, the built-in photographs) becomes the same `ImageSet`.
+The project's only conversion between uint8 and [-1, 1] lives here too, and so does the order in which training sees the
+images.
 """
 
 import contextlib
@@ -84,7 +85,7 @@ def cut_centres(images: Tensor, side: int) -> Tensor:
 def held_out_indices(num_images: int, every: int) -> np.ndarray:
     """Images that are never trained on (int64): number 10, 20, ... in the set's order if `every` is 10; 0: none.
 
-    The set's order is that of the names of the files that can be read, class by class.
+    The set's order is that of the names of the files that can be read, class by class; of shards, their own.
     """
     return np.arange(every - 1, num_images, every) if every else np.empty(0, np.int64)
 
@@ -142,8 +143,9 @@ def load_images(
     beside them are skipped. Hidden files are ignored.
 
     Args:
-        source: "builtin"; a folder of class folders; a folder of images (one class); a .zip of either; the folder or
-            the .tar.gz of CIFAR-10's binary version (its training images). A `Path` is always a place, never "builtin".
+        source: "builtin"; a folder of class folders; a folder of images (one class); a .zip of either; tar shards
+            (their folder, one .tar, or "shards-{000..099}.tar"); the folder or the .tar.gz of CIFAR-10's binary version
+            (its training images). A `Path` is always a place, never "builtin".
         image_size: Side in pixels, at least 1.
         fit: "square", or "street-view" for images of 936x537 or of 227x227 pixels.
         cache_dir: Where decoded pixels are kept; by default $ATTNORM_CACHE, $XDG_CACHE_HOME/attnorm or

@@ -1,7 +1,8 @@
-"""Where images come from: folders, zips and CIFAR-10's binary files are found and opened, and each file is decoded."""
+"""Where images come from: folders, zips, tar shards and CIFAR-10's binary files are found, opened, and decoded."""
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import stat
@@ -18,10 +19,12 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from attnorm.config import did_you_mean
+from attnorm.data import shards
+from attnorm.system.files import default_cache_dir
 
 KINDS = (
-    "'builtin', a folder of class folders, a folder of images, a .zip of either, "
-    "or CIFAR-10's binary version (its folder or its .tar.gz)"
+    "'builtin', a folder of class folders, a folder of images, a .zip of either, tar shards (their folder, one .tar, "
+    "or shards-{000..099}.tar), or CIFAR-10's binary version (its folder or its .tar.gz)"
 )
 _IMAGE_NAME = re.compile(r"\.(avif|bmp|gif|jfif|jpe?g|pbm|pgm|png|ppm|tiff?|webp)\Z", re.IGNORECASE | re.ASCII)
 _MAX_FILE_BYTES = 2**28  # no photograph is larger, and an archive may claim any size for a member
@@ -33,12 +36,22 @@ _CIFAR10_RECORD = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
 
 @dataclass(frozen=True)
 class Contents:
-    """An open source: `files` holds (class name, file name), and `load(i)` decodes file i to RGB of any size."""
+    """An open source: `files` holds (class name, file name), and `load(i)` decodes file i to RGB of any size.
+
+    `read(i)` gives the bytes that `load` decodes, where those are an image file.
+    """
 
     files: list[tuple[str, str]]
     load: Callable[[int], Image.Image]
     expected_classes: set[str]
     skipped: list[str]
+    read: Callable[[int], bytes] | None = None
+
+    @classmethod
+    def of_files(
+        cls, files: list[tuple[str, str]], read: Callable[[int], bytes], expected: set[str], skipped: list[str]
+    ) -> "Contents":
+        return cls(files, lambda index: decode(read(index)), expected, skipped, read)
 
 
 @dataclass(frozen=True)
@@ -49,17 +62,23 @@ class Source:
     open: Callable[[], contextlib.AbstractContextManager[Contents]]
 
 
-def find_source(path: Path) -> Source:
+def find_source(path: Path, cache_dir: Path | None = None) -> Source:
     """Tell what lies at `path`, decoding none of it; ValueError if that is nothing, or of another kind.
 
-    OSError where the system does not let it be read: that says nothing of what it holds.
+    OSError where the system does not let it be read: that says nothing of what it holds. The index of shards is kept in
+    `cache_dir`.
     """
+    cache_dir = cache_dir or default_cache_dir()
     if path.is_dir():
         if batches := sorted(path.glob(_CIFAR10_BATCHES)):
             return _cifar_folder(path, batches)
         if (path / "data_batch_1").exists():
             raise ValueError(_pickle_refusal(path))
+        if found := _shards_in(path):
+            return _shards(found, path, cache_dir)
         return _folder(path)
+    if found := shards.expand(path):
+        return _shards(found, path, cache_dir)
     if not path.exists():
         siblings = [entry.name for entry in path.parent.glob("*")]
         hint = did_you_mean(path.name, [*siblings, "builtin"])
@@ -71,7 +90,8 @@ def find_source(path: Path) -> Source:
     if zipfile.is_zipfile(path):
         return _zip(path)
     if tarfile.is_tarfile(path):
-        return _cifar_archive(path)
+        is_cifar = not shards.can_be_sought(path) or _begins_as_cifar(path)
+        return _cifar_archive(path) if is_cifar else _shards([path], path, cache_dir)
     raise ValueError(f"{path} is neither a folder nor an archive that can be read; expected {KINDS}")
 
 
@@ -176,19 +196,74 @@ def _arrange(
     if any(class_name for class_name, _ in files):
         skipped += [f"{name}: lies beside the class folders, in none" for class_name, name in files if not class_name]
         files = [(class_name, name) for class_name, name in files if class_name]
-        if splits := _splits({class_name for class_name, _ in files}):
-            named = " and ".join(splits)
-            meant = next((name for name in splits if "train" in name.casefold()), splits[0])
-            remedy = f"use --data {(root.with_suffix('') if is_archive else root) / prefix / meant}"
-            raise ValueError(
-                f"{root} holds {named}: {'a split' if len(splits) == 1 else 'splits'} of a data set, not "
-                f"{'a class' if len(splits) == 1 else 'classes'}; say which is meant: "
-                + (f"unpack it, and {remedy}" if is_archive else remedy)
-            )
+        _require_no_splits({class_name for class_name, _ in files}, root, prefix, is_archive)
     else:
         files = [(prefix[:-1] or root_name, name) for _, name in files]
     folders = {class_of(name) for name in visible if name.startswith(prefix)} - {""}
-    return Contents(files, lambda index: _decode(read(files[index][1])), folders, skipped)
+    return Contents.of_files(files, lambda index: read(files[index][1]), folders, skipped)
+
+
+def _require_no_splits(folders: set[str], root: Path, prefix: str, is_archive: bool) -> None:
+    if splits := _splits(folders):
+        named = " and ".join(splits)
+        meant = next((name for name in splits if "train" in name.casefold()), splits[0])
+        remedy = f"use --data {(root.with_suffix('') if is_archive else root) / prefix / meant}"
+        raise ValueError(
+            f"{root} holds {named}: {'a split' if len(splits) == 1 else 'splits'} of a data set, not "
+            f"{'a class' if len(splits) == 1 else 'classes'}; say which is meant: "
+            + (f"unpack it, and {remedy}" if is_archive else remedy)
+        )
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The shards of a folder that holds nothing else that could be images."""
+    entries = [entry for entry in folder.iterdir() if _is_visible(entry.name)]
+    found = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
+    if not found or any(entry.is_dir() or _IMAGE_NAME.search(entry.name) for entry in entries):
+        return []
+    return sorted(found, key=shards.order_of)
+
+
+def _shards(paths: list[Path], root: Path, cache_dir: Path) -> Source:
+    """Images in the order in which they lie in the shards: these are read from the front to the back."""
+
+    @contextlib.contextmanager
+    def open_shards() -> Iterator[Contents]:
+        index = shards.read_index(paths, _IMAGE_NAME, cache_dir)
+
+        def read(number: int) -> bytes:
+            _check_size(index.sizes[number])
+            return shards.read_part(paths[index.shards[number]], index.offsets[number], index.sizes[number])
+
+        yield _arrange_shards(index, paths, read, root)
+
+    return Source(["shards", *([path.name, *_size_and_time(path)] for path in paths)], open_shards)
+
+
+def _arrange_shards(index: shards.Index, paths: list[Path], read: Callable[[int], bytes], root: Path) -> Contents:
+    """The class of an image: what stands beside it, else its first folder, below one that holds all; else the root."""
+    roots = {name[: name.find("/") + 1] for name in index.names}
+    prefix = roots.pop() if len(roots) == 1 else ""
+    folders = [name.removeprefix(prefix).rpartition("/")[0].partition("/")[0] for name in index.names]
+    classes = [said or folder for said, folder in zip(index.classes, folders, strict=True)]
+    if not any(index.classes):
+        _require_no_splits(set(folders) - {""}, root, prefix, is_archive=True)
+    names = [f"{paths[shard].name}/{name}" for shard, name in zip(index.shards, index.names, strict=True)]
+    skipped = index.skipped
+    if any(classes):
+        skipped = [*skipped, *(f"{name}: has no class" for name, own in zip(names, classes, strict=True) if not own)]
+    else:
+        classes = [prefix[:-1] or root.stem.partition("{")[0].rstrip("-_.") or "images"] * len(names)
+    kept = [number for number, class_name in enumerate(classes) if class_name]
+    files = [(classes[number], names[number]) for number in kept]
+    return Contents.of_files(files, lambda number: read(kept[number]), set(), skipped)
+
+
+def _begins_as_cifar(path: Path) -> bool:
+    """Whether CIFAR-10's files are among the first of an archive."""
+    with contextlib.suppress(tarfile.TarError), tarfile.open(path) as archive:
+        return any(PurePosixPath(member.name).match("data_batch_*") for member in itertools.islice(archive, 16))
+    return False
 
 
 def _cifar_folder(root: Path, batches: list[Path]) -> Source:
@@ -223,8 +298,8 @@ def _cifar_archive(path: Path) -> Source:
             raise ValueError(f"{path} is a damaged archive ({error}); download it again") from error
         if not files.keys() - {_CIFAR10_META}:
             raise ValueError(
-                f"{path} holds no {_CIFAR10_BATCHES}; of tar archives only CIFAR-10's binary version is read. "
-                "Unpack any other and name its folder."
+                f"{path} holds no {_CIFAR10_BATCHES}; of compressed tar archives only CIFAR-10's binary version is "
+                "read. Unpack any other and name its folder, or make it a .tar without compression."
             )
         return _cifar_contents(files, path)
 
@@ -289,7 +364,7 @@ def _check_size(num_bytes: int) -> None:
         raise ValueError(f"{num_bytes} bytes, more than the {_MAX_FILE_BYTES} that are read from one file")
 
 
-def _decode(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """An image file's first frame, upright, as 8-bit RGB over white."""
     with Image.open(io.BytesIO(data)) as file:
         file.load()
