@@ -327,6 +327,8 @@ class RunConfig:
     accumulate: int = field(default=1, metadata=_REPORTING)
     # How many processes share the moments of batch norm: 0: all, as one process would have them; 1: each has its own.
     batch_norm_group: int = 0
+    # The project on Weights & Biases that the run is sent to as well; "": nothing leaves the machine.
+    wandb: str = field(default="", metadata=_REPORTING)
 
     def __post_init__(self) -> None:
         size = self.batch_norm_group

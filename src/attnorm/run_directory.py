@@ -4,7 +4,7 @@
     RUN/metrics.jsonl            one line per logged step
     RUN/evaluation/metrics.jsonl one line per score
     RUN/samples/000064000.png    fixed latents and classes, by images seen
-    RUN/tensorboard/
+    RUN/tensorboard/, RUN/wandb/
     RUN/checkpoints/000064000.safetensors
 
 Whatever else lies there is someone else's: it is neither read nor removed.
@@ -36,7 +36,7 @@ from attnorm.system.devices import find_device
 from attnorm.system.files import read_lines, write_json
 
 # A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
-PARTS_OF_A_RUN = ("config.json", "metrics.jsonl", "samples", "tensorboard", "checkpoints")
+PARTS_OF_A_RUN = ("config.json", "metrics.jsonl", "samples", "tensorboard", "wandb", "checkpoints")
 CHECKPOINT_NAME = re.compile(r"(\d{9}|[1-9]\d{9,})\.safetensors")  # images seen; beyond nine digits the names grow
 UNFINISHED_NAME = re.compile(rf"\.{CHECKPOINT_NAME.pattern}\.\w{{8}}\.tmp")  # what a kill leaves of write_atomically
 

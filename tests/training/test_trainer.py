@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import io
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError
@@ -74,6 +78,51 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run(tiny("run.duration_images=16"), out).images_seen == 16
     assert run(tiny(), out).images_seen == 32
     return out
+
+
+# What is shown
+
+
+def test_tensorboard_has_curves_samples_and_the_winner_of_each_pixel(whole: Path) -> None:
+    seen = EventAccumulator(str(whole / "tensorboard")).Reload()
+    tags = seen.Tags()
+    assert {"discriminator/real_score", "samples/diversity"} <= set(tags["scalars"])
+    (layouts,) = [name for name in tags["images"] if name.startswith("layouts/")]
+    assert (
+        [event.step for event in seen.Images(layouts)]
+        == [event.step for event in seen.Images("samples")]
+        == [0, 16, 32]
+    )
+    picture = np.asarray(Image.open(io.BytesIO(seen.Images(layouts)[-1].encoded_image_string)))
+    assert picture.shape == (3 * 33 + 1, 8 * 33 + 1, 3)  # three classes, eight latents, maps of 32 pixels
+    assert 2 <= len(np.unique(picture.reshape(-1, 3), axis=0)) <= 5  # four entities, and what is between the maps
+
+
+def test_weights_and_biases_gets_what_is_logged_and_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    begun = types.SimpleNamespace(
+        log=told.append, define_metric=lambda *_, **named: None, finish=lambda: told.append("finished")
+    )
+    fake = types.ModuleType("wandb")
+    vars(fake).update(init=lambda **given: told.append(given) or begun, Image=lambda picture: picture.shape)
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install wandb"):
+        run(tiny("run.wandb=mine"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(tiny("run.wandb=mine", "run.duration_images=8"), tmp_path / "run")
+    run(tiny("run.wandb=mine", "run.duration_images=16"), tmp_path / "run")
+    first, second = (given for given in told if "project" in given)
+    assert first["project"] == "mine" and first["config"]["run.batch_size"] == 4
+    assert first["id"] == second["id"] and second["resume"] == "allow"
+    assert told[-1] == "finished"
+    sent = [row for row in told if "images_seen" in row]
+    pictures = ("samples", "layouts/blocks.2.an")
+    lines = [{**row} for row in sent if not any(name in row for name in pictures)]
+    assert [row.keys() for row in lines] == [row.keys() for row in RunDirectory(tmp_path / "run").read_metrics()]
+    assert {"images_seen": 16, "samples": (104, 274, 3)} in sent
 
 
 # Resuming

@@ -14,6 +14,7 @@ from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config, RunConfig
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import Stream, parts_of_batch
+from attnorm.layers.observe import observe_layouts
 from attnorm.run_directory import RunDirectory
 from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step
@@ -136,9 +137,10 @@ def log_layouts(training: Training) -> None:
             continue
         training.uniform_for[key] = training.uniform_for[key] + 1 if layout_is_uniform(value) else 0
         if training.uniform_for[key] == 3:
-            training.logger.say(
-                f"warning: {key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is instance "
-                "normalization; try model.an.temperature=auto, or a larger number"
+            training.logger.warn(
+                f"{key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is instance "
+                "normalization; try model.an.temperature=auto, or a larger number",
+                training.images_seen,
             )
 
 
@@ -152,14 +154,17 @@ def log_validation(training: Training) -> None:
 def save_samples(training: Training) -> None:
     """A picture of samples, and how much those of a row differ; says so where the generator has collapsed."""
     assert training.logger
-    grid = training.task.sample_grid(columns=COLUMNS)
+    with observe_layouts(training.task.average.network) as seen:
+        grid = training.task.sample_grid(columns=COLUMNS)
     training.logger.save_grid(training.images_seen, grid, columns=COLUMNS)
+    layouts = {site: observation.layout for site, observation in seen.items()}
+    training.logger.show_layouts(training.images_seen, layouts, columns=COLUMNS)
     spread = grid.unflatten(0, (-1, COLUMNS)).std(1).mean().item()
     training.logger.log(training.images_seen, {"samples/diversity": spread})
     text = collapse(training.run.read_metrics())
     if text and text[:20] not in training.warned:
         training.warned.add(text[:20])
-        training.logger.say(f"warning: {text}")
+        training.logger.warn(text, training.images_seen)
 
 
 def save_missing(training: Training) -> None:

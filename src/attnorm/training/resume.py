@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ def require_trainable(config: Config, out: Path, group: ProcessGroup = ProcessGr
         ConfigError, CheckpointError: as `train` would.
     """
     find_own_device(config.run.device)
-    require_divisible(config.run, group)
+    require_possible(config.run, group)
     run = RunDirectory(out)
     run.require_free_or_run()
     if run.checkpoints():
         require_same_settings(run, config)
 
 
-def require_divisible(settings: RunConfig, group: ProcessGroup) -> None:
-    """ConfigError where the processes cannot share a batch, or its moments, as the settings say."""
+def require_possible(settings: RunConfig, group: ProcessGroup) -> None:
+    """ConfigError where the processes cannot share a batch, or its moments, as the settings say, or log as they say."""
+    if settings.wandb and find_spec("wandb") is None:
+        raise ConfigError(f"run.wandb is {settings.wandb!r}, but wandb is not installed: pip install wandb")
     parts_of_batch(settings.batch_size, processes=group.count, accumulate=settings.accumulate)
     if group.count % (settings.batch_norm_group or group.count):
         raise ConfigError(

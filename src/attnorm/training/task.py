@@ -30,7 +30,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.observe import Observation
 from attnorm.ops.soft_layout import entity_usage, layout_entropy
 from attnorm.system.process_group import ProcessGroup
-from attnorm.training.state import TrainingState
+from attnorm.training.state import ExponentialAverage, TrainingState
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Task(Protocol):
     """What the loop needs to know of a task."""
 
     state: TrainingState  # all that training changes
+    average: ExponentialAverage  # of the generator: what is validated, shown and kept
 
     @classmethod
     def resolve(cls, config: Config, images: ImageSet) -> Config:

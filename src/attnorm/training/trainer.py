@@ -52,7 +52,7 @@ from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
 from attnorm.training.projected import ProjectedTask
 from attnorm.training.relativistic import RelativisticTask
-from attnorm.training.resume import load_state, open_run, require_divisible
+from attnorm.training.resume import load_state, open_run, require_possible
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
@@ -95,7 +95,7 @@ def train(
     console = console or Console(stderr=True, quiet=group.rank > 0)
     config = resolve(config, images)
     settings, run = config.run, RunDirectory(out)
-    require_divisible(settings, group)
+    require_possible(settings, group)
     parts = parts_of_batch(settings.batch_size, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
     device = find_own_device(config.run.device)
     if device.index is not None and device.type == "cuda":
@@ -173,7 +173,7 @@ def _loop(training: Training, parts: list[BatchPart | None], resumed_at: int | N
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
         if group.rank == 0:
-            logger = Logger(run, settings, resumed_at=resumed_at, console=console)
+            logger = Logger(run, training.config, resumed_at=resumed_at, console=console)
             training.logger = stack.enter_context(logger)
 
         # What there is before the first step. A run that was stopped before it has shown that already.
