@@ -54,6 +54,9 @@ EVALUATED = ("generators", "inpainters", "images")
 OF_INPAINTERS = ("--manifest", "--cost", "--baselines", "--no-baselines")
 RENAMED = {"--floors": "--baselines", "--no-floors": "--no-baselines"}
 
+# Before torch is imported: its C++ side warns of what is no fault, as of memory freed while a step is measured.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 app = tyro.extras.SubcommandApp()
 for name, function in SUBCOMMANDS.items():
     app.command(name=name)(function)
