@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from attnorm import AttentiveNorm2d, cli
 from attnorm import export as exporting
 from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config
+from attnorm.fill_page import find_runtime, make_page
 from attnorm.inference import Inpainter
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
@@ -59,16 +62,22 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(network, config, ("a", "b", "<c>"), tmp_path_factory.mktemp("run") / "generator.safetensors")
 
 
+@pytest.fixture(scope="module")
+def exported(inpainter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The inpainter, as the command writes it."""
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    cli.main(["export", str(inpainter), "--out", str(path)])
+    return path
+
+
 def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def test_an_inpainter_in_onnxruntime_fills_photographs_of_odd_sizes_as_the_tool_does(
-    inpainter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inpainter: Path, exported: Path
 ) -> None:
-    cli.main(["export", str(inpainter), "--out", str(tmp_path / "model.onnx")])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "model.onnx")
-    found = session(tmp_path / "model.onnx")
+    found = session(exported)
     tool = Inpainter(inpainter)
     for num, height, width in ((1, 64, 64), (2, 67, 101), (1, 8, 131)):
         image = 2 * torch.rand(num, 3, height, width) - 1
@@ -81,6 +90,12 @@ def test_an_inpainter_in_onnxruntime_fills_photographs_of_odd_sizes_as_the_tool_
         np.testing.assert_array_equal(filled[:, :, 7:], image.numpy()[:, :, 7:])
     meta = found.get_modelmeta().custom_metadata_map
     assert meta["task"] == "inpainting" and meta["mask"] == "0: known, anything else: missing"
+    assert [float(meta[name]) for name in ("mask_known", "mask_missing", "pixel_scale", "pixel_offset")] == [
+        0,
+        1,
+        127.5,
+        -1,
+    ]
 
 
 def test_a_generator_in_onnxruntime_makes_the_images_of_classes_and_mixtures(generator: Path, tmp_path: Path) -> None:
@@ -129,4 +144,72 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     monkeypatch.setattr(exporting, "ClassConditionalProgram", Wrong)
     with pytest.raises(exporting.ExportError, match=r"from the network's; expected at most 0\.0001"):
         exporting.export(loaded, tmp_path / "model.pt2", "torch-export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_fills_holes_in_the_browser_as_the_tool_does_and_asks_nobody(
+    inpainter: Path, exported: Path, tmp_path: Path
+) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    try:
+        page_text = make_page(exported, find_runtime(), "tests")
+    except exporting.ExportError as error:
+        pytest.skip(str(error))
+    (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
+    tool = Inpainter(inpainter)
+    side = tool.image_size
+    random = np.random.default_rng(0)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 780})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: asked.append(str(error)))
+        page.goto((tmp_path / "page.html").as_uri())
+        page.locator("body[data-state=ready]").wait_for()
+        for height, width in ((side + 3, side + 37), (3 * side, 4 * side + 1)):  # seen whole, and in a window
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            mask = np.zeros((height, width), bool)
+            mask[side // 2 + 1 : side // 2 + 20, -side // 2 :] = True
+            Image.fromarray(pixels).save(tmp_path / "photo.png"), Image.fromarray(mask).save(tmp_path / "mask.png")
+            page.set_input_files("[data-photo]", tmp_path / "photo.png")
+            page.locator(f"text={width}x{height} pixels").wait_for()
+            page.set_input_files("[data-mask]", tmp_path / "mask.png")
+            page.locator("[data-undo]:enabled").wait_for()
+            page.locator("[data-fill]").click()
+            page.locator("text=outside the hole every pixel is the photograph's").wait_for()
+            with page.expect_download() as waiting:
+                page.locator("[data-download]").click()
+            found = np.asarray(Image.open(waiting.value.path()).convert("RGB"))
+            np.testing.assert_array_equal(found[~mask], pixels[~mask])
+            expected = tool.fill(torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(mask)[None])
+            difference = np.abs(expected.image.permute(1, 2, 0).numpy().astype(int) - found)
+            assert difference.max() <= 1 and difference.mean() < 0.01 and (found[mask] != pixels[mask]).any()
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
+        assert all(url.startswith(("file:", "blob:")) for url in asked), asked
+        page.set_input_files("[data-photo]", tmp_path / "page.html")
+        page.locator("text=page.html is no picture that this browser reads").wait_for()
+        browser.close()
+
+
+def test_the_page_needs_an_inpainter_and_a_runtime(
+    generator: Path, inpainter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, said in ((generator, "needs an inpainter"), (inpainter, "npm install onnxruntime-web, in this folder")):
+        asked = [
+            "export",
+            str(model),
+            "--format",
+            "web",
+            "--onnxruntime-web",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "x.html"),
+        ]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(asked)
+        assert stopped.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())

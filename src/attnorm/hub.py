@@ -119,9 +119,11 @@ def describe(header: Header) -> dict[str, str]:
         "images_seen": str(header.images_seen),
         "attnorm": importlib.import_module("attnorm").__version__,  # by its name: the list of all names is above
         "values": "images are RGB, float32 in [-1, 1]: pixel / 127.5 - 1",
+        "pixel_scale": "127.5",
+        "pixel_offset": "-1",
     }
     if not isinstance(config.model, ClassConditionalConfig):
-        return {**common, "mask": "0: known, anything else: missing"}
+        return {**common, "mask": "0: known, anything else: missing", "mask_known": "0", "mask_missing": "1"}
     return {
         **common,
         "classes": json.dumps(header.classes),

@@ -13,7 +13,8 @@ from attnorm.cli.terminal import Overwrite, Run, console, require_free
 def export(
     run: Run,
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
-    format: Literal["onnx", "torch-export"] = "onnx",
+    format: Literal["onnx", "torch-export", "web"] = "onnx",
+    onnxruntime_web: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
     raw_weights: Overwrite = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -25,17 +26,20 @@ def export(
     Args:
         run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
             (`attnorm models`).
-        out: The file, FILE.onnx or FILE.pt2.
-        format: onnx for onnxruntime, in browsers too; torch-export for torch.export.load.
+        out: The file, FILE.onnx, FILE.pt2 or FILE.html.
+        format: onnx for onnxruntime, in browsers too; torch-export for torch.export.load; web for a page of HTML that
+            fills holes by itself, of an inpainter: it takes the npm package onnxruntime-web inside.
+        onnxruntime_web: Where `npm install onnxruntime-web` put it, if not in node_modules here or above.
         raw_weights: Use the weights as they are, not their average over training.
         overwrite: Write over a file that is there.
     """
     from attnorm.export import export as write
+    from attnorm.fill_page import write_page
     from attnorm.run_directory import load
 
     require_free(out, overwrite)
     loaded = load(run, ema=not raw_weights)
     with console.status("exporting; this takes up to a minute"):
-        difference = write(loaded, out, format)
+        difference = write_page(loaded, out, onnxruntime_web) if format == "web" else write(loaded, out, format)
     console.print(f"its pictures are within {difference:.1g} of the network's (values from -1 to 1)")
     print(out)
