@@ -129,6 +129,8 @@ def test_the_layer_alone_exports_with_any_size() -> None:
     for shape in ((1, 6, 17, 5), (3, 6, 2, 40)):
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-5)
+    x = torch.randn(1, 6, 1023, 1361, generator=torch.Generator().manual_seed(0))  # sums of a million pixels
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=5e-5)
 
 
 def test_a_file_that_computes_something_else_is_not_left_behind(

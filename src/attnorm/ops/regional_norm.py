@@ -139,8 +139,7 @@ def _fused(
     if given is not None:
         mean, var = given[0] - shift, given[1]
     else:
-        area = s.sum(2, keepdim=True)  # [N, K, 1]
-        total, total_squared = s @ x.transpose(1, 2), s @ x.square().transpose(1, 2)  # [N, K, C]
+        area, total, total_squared = _sums(x, s, shape)
         if over_images:
             area, total, total_squared = (sums.sum(0, keepdim=True) for sums in (area, total, total_squared))
         area = area.clamp_min(SMALLEST_AREA)
@@ -155,6 +154,17 @@ def _fused(
         b = b + bias.to(x.dtype)
     a, b = (m.transpose(1, 2).expand(shape[0], -1, -1) for m in (a, b))  # [N, C, K]
     return (x * (a @ s) + b @ s).reshape(shape), (mean + shift, var)
+
+
+def _sums(x: Tensor, s: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over all pixels of S [N, K, 1], of S x and of S x^2 [N, K, C]."""
+    if not torch.compiler.is_exporting():
+        return s.sum(2, keepdim=True), s @ x.transpose(1, 2), s @ x.square().transpose(1, 2)
+    # Row by row first: other runtimes add up a million products one after another, and 2e-4 of the result is lost.
+    rows = s.unflatten(2, shape[2:]).transpose(1, 2)  # [N, H, K, W]
+    columns = x.unflatten(2, shape[2:]).permute(0, 2, 3, 1)  # [N, H, W, C]
+    area = rows.sum(3).sum(1)[..., None]
+    return area, (rows @ columns).sum(1), (rows @ columns.square()).sum(1)
 
 
 def _check(x: Tensor, layout: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
