@@ -13,7 +13,7 @@ help:
 	@echo "make studio open the studio in the browser, with what make demo trained (which it does first)"
 	@echo "make test   lint, types and tests"
 	@echo "make coverage   the tests once more, and the lines that none of them runs"
-	@echo "make docs   the documents and the reference of the package as web pages, build/docs/index.html"
+	@echo "make docs   the documents, notebooks executed, and the reference of the package as web pages, build/docs/index.html"
 	@echo "All first make .venv and install into it. PYTHON=python3.12 chooses another interpreter (3.11 or newer)."
 
 demo: .venv/.installed

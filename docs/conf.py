@@ -1,4 +1,4 @@
-"""How `make docs` builds these pages and the reference of the package, without a network."""
+"""How `make docs` builds these pages and the reference of the package, without a network. Notebooks are run."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ project = "attnorm"
 author = "the attnorm authors"
 copyright = author
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"attnorm {__version__}"
 exclude_patterns = ["results/*/**", "release-*"]
@@ -27,17 +27,26 @@ apidoc_modules = [
 ]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True, "exclude-members": "extra_repr"}
 napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
 default_role = "code"  # in a docstring `name` is a name
 python_use_unqualified_type_names = True
 myst_heading_anchors = 3
+nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
+nb_merge_streams = True
+nb_execution_show_tb, nb_output_stderr = True, "remove"  # what packages remark there has paths in it
 suppress_warnings = ["myst.xref_missing", "ref.python"]  # links to files of the repository; names with two homes
+
+if tags.has("quick"):  # type: ignore[name-defined] # noqa: F821 # of the tests: neither every module nor notebooks
+    apidoc_modules, nb_execution_mode = [], "off"
+    exclude_patterns.append("api")
+    suppress_warnings += ["toc.excluded", "toc.not_readable", "myst-nb.lexer"]
 
 
 def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text: |x| is a norm and *.json a pattern."""
-    lines[:] = [re.sub(r"([|*])", r"\\\1", line) for line in lines]
+    """Docstrings are plain text: |x| is a norm and *.json a pattern; but **options: is an argument."""
+    is_argument = re.compile(r" *\*+\w+:").match
+    lines[:] = [line if is_argument(line) else re.sub(r"([|*])", r"\\\1", line) for line in lines]
 
 
 def setup(app: Any) -> None:

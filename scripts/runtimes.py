@@ -5,7 +5,8 @@
 
 The last one runs in a headless Chromium, as one thread of WebAssembly. Both shipped systems are exported, and the layer
 alone, each once, with its sizes left free; then each file is run at sizes that it was not made from. The page is
-written anew after each: what it was stopped before is not measured. The largest photographs take minutes.
+written anew after each; what it was stopped before is not measured, and the same command goes on with it. The largest
+photographs take minutes.
 """
 
 from __future__ import annotations
@@ -207,11 +208,22 @@ def main() -> None:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         about = ", ".join([*releases, f"Chromium {browser.version}"]), processor(), torch.get_num_threads(), commit()
+        introduction = INTRODUCTION.format(*about)
+        if asked.out.exists() and (text := asked.out.read_text(encoding="utf-8")).startswith(introduction):
+            lines = {title: measured(text, title, cases) for title, (_, cases) in systems.items()}
         for title, (program, cases) in systems.items():
-            for case, line in compare(program, cases, browser, runtime):
+            missing = {case: make for case, make in cases.items() if case not in lines[title]}
+            for case, line in compare(program, missing, browser, runtime) if missing else ():
                 lines[title][case] = line
                 tables = [table(title, systems[title][1], lines[title]) for title in systems]
-                write_text(asked.out, "\n".join([INTRODUCTION.format(*about), *tables]))
+                write_text(asked.out, "\n".join([introduction, *tables]))
+
+
+def measured(text: str, title: str, cases: Iterable[str]) -> dict[str, str]:
+    """The lines of an earlier page's table that were measured."""
+    rows = text.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+    found = {case: row for case in cases for row in rows if row.startswith(f"| {case} |")}
+    return {case: row for case, row in found.items() if "not measured" not in row}
 
 
 def table(title: str, cases: Iterable[str], lines: dict[str, str]) -> str:

@@ -1,8 +1,7 @@
-"""The command line from end to end, what it says of mistakes, and the commands that the README promises."""
+"""The command line from end to end, and what it says of mistakes."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import io
@@ -27,7 +26,7 @@ from attnorm.cli.generation import folder_names
 from attnorm.config import Config
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
-from attnorm.settings import from_dict, override
+from attnorm.settings import from_dict
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
@@ -532,50 +531,6 @@ def test_a_reader_that_has_had_enough_is_no_error() -> None:
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
     assert done.stdout in ("{0\n", "{141\n") and "Traceback" not in done.stderr
-
-
-# The README
-
-
-def readme_blocks() -> list[list[str]]:
-    """The lines of every code block, continuation lines joined and comments left out."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    joined = [block.replace("\\\n", " ").splitlines() for block in blocks]
-    return [[line.strip().removeprefix("$ ") for line in block if line.strip()] for block in joined]
-
-
-def test_the_readme_begins_with_commands_that_the_makefile_has() -> None:
-    lines = [line for line in readme_blocks()[0] if line.startswith("make ")]
-    targets = [line.split("#")[0].split()[1] for line in lines]
-    assert targets == ["demo", "studio", "test"]
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-
-
-def readme_commands() -> list[str]:
-    lines = [line.removeprefix(".venv/bin/") for block in readme_blocks() for line in block]
-    return [line for line in lines if line.startswith("attnorm ")]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, *arguments = cli._evaluated(shlex.split(command, comments=True)[1:])
-    called: list[inspect.BoundArguments] = []
-    original = SUBCOMMANDS[name]
-
-    @functools.wraps(original)
-    def pretend(*positional: object, **named: object) -> None:
-        called.append(inspect.signature(original).bind(*positional, **named))
-
-    monkeypatch.setattr(cli, "app", cli.tyro.extras.SubcommandApp())
-    for other, function in SUBCOMMANDS.items():
-        cli.app.command(name=other)(pretend if other == name else function)
-    cli.main([name, *arguments])
-    (bound,) = called
-    if name == "train":
-        override(PRESETS[bound.arguments["preset"]][1], bound.arguments.get("settings", ()))
 
 
 def test_a_device_without_memory_is_said_in_a_line(

@@ -54,7 +54,7 @@ class Diagnosis:
 
 
 def diagnose(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Diagnosis]:
-    """Runs `model(*inputs, **keywords)` once in evaluation mode and says of each AN layer whether it takes part.
+    """Runs `model(*inputs, **keywords)` once in evaluation mode and says of each AN layer whether it takes part::
 
         for line in diagnose(generator, z, labels):
             print(line)  # blocks.2.an: entropy 0.71, 12.3 of 16 entities in use, rho -0.123 (...): awake

@@ -28,7 +28,7 @@ def observe_layouts(model: nn.Module) -> Iterator[dict[str, Observation]]:
     """Collects what every AttentiveNorm2d inside `model` sees in the forward passes made in the block, by module name.
 
     A later pass replaces an earlier one. Use it in evaluation mode: in training mode the layout is drawn anew. In the
-    block what torch.compile has compiled runs as it was written: compiled code calls no layer.
+    block what torch.compile has compiled runs as it was written: compiled code calls no layer::
 
         with observe_layouts(generator.eval()) as seen:
             generator(z, labels)

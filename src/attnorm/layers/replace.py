@@ -66,7 +66,7 @@ class Changes:
 
 
 def replace(model: nn.Module, target: Target, **options: Any) -> Changes:
-    """Puts an AttentiveNorm2d in the place of every norm of `model` that `target` names, and returns what it did.
+    """Puts an AttentiveNorm2d in the place of every norm of `model` that `target` names, and returns what it did::
 
         changes = attnorm.replace(network, torch.nn.InstanceNorm2d, num_entities=8)
         print(changes)
@@ -109,7 +109,7 @@ def replace(model: nn.Module, target: Target, **options: Any) -> Changes:
 def insert_after(
     model: nn.Module, target: Target, block: Callable[[int], nn.Module] | None = None, **options: Any
 ) -> Changes:
-    """Lets a block follow every module of `model` that `target` names, and returns what it did.
+    """Lets a block follow every module of `model` that `target` names, and returns what it did::
 
         changes = attnorm.insert_after(network, "up.*.norm2", num_entities=16)
 

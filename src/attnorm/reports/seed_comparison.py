@@ -118,7 +118,9 @@ def seeds_needed(difference: float, first_deviation: float, second_deviation: fl
     the standard deviations of the rows over seeds; None where MOST_SEEDS do not suffice, as for a difference of 0.
 
     With s1, s2 the deviations and n seeds a row, the statistic is noncentral t with
+
         ncp = |difference| / sqrt((s1^2 + s2^2) / n),  df = (n - 1) (s1^2 + s2^2)^2 / (s1^4 + s2^4)
+
     (Welch's degrees of freedom); the power is what of it lies beyond the central t's quantiles.
     """
     if difference == 0:
