@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 import attnorm
 from attnorm import AttentiveNorm2d, Generator, InpaintingGenerator, cli, create_model, list_models, load
-from attnorm.checkpoint import CheckpointError, Header, find_damage
-from attnorm.config import Config, ConfigError
+from attnorm.checkpoint import CheckpointError, Header, find_damage, save_checkpoint
+from attnorm.config import Config, ConfigError, UserError
 from attnorm.hub import HubModel, describe
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
+from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.studio.models import available_models
+from attnorm.system.files import write_lines
 
 
 def awake(network: nn.Module) -> nn.Module:
@@ -120,6 +122,24 @@ def test_the_command_line_and_the_studio_take_a_saved_folder(tmp_path: Path, mon
     assert found["class_conditional"].classes == ("0", "1", "2") and not found["inpainting"].problem
     with pytest.raises(CheckpointError, match="holds the average of the weights alone"):
         Sampler("saved/class_conditional", ema=False)
+
+
+def test_the_scores_of_a_run_are_on_its_card_and_the_run_itself_is_left_alone(tmp_path: Path) -> None:
+    config, run = config_of("class_conditional"), RunDirectory(tmp_path / "run")
+    run.create(config, {})
+    state = {f"ema.{name}": tensor for name, tensor in Generator(config.model).state_dict().items()}
+    save_checkpoint(run.checkpoint_file(640), state, Header(config, ("a", "b", "c"), 640, 1.5))
+    run.scores_file.parent.mkdir()
+    score = {"metric": "frechet", "name": "FID", "value": 12.3456, "protocol": "fid50k_train", "images_seen": 640}
+    write_lines(run.scores_file, [score, score | {"images_seen": 320, "value": 99}, score | {"site": "blocks.1.an"}])
+    network = load(run.path).model
+    with pytest.raises(UserError, match="of something else, perhaps of a run; choose another folder"):
+        network.save_pretrained(run.path)
+    assert run.read()[0] == config
+    network.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "- scores: FID 12.35 (fid50k_train)\n" in card and "of 3 classes: a, b, c" in card
+    assert huggingface_hub.ModelCard(card).data.library_name == "attnorm"
 
 
 def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

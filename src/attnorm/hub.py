@@ -48,12 +48,14 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
     Attributes:
         config: What the network is built from.
         header: What else is known of it, None of one that was not loaded: classes, images seen, the run's settings.
-        card: Markdown on data, licence, scores and limits, as far as known.
+        card: Markdown on data, licence, scores and limits, of a model that came with one.
+        scores: What was measured of it, a line each, for the card of a run.
     """
 
     config: ClassConditionalConfig | InpaintingConfig
     header: Header | None = None
     card: str = ""
+    scores: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # not by the mixin's way, which knows neither runs nor names
@@ -92,6 +94,21 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             )
         return model
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes the three files into a folder, which is made; a README.md that is there already stays.
+
+        Args:
+            options: huggingface_hub's: repo_id and push_to_hub=True to send it at once, model_card_kwargs.
+
+        Raises:
+            UserError: the folder is a run directory, whose config.json is not ours to replace; or huggingface_hub is
+                not installed.
+        """
+        folder = Path(save_directory)
+        if (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} has a {CONFIG} of something else, perhaps of a run; choose another folder")
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by `save_pretrained`, which makes the folder before and the card after."""
         header = public(self.header or _header_of(self.config))
@@ -107,7 +124,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         is_inpainter = header.config.task == "inpainting"
         tags = ["attentive-normalization", "gan", "inpainting" if is_inpainter else "class-conditional"]
         data = ModelCardData(library_name="attnorm", tags=tags, pipeline_tag="image-to-image" if is_inpainter else None)
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self.card or _card(type(self).__name__, header)}")
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self.card or _card(self, header)}")
 
 
 def describe(header: Header) -> dict[str, str]:
@@ -144,7 +161,8 @@ def _header_of(model: ClassConditionalConfig | InpaintingConfig) -> Header:
     return Header(Config(task="inpainting", model=model, inpainting=InpaintingTaskConfig()), (), 0, 0.0)
 
 
-def _card(name: str, header: Header) -> str:
+def _card(network: HubModel, header: Header) -> str:
+    name = type(network).__name__
     config, about = header.config, describe(header)
     size = config.model.image_size
     what = (
@@ -160,7 +178,7 @@ def _card(name: str, header: Header) -> str:
         "training": f"{header.images_seen:,} images, preset {config.preset or 'none'}, seed {config.run.seed}",
         "data": header.note or "not stated",
         "licence": "not stated: neither of the data nor of the weights",
-        "scores": "not stated",
+        "scores": "; ".join(network.scores) or "not stated",
         "values": about["values"],
     }
     if "mask" in about:

@@ -161,7 +161,7 @@ def _settings(channels: list[int], first: Tensor, what: str, attention: list[int
 
 
 def read_torch_mimicry(source: Source) -> tuple[Model, dict[str, Tensor]]:
-    """SNGAN, SAGAN, cGAN-PD and the others with their residual generator (SSGAN, InfoMax-GAN, WGAN-GP): bilinear
+    """SNGAN, SAGAN, cGAN-PD and the others with their residual generator (DCGAN, SSGAN, InfoMax-GAN, WGAN-GP): bilinear
     doubling; of those without classes, the norms' affine parameters are the row of a single class.
     """
     blocks = [f"block{number}" for number in range(2, 9) if f"block{number}.c1.bias" in source]

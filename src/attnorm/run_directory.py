@@ -265,7 +265,7 @@ def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
         )
     model = build_generator(settings)
     _fill(model, tensors, file)
-    model.header, model.card = header, _card_of(file)
+    model.header, model.card, model.scores = header, _card_of(file), _scores_of(file, header)
     return Loaded(model.to(find_device(device)).eval(), header, file)
 
 
@@ -277,7 +277,7 @@ def build_generator(settings: ClassConditionalConfig | InpaintingConfig) -> Gene
 
 
 def _card_of(file: Path) -> str:
-    """What is known of a network beside its header, as Markdown: its card, or the scores of its run."""
+    """What is known of a network beside its header, as Markdown, where it came with a card."""
     if file in shipped().values():
         return card_text(file.stem, read_card(file.stem))
     if is_saved_model(file.parent):
@@ -285,6 +285,19 @@ def _card_of(file: Path) -> str:
         text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
         return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)
     return ""
+
+
+def _scores_of(file: Path, header: Header) -> tuple[str, ...]:
+    """What was measured of a run's checkpoint with averaged weights, a line a score of images."""
+    rows = read_lines(RunDirectory(file.parent.parent).scores_file) if file.parent.name == "checkpoints" else []
+    return tuple(
+        f"{row.get('name') or row.get('metric')} {row['value']:.4g} ({row.get('protocol', 'no protocol')})"
+        for row in rows
+        if row.get("images_seen") == header.images_seen
+        and row.get("weights", "ema") == "ema"
+        and not row.get("site")
+        and _is_of(row.get("value"), _NUMBER)
+    )
 
 
 def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminator:
