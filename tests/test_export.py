@@ -121,6 +121,22 @@ def test_torch_exports_program_computes_the_same_and_carries_what_it_is(generato
     assert json.loads(files["attnorm.json"])["latent_dim"] == "5"
 
 
+def test_contextual_attention_exports_too_from_nine_pixels_on(tmp_path: Path) -> None:
+    settings = ["model.width=2", "model.context=contextual", "model.contextual_release=tensorflow"]
+    config = override(PRESETS["inpaint-smoke"][1], settings)
+    network = awake(InpaintingGenerator(config.model))  # type: ignore[arg-type]
+    loaded = load(saved(network, config, (), tmp_path / "model.safetensors"))
+    assert exporting.export(loaded, tmp_path / "model.pt2", "torch-export") < 1e-5
+    files = {"attnorm.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
+    image, mask = 2 * torch.rand(1, 3, 9, 70) - 1, torch.zeros(1, 1, 9, 70)
+    mask[:, :, 3:6, 40:50] = 1
+    with torch.no_grad():
+        expected = exporting.as_program(loaded.model)(image, mask)
+        torch.testing.assert_close(program(image, mask), expected, rtol=0, atol=1e-5)
+    assert json.loads(files["attnorm.json"])["least_side"] == "9"
+
+
 def test_the_layer_alone_exports_with_any_size() -> None:
     layer = awake(nn.Sequential(AttentiveNorm2d(6, num_entities=3)))
     sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

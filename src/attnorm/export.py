@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from attnorm import hub
 from attnorm.config import UserError
+from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
 from attnorm.run_directory import Loaded
@@ -26,7 +27,7 @@ from attnorm.system.files import write_atomically
 
 Format = Literal["onnx", "torch-export"]
 
-LEAST_SIDE = 8  # pixels of an image with a hole
+LEAST_SIDE = 8  # pixels of an image with a hole; contextual attention, which compares patches, needs one more
 TOLERANCE = 1e-4  # of pixels in [-1, 1]: how far the file's pictures may be from the network's
 
 
@@ -60,8 +61,8 @@ class ClassConditionalProgram(nn.Module):
 class InpaintingProgram(nn.Module):
     """image [N, 3, H, W] in [-1, 1] and mask [N, 1, H, W] (0: known, else: missing) -> the image with its hole filled.
 
-    Outside the mask every value is the image's. Sides are at least 8 and need not be multiples of it: within, the image
-    goes on as its reflection.
+    Outside the mask every value is the image's. Sides are at least `least_side` and need not be multiples of 8: within,
+    the image goes on as its reflection.
     """
 
     inputs, output = ("image", "mask"), "filled"
@@ -69,6 +70,7 @@ class InpaintingProgram(nn.Module):
     def __init__(self, generator: InpaintingGenerator) -> None:
         super().__init__()
         self.generator = generator
+        self.least_side = LEAST_SIDE + isinstance(generator.context, ContextualAttention)
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         height, width = image.shape[2:]
@@ -88,8 +90,8 @@ class InpaintingProgram(nn.Module):
     def dynamic_shapes(self) -> dict[str, Any]:
         batch, height, width = (
             torch.export.Dim("batch"),
-            torch.export.Dim("height", min=LEAST_SIDE, max=2**14),
-            torch.export.Dim("width", min=LEAST_SIDE, max=2**14),
+            torch.export.Dim("height", min=self.least_side, max=2**14),
+            torch.export.Dim("width", min=self.least_side, max=2**14),
         )
         return {name: {0: batch, 2: height, 3: width} for name in self.inputs}
 
@@ -127,8 +129,8 @@ def export(loaded: Loaded, out: Path, format: Format = "onnx") -> float:
         raise ExportError(f"got the format {format!r}; expected {' or '.join(get_args(Format))}")
     program = as_program(loaded.model)
     metadata = hub.describe(loaded.header)
-    if isinstance(loaded.model, InpaintingGenerator):
-        metadata["least_side"] = str(LEAST_SIDE)
+    if isinstance(program, InpaintingProgram):
+        metadata["least_side"] = str(program.least_side)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters', about their own insides
         try:

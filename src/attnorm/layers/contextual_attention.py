@@ -102,8 +102,8 @@ def score_bytes(height: int, width: int) -> int:
 
 def _aligned(side: int, reduced: int) -> Tensor:
     """Which of `side` pixels stand for `reduced`, the first and the last among them; int64."""
-    step = (side - 1) / max(reduced - 1, 1)
-    return (torch.arange(reduced) * step + 0.5).floor().long()
+    last, least = side - 1, max(reduced - 1, 1)
+    return (2 * last * torch.arange(reduced) + least) // (2 * least)  # i * last / least, rounded
 
 
 def _fuse(scores: Tensor) -> Tensor:
