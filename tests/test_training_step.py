@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ from rich.console import Console
 
 from attnorm import cli
 from attnorm.benchmark import training_step
+from attnorm.benchmark.peers import PEERS
+from attnorm.benchmark.training_speed import SWITCHES, Speed
 from attnorm.benchmark.training_step import (
-    SWITCHES,
-    Speed,
     estimate,
     kinds_of_steps,
     measured_step,
@@ -24,12 +27,15 @@ from attnorm.benchmark.training_step import (
 )
 from attnorm.cli.watching import progress_of, render, sparkline
 from attnorm.config import Config
+from attnorm.data.stream import Stream
 from attnorm.presets import PRESETS
 from attnorm.reports.training_speed import table
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
+from attnorm.system.randomness import seed_step
+from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.signs import collapse
-from attnorm.training.trainer import make_task, resolve
+from attnorm.training.trainer import make_task, resolve, run_phase
 
 CPU = torch.device("cpu")
 TINY = ("model.image_size=32", "model.num_classes=3", "model.width=4", "model.latent_dim=4", "run.batch_size=16")
@@ -78,26 +84,70 @@ def test_a_dry_run_says_memory_and_hours(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_speeds_are_medians_and_ratios_are_round_by_round() -> None:
-    """Every second round is disturbed alike: AN takes a tenth more than no block in each."""
+    """Every second round is disturbed alike: AN takes a tenth more than no block in each, and a switch halves both."""
     speeds = [
-        Speed(context, switch, tuple(factor * took for took in (1.0, 4.0, 1.0)), 8)
+        Speed(context, switch, tuple(factor * share * took for took in (1.0, 4.0, 1.0)), 8)
         for context, factor in (("none", 1.0), ("an", 1.1))
-        for switch in SWITCHES
+        for switch, share in (("plain", 1.0), ("fast", 0.5))
     ]
     shown = table(speeds)
-    assert shown.rows[0] == ("none", *["8.00 (1.00x, +0.0%)"] * 4)
-    assert shown.rows[1] == ("an", *["7.27 (1.00x, +10.0%)"] * 4)
+    assert shown.header == ("", "none", "an")
+    assert shown.rows == (
+        ("plain", "8.00 (1.00x, +0.0%)", "7.27 (1.00x, +10.0%)"),
+        ("fast", "16.00 (2.00x, +0.0%)", "14.55 (2.00x, +10.0%)"),
+    )
 
 
-def test_every_block_and_switch_has_its_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["model.width=2", "model.latent_dim=4", "run.batch_size=2", "run.precision=float32"]
-    command = ["bench", "train", "--preset", "smoke", "--seconds", "1e-9", "--device", "cpu", "--out", str(tmp_path)]
-    cli.main([*command, "--set", *settings])
+BENCH = ["bench", "train", "--preset", "smoke", "--seconds", "1e-9", "--device", "cpu"]
+SMALL = ["--set", "model.width=2", "model.latent_dim=4", "run.batch_size=2", "run.precision=float32"]
+
+
+def test_every_block_and_switch_has_its_turn_and_so_have_the_steps_of_others(tmp_path: Path) -> None:
+    cli.main([*BENCH, "--out", str(tmp_path), *SMALL])
     found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
     names = {(speed["context"], speed["switch"]) for speed in found["speeds"]}
-    assert names == {(context, switch) for context in ("none", "an", "self_attention") for switch in SWITCHES}
+    switches = [*SWITCHES, "as torch-mimicry", "as StudioGAN"]
+    assert names == {(context, switch) for context in ("none", "an", "self_attention") for switch in switches}
     assert all(len(speed["seconds"]) == 3 and min(speed["seconds"]) > 0 for speed in found["speeds"])
-    assert "| self_attention |" in (tmp_path / "train.md").read_text(encoding="utf-8")
+    assert "| as StudioGAN |" in (tmp_path / "train.md").read_text(encoding="utf-8")
+
+
+def test_two_processes_are_measured_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    done = subprocess.run([*command, "attnorm", *BENCH, "--threads", "1", "--out", str(tmp_path), *SMALL], check=False)
+    assert done.returncode == 0
+    found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
+    assert found["environment"]["processes"] == 2
+    assert {speed["switch"] for speed in found["speeds"]} == {"2 processes"}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_step_of_others_is_ours_but_for_how_it_is_made(name: str) -> None:
+    """From the same start with the same images and latents, up to rounding; without spectral norm, of which they make
+    one power iteration more.
+    """
+    config = override(
+        Config(), [*TINY, "model.context=none", "model.g_spectral_norm=false", "model.d_spectral_norm=false"]
+    )
+    images = random_images(config)
+    config = resolve(config, images)
+    weights = []
+    for is_ours in (True, False):
+        torch.manual_seed(0)
+        task = make_task(config, images, CPU)
+        assert isinstance(task, ClassConditionalTask)
+        stream = Stream(config, images, CPU)
+        seed_step(0, 0)
+        if is_ours:
+            for index, phase in enumerate(task.phases(0)):
+                run_phase(phase, task.state, stream.batch(16 * index))
+        else:
+            PEERS[name](task, config)(stream.batch(16 * index) for index in itertools.count())
+        weights.append([*task.discriminator.parameters(), *task.generator.parameters()])
+    start = [*make_task(config, images, CPU).state.networks["discriminator"].parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(weights[0], start, strict=False)) > 10
+    differing = sum(int(((a - b).abs() > 1e-5).sum()) for a, b in zip(*weights, strict=True))
+    assert differing < 0.01 * sum(a.numel() for a in weights[0])  # Adam takes the sign of a gradient that is nearly 0
 
 
 def rows(name: str, values: list[float]) -> list[dict[str, Any]]:

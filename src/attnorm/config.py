@@ -322,6 +322,11 @@ class RunConfig:
     # NVIDIA's shorter mantissa in float32 convolutions and matrix products.
     tf32: bool = field(default=False, metadata=_FREE)
     channels_last: bool = field(default=False, metadata=_FREE)
+    fused_adam: bool = field(default=True, metadata=_FREE)  # all weights in one pass; False: one after another
+    foreach_ema: bool = field(default=True, metadata=_FREE)  # of the average, likewise
+    # The paper's D sees real and generated images in one pass, not in two: so do the running moments of AN in it.
+    joint_pass: bool = field(default=True, metadata=_FREE)
+    prefetch: bool = field(default=True, metadata=_REPORTING)  # a thread makes the next batch while a step runs
     # A batch is made in so many parts, one after another, in every process: the gradient is the whole batch's, with the
     # memory of a part. Batch norm and AN's running moments see a part at a time.
     accumulate: int = field(default=1, metadata=_REPORTING)

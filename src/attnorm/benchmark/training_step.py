@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from attnorm.benchmark.timing import peak_bytes
 from attnorm.config import ClassConditionalConfig, Config
 from attnorm.data.images import ImageSet
-from attnorm.data.stream import Stream
+from attnorm.data.stream import BatchesAhead, Stream
 from attnorm.system.devices import find_precision, temporary_tf32
 from attnorm.system.randomness import seed_step
 from attnorm.training.task import Task
@@ -98,11 +97,14 @@ def measured_step(
     """A whole step of `count` images, of the kind that stands at `seen` in a run."""
     precision = find_precision(config.run.precision, device)
     stream = Stream(replace(config, run=replace(config.run, batch_size=count)), images, device)
+    ahead = BatchesAhead(stream, enabled=config.run.prefetch)
 
     def step() -> None:
         seed_step(0, seen)
-        for index, phase in enumerate(task.phases(seen)):
-            run_phase(phase, task.state, stream.batch(index * count), precision=precision)
+        phases = task.phases(seen)
+        for index, phase in enumerate(phases):
+            batches = ahead.batches(index * count, [None], then=(index + 1) % len(phases) * count)
+            run_phase(phase, task.state, *batches, precision=precision)
         task.state.finish_step(count)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -118,69 +120,3 @@ def peak_of(step: Callable[[], None], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     step()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-# Settings of a step, from the plain one on.
-SWITCHES: dict[str, dict[str, object]] = {
-    "eager float32": {},
-    "channels_last": {"channels_last": True},
-    "bfloat16": {"precision": "bfloat16"},
-    "bfloat16, channels_last": {"precision": "bfloat16", "channels_last": True},
-}
-CONTEXTS = {
-    "class_conditional": ("none", "an", "self_attention"),
-    "inpainting": ("none", "an", "contextual", "self_attention"),
-}
-FEWEST_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of a whole step, all its updates, with one context block and one switch."""
-
-    context: str
-    switch: str
-    seconds: tuple[float, ...]  # of each round
-    images: int  # of a step
-
-    @property
-    def images_per_second(self) -> float:
-        """Of the median round."""
-        return self.images / statistics.median(self.seconds)
-
-
-def measure_speed(
-    config: Config, device: torch.device, *, seconds: float, progress: Callable[[int, int, str], None]
-) -> list[Speed]:
-    """Images a second of a configuration's step with every context block and switch, in rounds, so that what else the
-    machine does meets all of them alike.
-
-    Args:
-        seconds: To spend on each; at least three rounds are made.
-    """
-    images = random_images(config)
-    seen = max(config.run.duration_images - config.run.batch_size, 0)
-    steps: dict[tuple[str, str], Callable[[], None]] = {}
-    with temporary_tf32(config.run.tf32):
-        for context in CONTEXTS[config.task]:
-            for switch, changes in SWITCHES.items():
-                model = replace(config.model, context=context)  # type: ignore[arg-type]
-                run = replace(config.run, **{"precision": "float32", "channels_last": False, **changes})  # type: ignore[arg-type]
-                resolved = resolve(replace(config, model=model, run=run), images)
-                torch.manual_seed(0)
-                task = make_task(resolved, images, device)
-                step = measured_step(task, resolved, images, config.run.batch_size, seen, device)
-                progress(len(steps), len(CONTEXTS[config.task]) * len(SWITCHES), f"{context}, {switch}: first step")
-                step()
-                steps[context, switch] = step
-        times: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
-        spent, rounds = 0.0, 0
-        while rounds < FEWEST_ROUNDS or spent < seconds * len(steps):
-            rounds += 1
-            for number, (name, step) in enumerate(steps.items()):
-                progress(number, len(steps), f"round {rounds}: {', '.join(name)}")
-                begun = time.perf_counter()
-                step()
-                times[name].append(time.perf_counter() - begun)
-                spent += times[name][-1]
-    return [Speed(context, switch, tuple(took), config.run.batch_size) for (context, switch), took in times.items()]

@@ -30,7 +30,8 @@ def bench(
     """Time the layer, its implementations and what stands beside it, after checking each; Table 5 of the paper.
 
     Args:
-        part: What is timed: layer, or train: a whole step of a training with every context block and switch.
+        part: What is timed: layer, or train: a whole step of a training with every context block and switch, and as
+            others make it; under torchrun, as all processes make it together.
         out: Where bench.json, bench.md and time-against-pixels.png go; of train: train.json and train.md.
         preset: Of train: the training configuration; of its context block, precision and memory format all are tried.
         settings: Of train: change a setting of the preset, for example --set run.batch_size=16.

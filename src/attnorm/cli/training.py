@@ -171,24 +171,30 @@ def _say_what_it_takes(config: Config) -> None:
 def bench_training(
     preset: str, settings: tuple[str, ...], out: Path, device: str, seconds: float, threads: int
 ) -> None:
-    """`attnorm bench train`."""
+    """`attnorm bench train`, of one process or of several together."""
     import torch
     from rich.table import Table
 
-    from attnorm.benchmark.training_step import measure_speed
+    from attnorm.benchmark.training_speed import measure_processes, measure_speed
     from attnorm.reports.training_speed import table, write_speeds
-    from attnorm.system.devices import find_device
+    from attnorm.system.process_group import find_own_device, process_group
 
-    config, found = _configuration(preset, settings), find_device(device)
+    config = _configuration(preset, settings)
     if threads:
         torch.set_num_threads(threads)
-    with progress_bar() as progress:
-        speeds = measure_speed(config, found, seconds=seconds, progress=one_bar(progress, "timing"))
+    with process_group() as group, progress_bar() as progress:
+        found, bar = find_own_device(device), one_bar(progress, "timing")
+        if group.count > 1:
+            speeds = measure_processes(config, found, group, seconds=seconds, progress=bar)
+        else:
+            speeds = measure_speed(config, found, seconds=seconds, progress=bar)
+    if group.rank:
+        return
     shown = Table(*table(speeds).header, title=table(speeds).title, title_justify="left", box=None, pad_edge=False)
     for row in table(speeds).rows:
         shown.add_row(*row)
     screen().print(shown)
-    for path in write_speeds(speeds, config, found, out):
+    for path in write_speeds(speeds, config, found, out, processes=group.count):
         print(path)
 
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -77,3 +80,42 @@ class Stream:
         if self.device.type == "cuda":  # pinned, so that the copy need not wait for the work that is queued
             return part.pin_memory().to(self.device, non_blocking=True)
         return part.to(self.device)
+
+
+class BatchesAhead(contextlib.AbstractContextManager["BatchesAhead"]):
+    """Gives the batches of a stream, the next of which a thread makes meanwhile; on a GPU, on a stream of its own.
+
+    A batch depends on its position alone: that it was made ahead, or in vain, changes nothing.
+
+    Args:
+        enabled: False: nothing is made before it is asked for.
+    """
+
+    def __init__(self, stream: Stream, *, enabled: bool = True) -> None:
+        self.stream = stream
+        self.worker = ThreadPoolExecutor(1, "batches") if enabled else None
+        self.side = torch.cuda.Stream(stream.device) if enabled and stream.device.type == "cuda" else None
+        self.waiting: dict[int, Future[list[Batch]]] = {}  # by position; one at most
+
+    def __exit__(self, *error: object) -> None:
+        if self.worker:
+            self.worker.shutdown(cancel_futures=True)
+
+    def batches(self, position: int, parts: Sequence[BatchPart | None], *, then: int) -> list[Batch]:
+        """The parts of the batch at `position`. Those of the one at `then` are begun."""
+        made = self.waiting.pop(position, None)
+        batches = made.result() if made else [self.stream.batch(position, part) for part in parts]
+        if made and self.side:
+            present = torch.cuda.current_stream(self.stream.device)
+            present.wait_stream(self.side)
+            for batch in batches:  # whose memory is not given away before these were used
+                batch.images.record_stream(present)
+                batch.labels.record_stream(present)
+        self.waiting.clear()
+        if self.worker:
+            self.waiting[then] = self.worker.submit(self._make, then, parts)
+        return batches
+
+    def _make(self, position: int, parts: Sequence[BatchPart | None]) -> list[Batch]:
+        with torch.cuda.stream(self.side):  # None: as it is
+            return [self.stream.batch(position, part) for part in parts]

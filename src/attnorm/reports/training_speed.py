@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attnorm.benchmark.training_step import SWITCHES, Speed
+from attnorm.benchmark.training_speed import Speed
 from attnorm.config import Config
 from attnorm.reports.render import Document, Section, Table, write_document
 from attnorm.settings import to_dict
@@ -19,10 +19,10 @@ from attnorm.system.devices import device_name
 from attnorm.system.files import write_json
 from attnorm.system.provenance import commit, processor
 
-PLAIN = next(iter(SWITCHES))
 
-
-def write_speeds(speeds: Sequence[Speed], config: Config, device: torch.device, out: Path) -> list[Path]:
+def write_speeds(
+    speeds: Sequence[Speed], config: Config, device: torch.device, out: Path, *, processes: int = 1
+) -> list[Path]:
     """Writes train.json and train.md into `out`; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -31,6 +31,7 @@ def write_speeds(speeds: Sequence[Speed], config: Config, device: torch.device, 
         "device": device_name(device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
@@ -38,31 +39,36 @@ def write_speeds(speeds: Sequence[Speed], config: Config, device: torch.device, 
     rows: list[dict[str, Any]] = [dataclasses.asdict(speed) for speed in speeds]
     write_json(out / "train.json", {"environment": environment, "speeds": rows})
     where = environment["processor"] if device.type == "cpu" else environment["device"]
+    made_by = f"{processes} process(es) of {environment['threads']} thread(s)"
     text = (
         f"A whole step of the preset {config.preset or 'given'} at batch {config.run.batch_size}: every update of all "
-        f"networks, data and average included, on random images. {where}, {environment['threads']} thread(s), torch "
-        f"{environment['torch']}, commit {environment['commit'] or 'unknown'}. Medians of "
-        f"{len(speeds[0].seconds)} rounds, in each of which all take a turn."
+        f"networks, data and average included, on noise. {where}, {made_by}, torch {environment['torch']}, "
+        f"commit {environment['commit'] or 'unknown'}. Medians of {len(speeds[0].seconds)} rounds, in each of which "
+        "all take a turn."
     )
     document = Document("What a step of training costs", (Section(paragraphs=(text,), tables=(table(speeds),)),))
     return [out / "train.json", *write_document(document, out, "train")]
 
 
 def table(speeds: Sequence[Speed]) -> Table:
-    """Images a second; in brackets the ratio to the same block in plain float32, and the time beside no block's."""
+    """A row a switch: images a second by context block; in brackets the ratio to the first row, and by how much a step
+    takes longer than without a block. Medians over rounds, ratios within each, so that what disturbs one disturbs none.
+    """
     found = {(speed.context, speed.switch): speed for speed in speeds}
-    contexts = dict.fromkeys(speed.context for speed in speeds)
+    contexts, switches = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
 
     def cell(context: str, switch: str) -> str:
         speed = found[context, switch]
-        gain = speed.images_per_second / found[context, PLAIN].images_per_second
-        # Round by round, so that what disturbed one of them disturbs neither median.
-        pairs = zip(speed.seconds, found["none", switch].seconds, strict=True)
-        more = statistics.median(ours / theirs for ours, theirs in pairs) - 1
-        return f"{speed.images_per_second:.2f} ({gain:.2f}x, {more:+.1%})"
+        gain = _ratio(found[context, switches[0]], speed)
+        return f"{speed.images_per_second:.2f} ({gain:.2f}x, {_ratio(speed, found['none', switch]) - 1:+.1%})"
 
     return Table(
-        "images a second (times plain float32, a step's time beside no block's)",
-        ("context block", *SWITCHES),
-        tuple((context, *(cell(context, switch) for switch in SWITCHES)) for context in contexts),
+        f"images a second (times {switches[0]}, a step's time beside no block's)",
+        ("", *contexts),
+        tuple((switch, *(cell(context, switch) for context in contexts)) for switch in switches),
     )
+
+
+def _ratio(ours: Speed, theirs: Speed) -> float:
+    """How many times as long ours takes."""
+    return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))

@@ -25,7 +25,7 @@ from attnorm.training.losses import (
     hinge_generator_loss,
     orthogonality_loss,
 )
-from attnorm.training.state import ExponentialAverage, TrainingState
+from attnorm.training.state import ExponentialAverage, TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, adam, describe_layouts
 
 
@@ -46,7 +46,7 @@ class ClassConditionalTask:
         if config.run.channels_last:
             self.generator.to(memory_format=torch.channels_last)
             self.discriminator.to(memory_format=torch.channels_last)
-        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
+        self.average = ExponentialAverage(self.generator, config.optim.ema_decay, foreach=config.run.foreach_ema)
         self.state = TrainingState(
             networks={"generator": self.generator, "discriminator": self.discriminator},
             optimisers={
@@ -91,11 +91,8 @@ class ClassConditionalTask:
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             fake = self.generator(self._latents(batch.labels), batch.labels)
-        # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
-        both = torch.cat([batch.images, fake.to(batch.images.dtype)])
-        score, class_logits = self.discriminator(both, batch.labels.repeat(2))
-        real_score, fake_score = widened(score).chunk(2)
-        adversarial = hinge_discriminator_loss(real_score, fake_score)
+        real_score, fake_score, class_logits = self._scores(batch, fake.to(batch.images.dtype))
+        adversarial = hinge_discriminator_loss(widened(real_score), widened(fake_score))
         orthogonality = orthogonality_loss(self.discriminator)
         loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
         logged = {
@@ -105,9 +102,23 @@ class ClassConditionalTask:
             "discriminator/orthogonality": orthogonality,
         }
         if class_logits is not None:
-            logged["discriminator/classifier"] = classifier_loss(class_logits.chunk(2)[0], batch.labels)
+            logged["discriminator/classifier"] = classifier_loss(class_logits, batch.labels)
             loss = loss + self.config.optim.classifier_weight * logged["discriminator/classifier"]
         return loss, logged
+
+    def _scores(self, batch: Batch, fake: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """D's scores of real and generated images, and the classifier's logits of the real ones.
+
+        In one pass or in two: one power iteration of spectral norm an update (docs/paper.md, row 22).
+        """
+        if self.config.run.joint_pass:
+            score, class_logits = self.discriminator(torch.cat([batch.images, fake]), batch.labels.repeat(2))
+            real_score, fake_score = score.chunk(2)
+            return real_score, fake_score, None if class_logits is None else class_logits.chunk(2)[0]
+        real_score, class_logits = self.discriminator(batch.images, batch.labels)
+        with singular_vectors_at_rest([self.discriminator]):
+            fake_score, _ = self.discriminator(fake, batch.labels)
+        return real_score, fake_score, class_logits
 
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         fake = self.generator(self._latents(batch.labels), batch.labels)  # only the labels of the batch are used

@@ -94,7 +94,7 @@ class InpaintingTask:
         if config.run.channels_last:
             self.generator.to(memory_format=torch.channels_last)
             self.critic.to(memory_format=torch.channels_last)
-        self.average = ExponentialAverage(self.generator, config.optim.ema_decay)
+        self.average = ExponentialAverage(self.generator, config.optim.ema_decay, foreach=config.run.foreach_ema)
         self.switch = PhaseSwitch(self.settings)
         self.state = TrainingState(
             networks={"generator": self.generator, "critic": self.critic},

@@ -19,10 +19,10 @@ from attnorm.layers.batch_norm import BatchNorm2d
 class ExponentialAverage:
     """An average of a network's weights over training, reached gradually: decay_n = min(decay, n / (n + 9))."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, *, foreach: bool = True) -> None:
         self.source = network
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.decay = decay
+        self.decay, self.foreach = decay, foreach
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -36,7 +36,11 @@ class ExponentialAverage:
         averaged = [
             name for name, tensor in ours.items() if tensor.is_floating_point() and not _is_singular_vector(name)
         ]
-        torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
+        if self.foreach:
+            torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
+        else:
+            for name in averaged:
+                ours[name].lerp_(theirs[name], 1 - decay)
         for name in ours.keys() - set(averaged):
             ours[name].copy_(theirs[name])
 

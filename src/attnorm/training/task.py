@@ -90,7 +90,8 @@ def adam(network: nn.Module, learning_rate: float, config: Config) -> torch.opti
     groups: list[dict[str, Any]] = [{"params": others}]
     if gates:
         groups.append({"params": gates, "lr": learning_rate * config.optim.gate_lr_scale})
-    return torch.optim.Adam(groups, learning_rate, betas=(config.optim.beta1, config.optim.beta2), fused=True)
+    betas = (config.optim.beta1, config.optim.beta2)
+    return torch.optim.Adam(groups, learning_rate, betas=betas, fused=config.run.fused_adam)
 
 
 def describe_layouts(name: str, network: nn.Module, seen: Mapping[str, Observation]) -> dict[str, float | list[float]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet
-from attnorm.data.stream import Batch, Stream, parts_of_batch
+from attnorm.data.stream import Batch, BatchesAhead, Stream, parts_of_batch
 from attnorm.layers.batch_norm import share_moments
 from attnorm.run_directory import RunDirectory
 from attnorm.system.devices import find_precision, temporary_tf32
@@ -103,7 +103,7 @@ def train(
     with temporary_tf32(config.run.tf32), contextlib.ExitStack() as stack:
         seed_weights(config.run.seed)
         task = make_task(config, images, device)
-        _share_batch_norm(config, task, group)
+        share_batch_norm(config, task, group)
         is_first = group.rank == 0
         group.together(lambda: stack.enter_context(file_lock(out)) if is_first else None)
         checkpoint, said = group.together(lambda: open_run(run, config, images) if is_first else (None, []))
@@ -143,7 +143,8 @@ def make_task(config: Config, images: ImageSet, device: torch.device) -> Task:
     return _task(config).for_images(config, images, device)
 
 
-def _share_batch_norm(config: Config, task: Task, group: ProcessGroup) -> None:
+def share_batch_norm(config: Config, task: Task, group: ProcessGroup) -> None:
+    """Lets batch norm take its moments over the processes that `run.batch_norm_group` says."""
     size = config.run.batch_norm_group or group.count
     if size == 1:
         return
@@ -166,12 +167,13 @@ def _announce(config: Config, images_seen: int, device: torch.device, group: Pro
 
 
 def _loop(training: Training, parts: list[BatchPart | None], resumed_at: int | None, console: Console) -> Outcome:
-    task, stream, run, group = training.task, training.stream, training.run, training.group
+    task, run, group = training.task, training.run, training.group
     settings, state = training.config.run, task.state
     hooks, own_moments = hooks_of(settings), state.moments_of_a_part() if group.count > 1 else []
     is_stopped = is_out_of_time = False
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
+        ahead = stack.enter_context(BatchesAhead(training.stream, enabled=settings.prefetch))
         if group.rank == 0:
             logger = Logger(run, training.config, resumed_at=resumed_at, console=console)
             training.logger = stack.enter_context(logger)
@@ -193,9 +195,11 @@ def _loop(training: Training, parts: list[BatchPart | None], resumed_at: int | N
 
             # One update a phase, each on a batch of its own, of which this process has its parts.
             training.logged = {}
-            for index, phase in enumerate(task.phases(state.images_seen)):
-                position = task.position(state.images_seen) + index * settings.batch_size
-                batches = [stream.batch(position, part) for part in parts]
+            position, phases = task.position(state.images_seen), task.phases(state.images_seen)
+            next_step = task.position(state.images_seen + settings.batch_size)
+            for phase, is_last in zip(phases, [*[False] * (len(phases) - 1), True], strict=True):
+                then = next_step if is_last else position + settings.batch_size
+                batches, position = ahead.batches(position, parts, then=then), then
                 loss, values = run_phase(phase, state, *batches, precision=settings.precision, group=group)
                 earlier = training.first_bad_step
                 training.first_bad_step = earlier.where(loss.isfinite(), earlier.clamp_max(step))
