@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnorm.ops.dispatch import Parameters
+
 NAMES = ("out", "area", "mean", "rstd", "dx", "dfilters", "doffset", "dvalue_weight", "dvalue_bias")
 NAMES += ("dweight", "dbias", "drho")
 # Of the backward of the backward: the last two are the gradients of the cotangents of dfilters and doffset.
@@ -87,6 +89,10 @@ def drawn_like(inputs: Inputs, seed: int) -> Inputs:
     return Inputs(*(torch.empty_like(part).copy_(torch.randn(part.shape, generator=generator)) for part in inputs))
 
 
+def split(inputs: Inputs) -> tuple[Tensor, Parameters]:
+    return inputs.x, Parameters(*inputs[1:])
+
+
 class Kernels(NamedTuple):
     """An implementation, and what it ought to give."""
 
@@ -95,10 +101,11 @@ class Kernels(NamedTuple):
 
     def results(self, inputs: Inputs, eps: float = 1e-5) -> dict[str, Tensor]:
         grad, dots = drawn_like(inputs, 1).x, drawn_like(inputs, 2)
-        out, *moments = self.module.forward(*inputs, eps)
-        values = [out, *moments, *self.module.backward(grad, *inputs, *moments, eps)]
-        given = (part for name, part in dots._asdict().items() if name != "value_bias")
-        values += self.module.double_backward(*given, grad, *inputs, *moments, eps)
+        x, parameters = split(inputs)
+        out, *moments = self.module.forward(x, parameters, eps)
+        values = [out, *moments, *self.module.backward(grad, x, parameters, moments, eps)]
+        given = [part for name, part in dots._asdict().items() if name not in ("x", "value_bias")]
+        values += self.module.double_backward(dots.x, given, grad, x, parameters, moments, eps)
         return dict(zip(NAMES + TWICE, values, strict=True))
 
     def expected(self, inputs: Inputs, eps: float = 1e-5) -> dict[str, Tensor]:
@@ -138,7 +145,7 @@ def load(name: str) -> Kernels:
         pytest.skip(f"{name}: {reason}")
     if name == "triton" and DEVICE[name].type == "cpu":
         try:
-            module.forward(*make("triton", 1, 16, 16, 4, 4), 1e-5)
+            module.forward(*split(make("triton", 1, 16, 16, 4, 4)), 1e-5)
         except importlib.import_module("triton").runtime.errors.InterpreterError as error:
             pytest.skip(f"Triton's interpreter does not work beside this numpy, which says nothing of them: {error}")
     return Kernels(name, module)
@@ -214,7 +221,7 @@ def test_output_moments_and_gradients_of_either_order_follow_the_equations(
     inputs = make(kernels.name, *sizes, shared=shared, dtype=dtype, layout=layout)
     rounding = {F32: 0.0, BF16: 2**-8, F16: 2**-8}[dtype] if kernels.name == "native" else 0.0 if dtype == F32 else 2e-2
     with threads(count):
-        out = kernels.module.forward(*inputs, 1e-5)[0]
+        out = kernels.module.forward(*split(inputs), 1e-5)[0]
         kernels.check(inputs, rounding=rounding)
     assert out.dtype == dtype and out.stride() == inputs.x.stride()
 
@@ -279,10 +286,10 @@ def test_nothing_is_read_from_fresh_memory_and_all_results_are_written(
 def test_cotangents_that_are_left_out_are_zeros(kernels: Kernels) -> None:
     inputs = make(kernels.name, 2, 17, 5, 9, 11, shared=False)
     grad, dots = drawn_like(inputs, 1).x, drawn_like(inputs, 2)
-    moments = kernels.module.forward(*inputs, 1e-5)[1:]
+    moments = kernels.module.forward(*split(inputs), 1e-5)[1:]
     zeros = [torch.zeros_like(part) for name, part in dots._asdict().items() if name not in ("x", "value_bias")]
-    given = kernels.module.double_backward(dots.x, *zeros, grad, *inputs, *moments, 1e-5)
-    absent = kernels.module.double_backward(dots.x, *[None] * 6, grad, *inputs, *moments, 1e-5)
+    given = kernels.module.double_backward(dots.x, zeros, grad, *split(inputs), moments, 1e-5)
+    absent = kernels.module.double_backward(dots.x, [None] * 6, grad, *split(inputs), moments, 1e-5)
     for ours, theirs in zip(absent[:9], given[:9], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -293,10 +300,10 @@ def test_cotangents_that_are_left_out_are_zeros(kernels: Kernels) -> None:
 def test_any_strides_of_x_and_the_gradient_are_taken(native: Kernels) -> None:
     inputs = make("native", 2, 5, 4, 9, 12)
     native.check(inputs._replace(x=inputs.x.transpose(2, 3)[:, :, ::2]))
-    moments = native.module.forward(*inputs, 1e-5)[1:]
+    moments = native.module.forward(*split(inputs), 1e-5)[1:]
     ones = torch.ones_like(inputs.x)
     first, second = (
-        native.module.backward(grad, *inputs, *moments) for grad in (ones, torch.ones(()).expand(ones.shape))
+        native.module.backward(grad, *split(inputs), moments) for grad in (ones, torch.ones(()).expand(ones.shape))
     )
     assert torch.equal(first[0], second[0])
 
@@ -313,7 +320,7 @@ def test_nan_and_infinity_spoil_their_own_image_only(native: Kernels, bad: float
 
 def test_rho_of_zero_is_the_identity_to_the_bit(native: Kernels) -> None:
     inputs = make("native", 1, 33, 5, 19, 23)._replace(rho=torch.zeros(()))
-    assert torch.equal(native.module.forward(*inputs, 1e-5)[0], inputs.x)
+    assert torch.equal(native.module.forward(*split(inputs), 1e-5)[0], inputs.x)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from attnorm.ops import native
+from attnorm.ops.dispatch import Parameters
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
@@ -56,7 +57,7 @@ def test_a_failed_build_gives_the_first_line_of_the_compilers_message(
     assert not list(cache.iterdir())
     zeros: Any = [torch.zeros(shape) for shape in ((1, 3, 2, 2), (1, 2, 3), (1, 2), (3, 3), (3,), (2, 3), (2, 3), ())]
     with pytest.raises(RuntimeError, match="no vectors here"):
-        native.forward(*zeros, 1e-5)
+        native.forward(zeros[0], Parameters(*zeros[1:]), 1e-5)
 
 
 PROBE = "import logging, torch; logging.basicConfig(level='INFO'); from attnorm.ops import native; "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from attnorm.ops.dispatch import Parameters  # noqa: E402
 from attnorm.ops.regional_norm import regional_norm  # noqa: E402
 from attnorm.ops.soft_layout import soft_layout  # noqa: E402
 from attnorm.ops.triton import check, launch, plans, unsupported_reason  # noqa: E402
@@ -31,7 +32,7 @@ def make(n: int, c: int, k: int, h: int, w: int, mean: float = 0.3) -> tuple[Ten
     x, scale = draw(n, c, h, w) + mean, 0.1
     parameters = [scale * draw(1, k, c), 3 * scale * draw(1, k), draw(c, c) / c**0.5, draw(c)]
     parameters += [1 + 0.3 * draw(k, c), draw(k, c), torch.tensor(0.7)]
-    return x.to(DEVICE), [part.to(DEVICE) for part in parameters]
+    return x.to(DEVICE), Parameters(*(part.to(DEVICE) for part in parameters))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +41,7 @@ def _interpreter() -> None:
     if DEVICE.type == "cpu":
         x, parameters = make(1, 16, 16, 4, 4)
         try:
-            launch.forward(x, *parameters, 1e-5)
+            launch.forward(x, parameters, 1e-5)
         except triton.runtime.errors.InterpreterError as error:
             pytest.skip(f"Triton {triton.__version__}'s interpreter does not work beside this numpy: {error}")
 
@@ -51,13 +52,13 @@ def plain(leaves: list[Tensor]) -> Tensor:
     return rho * regional_norm(v, soft_layout(x, filters, offset), weight, bias) + x
 
 
-def errors_of(x: Tensor, parameters: list[Tensor], grad: Tensor) -> list[float]:
+def errors_of(x: Tensor, parameters: Parameters, grad: Tensor) -> list[float]:
     """Relative errors of the output and all gradients but that of the value's bias, which is 0."""
     leaves = [part.double().requires_grad_() for part in (x, *parameters)]
     expected = plain(leaves)
     gradients = torch.autograd.grad(expected, leaves, grad.double())
-    out, *moments = launch.forward(x, *parameters, 1e-5)
-    got = launch.backward(grad, x, *parameters, *moments, 1e-5)
+    out, *moments = launch.forward(x, parameters, 1e-5)
+    got = launch.backward(grad, x, parameters, moments, 1e-5)
     pairs = [(out, expected), *zip(got, gradients, strict=True)]
     return [((a.double() - b).norm() / b.norm()).item() for i, (a, b) in enumerate(pairs) if i != 5]
 
@@ -84,15 +85,14 @@ def test_tf32_is_taken_where_torch_takes_it_and_errors_do_not_pile_up() -> None:
 )
 def test_the_plans_of_many_channels_give_the_same(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     x, parameters = make(2, 17, 5, 5, 9)
-    moments = launch.forward(x, *parameters, 1e-5)[1:]
-    cotangents = [torch.ones_like(part) for number, part in enumerate((x, *parameters)) if number != 4]
-    expected = launch.double_backward(*cotangents, x, x, *parameters, *moments, 1e-5)
+    moments = launch.forward(x, parameters, 1e-5)[1:]
+    tangent, *dots = (torch.ones_like(part) for number, part in enumerate((x, *parameters)) if number != 4)
+    given = (tangent, dots, x, x, parameters, moments, 1e-5)
+    expected = launch.double_backward(*given)
     changed = {name: plan._replace(**change) for name, plan in plans._plans(32, 32).items()}
     monkeypatch.setattr(plans, "_plans", lambda *_: changed)
     assert max(errors_of(x, parameters, x.abs())) < 2e-5
-    for ours, theirs in zip(
-        launch.double_backward(*cotangents, x, x, *parameters, *moments, 1e-5), expected, strict=True
-    ):
+    for ours, theirs in zip(launch.double_backward(*given), expected, strict=True):
         assert (ours - theirs).norm() <= 2e-5 * theirs.norm()
 
 
@@ -115,7 +115,7 @@ def test_a_plan_that_does_not_fit_is_replaced_by_a_smaller_one(monkeypatch: pyte
     monkeypatch.setattr(plans, "_smaller", lambda plan: None)
     monkeypatch.setattr(plans, "_fits", {})
     with pytest.raises(triton.OutOfResources):
-        launch.forward(x, *parameters, 1e-5)
+        launch.forward(x, parameters, 1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -158,9 +158,9 @@ def test_rounding_alone_is_no_disagreement(monkeypatch: pytest.MonkeyPatch) -> N
     """At this size the sum that is rho's gradient cancels to a 500th part for an arbitrary gradient of the output."""
     kept: dict[str, Any] = {}
 
-    def rounded_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    def rounded_forward(x: Tensor, parameters: Parameters, eps: float) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            leaves = kept["leaves"] = [part.detach().float().requires_grad_() for part in inputs[:8]]
+            leaves = kept["leaves"] = [part.detach().float().requires_grad_() for part in (x, *parameters)]
             x, filters, offset, value_weight, value_bias, weight, bias, rho = leaves
             soft = soft_layout(x, filters, offset)
             soft = soft + (soft.bfloat16() - soft).detach()

@@ -1,9 +1,10 @@
-"""Which implementation of an operation can run on given arguments, and why not."""
+"""Which implementation of an operation can run on given arguments, and why not; what the fast ones are given."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,23 @@ from torch.autograd import forward_ad
 IMPLEMENTATIONS = ("reference", "fused", "native", "triton")
 
 log = logging.getLogger("attnorm")
+
+
+class Parameters(NamedTuple):
+    """What the layer by `native` and by `triton` takes beside x [N, C, H, W], float32; M = N, or 1 for the whole batch.
+
+    rho * regional_norm(v, softmax(filters x + offset)) + x, with v = value_weight x + value_bias.
+    """
+
+    filters: Tensor  # of the logits of Eq. 4, tau and all, [M, K, C]
+    offset: Tensor  # [M, K]
+    value_weight: Tensor  # [C, C]
+    value_bias: Tensor  # [C]
+    weight: Tensor  # beta of Eq. 5, [K, C]
+    bias: Tensor  # alpha of Eq. 5, [K, C]
+    rho: Tensor  # of Eq. 6, []
+
+
 _said: set[str] = set()
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attnorm.ops.dispatch import Parameters
 from attnorm.ops.regional_norm import SMALLEST_AREA
 from attnorm.system.files import default_cache_dir, write_atomically
 from attnorm.system.provenance import cpu_info
@@ -41,7 +42,6 @@ _TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the comp
 _LIBRARIES = ("-lm", "-lpthread")
 
 _ORDERS = {"forward": 0, "backward": 1, "double_backward": 2}
-_PARAMETERS = ("filters", "offset", "value_weight", "value_bias", "weight", "bias", "rho")
 
 
 class _Layer(ctypes.Structure):
@@ -87,25 +87,11 @@ def unsupported_reason(
     return library if isinstance(library, str) else None
 
 
-def forward(
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, parameters: Parameters, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 4 to 6 with weighted instance moments: rho * regional_norm(v, softmax(filters x + offset)) + x.
 
     Args:
         x: [N, C, H, W], float32 or bfloat16; the output has its dtype and layout, contiguous or channels_last.
-        filters, offset: of the logits of Eq. 4, tau and all, [M, K, C] and [M, K].
-        value_weight, value_bias: v = value_weight x + value_bias, [C, C] and [C].
-        weight, bias: beta and alpha of Eq. 5, [K, C].
-        rho: Eq. 6, a scalar.
         eps: What is added to the variance.
 
     Returns:
@@ -113,36 +99,18 @@ def forward(
     """
     x, channels_last = _dense(x)
     out = torch.empty_like(x)
-    images, entities, channels = x.shape[0], filters.shape[1], x.shape[1]
-    area, mean, rstd = (
-        _floats(images, entities),
-        _floats(images, entities, channels),
-        _floats(images, entities, channels),
-    )
+    images, (entities, channels) = x.shape[0], parameters.weight.shape
+    area, (mean, rstd) = _floats(images, entities), (_floats(images, entities, channels) for _ in range(2))
     if not x.numel():
         return out, area.fill_(SMALLEST_AREA), mean.zero_(), rstd.fill_(eps**-0.5)
-    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    results = {"out": out, "area": area, "mean": mean, "rstd": rstd}
-    _run("forward", x, channels_last, arguments, eps, results)
+    _run("forward", x, channels_last, parameters, eps, {"out": out, "area": area, "mean": mean, "rstd": rstd})
     return out, area, mean, rstd
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float = 1e-5,
+    grad: Tensor, x: Tensor, parameters: Parameters, moments: tuple[Tensor, Tensor, Tensor], eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`, whose arguments and results it takes; `grad` is that of its output.
+    """Gradients of `forward`, whose arguments and results (area, mean, rstd) it takes; `grad` is that of its output.
 
     Returns:
         dx (as x), and float32: dfilters [M, K, C], doffset [M, K], dvalue_weight [C, C], dvalue_bias [C] (zeros: it
@@ -151,47 +119,33 @@ def backward(
     x, channels_last = _dense(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
-    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    dx, gradients = torch.empty_like(x), _gradients(arguments)
+    dx, gradients = torch.empty_like(x), _gradients(parameters)
     if not x.numel():
         for gradient in gradients.values():
             gradient.zero_()
     else:
-        moments = {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
-        parts = {"grad": grad, "out": dx, **moments, **gradients}
-        _run("backward", x, channels_last, arguments, eps, parts)
+        parts = {"grad": grad, "out": dx, **_named(moments), **gradients}
+        _run("backward", x, channels_last, parameters, eps, parts)
     dfilters, doffset, dvalue_weight, dweight, dbias, drho = gradients.values()
-    dvalue_bias = _floats(*value_bias.shape).zero_()
+    dvalue_bias = _floats(*parameters.value_bias.shape).zero_()
     return dx, dfilters, doffset, dvalue_weight, dvalue_bias, dweight, dbias, drho
 
 
 def double_backward(
     tangent: Tensor,
-    filters_dot: Tensor | None,
-    offset_dot: Tensor | None,
-    value_weight_dot: Tensor | None,
-    weight_dot: Tensor | None,
-    bias_dot: Tensor | None,
-    rho_dot: Tensor | None,
+    dots: tuple[Tensor | None, ...],
     grad: Tensor,
     x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    parameters: Parameters,
+    moments: tuple[Tensor, Tensor, Tensor],
     eps: float = 1e-5,
 ) -> tuple[Tensor, ...]:
     """Gradients of <tangent, dx> + <filters_dot, dfilters> + ..., where dx, dfilters, ... are what `backward` returns.
 
     Args:
         tangent: That of dx, as x; a gradient of a norm of dx, say.
-        filters_dot, ...: Those of the parameters' gradients; None for zeros. dvalue_bias is 0 and has none.
+        dots: filters_dot, offset_dot, value_weight_dot, weight_dot, bias_dot and rho_dot, those of the parameters'
+            gradients; None for zeros. dvalue_bias is 0 and has none.
         grad, ...: The arguments of `backward`.
 
     Returns:
@@ -203,34 +157,36 @@ def double_backward(
     x, channels_last = _dense(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     grad, tangent = (part.detach().to(x.dtype).contiguous(memory_format=layout) for part in (grad, tangent))
-    arguments = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    dgrad, dx, gradients = torch.empty_like(x), torch.empty_like(x), _gradients(arguments)
+    dgrad, dx, gradients = torch.empty_like(x), torch.empty_like(x), _gradients(parameters)
+    filters, offset = parameters[:2]
     gradients |= {"dfilters_dot": _floats(*filters.shape), "doffset_dot": _floats(*offset.shape)}
     if not x.numel():
         for gradient in gradients.values():
             gradient.zero_()
     else:
-        dots = {"filters_dot": filters_dot, "offset_dot": offset_dot, "value_weight_dot": value_weight_dot}
-        dots |= {"weight_dot": weight_dot, "bias_dot": bias_dot, "rho_dot": rho_dot}
-        parts = {name: _plain(part) for name, part in dots.items() if part is not None}
-        parts |= {"grad": grad, "tangent": tangent, "out": dx, "dgrad": dgrad, **gradients}
-        parts |= {"area": _plain(area), "mean": _plain(mean), "rstd": _plain(rstd)}
-        _run("double_backward", x, channels_last, arguments, eps, parts)
+        names = (f"{name}_dot" for name in Parameters._fields if name != "value_bias")
+        given = {name: _plain(part) for name, part in zip(names, dots, strict=True) if part is not None}
+        parts = {"grad": grad, "tangent": tangent, "out": dx, "dgrad": dgrad, **given, **_named(moments), **gradients}
+        _run("double_backward", x, channels_last, parameters, eps, parts)
     dfilters, doffset, dvalue_weight, *others = gradients.values()
-    return dgrad, dx, dfilters, doffset, dvalue_weight, _floats(*value_bias.shape).zero_(), *others
+    dvalue_bias = _floats(*parameters.value_bias.shape).zero_()
+    return dgrad, dx, dfilters, doffset, dvalue_weight, dvalue_bias, *others
 
 
-def _gradients(arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _gradients(parameters: Parameters) -> dict[str, Tensor]:
     """Room for the gradients of the parameters, but for value_bias."""
-    names = zip(_PARAMETERS, arguments, strict=True)
-    return {f"d{name}": _floats(*part.shape) for name, part in names if name != "value_bias"}
+    return {f"d{name}": _floats(*part.shape) for name, part in parameters._asdict().items() if name != "value_bias"}
+
+
+def _named(moments: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    return {name: _plain(part) for name, part in zip(("area", "mean", "rstd"), moments, strict=True)}
 
 
 def _run(
     function: str,
     x: Tensor,
     channels_last: bool,
-    arguments: tuple[Tensor, ...],
+    parameters: Parameters,
     eps: float,
     parts: dict[str, Tensor],
 ) -> None:
@@ -239,25 +195,17 @@ def _run(
     if isinstance(library, str):
         raise RuntimeError(f"attentive_norm: the native implementation cannot run: {library}")
     # Held to the end of the call: of a tensor that had to be copied, C has the address only.
-    plain = [_plain(argument) for argument in arguments]
-    filters, offset, value_weight, value_bias, weight, bias, rho = (argument.data_ptr() for argument in plain)
+    parts = {name: _plain(part) for name, part in parameters._asdict().items()} | parts
     layer = _Layer(
         images=x.shape[0],
         channels=x.shape[1],
-        entities=plain[0].shape[1],
+        entities=parameters.filters.shape[1],
         pixels=x.shape[2] * x.shape[3],
-        filter_images=plain[0].shape[0],
+        filter_images=parameters.filters.shape[0],
         channels_last=channels_last,
         half=x.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         x=x.data_ptr(),
-        filters=filters,
-        offset=offset,
-        value_weight=value_weight,
-        value_bias=value_bias,
-        weight=weight,
-        bias=bias,
-        rho=rho,
         eps=eps,
         team=_team(),
         **{name: part.data_ptr() for name, part in parts.items()},

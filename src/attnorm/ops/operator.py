@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnorm.ops.dispatch import is_transformed, memory_format
+from attnorm.ops.dispatch import Parameters, is_transformed, memory_format
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.soft_layout import soft_layout
 
@@ -67,29 +67,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, area, mean, rstd): what the layer returns, and what its backward needs beside x.
 
-    filters [M, K, C] and offset [M, K], value_weight [C, C] and value_bias [C], weight and bias [K, C] and rho [] are
-    float32. `impl` is "native" or "triton".
+    `impl` is "native" or "triton".
     """
+    parameters = Parameters(filters, offset, value_weight, value_bias, weight, bias, rho)
     if not x.numel():
-        return _fake_forward(x, filters, offset, value_weight, value_bias, weight, bias, rho, eps, impl)
-    kernels = importlib.import_module(MODULES[impl])
-    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(_dense(x), *parameters, eps)
+        return _fake_forward(x, *parameters)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(impl).forward(_dense(x), parameters, eps)
     return results
 
 
-def _fake_forward(
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    eps: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, *parameters_and_settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight = Parameters(*parameters_and_settings[:7]).weight
     images, (entities, channels) = x.shape[0], weight.shape
     mean = weight.new_empty(images, entities, channels)
     return torch.empty_like(_dense(x)), weight.new_empty(images, entities), mean, torch.empty_like(mean)
@@ -112,35 +100,18 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, filters, offset, value_weight, value_bias, weight, bias and rho."""
-    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    parameters = Parameters(filters, offset, value_weight, value_bias, weight, bias, rho)
     if not x.numel():
         return torch.empty_like(_dense(x)), *(torch.zeros_like(part) for part in parameters)  # type: ignore[return-value]
     grad = grad.to(x.dtype).contiguous(memory_format=memory_format(x))
-    kernels = importlib.import_module(MODULES[impl])
-    dx, *gradients = kernels.backward(grad, _dense(x), *parameters, area, mean, rstd, eps)
+    dx, *gradients = _kernels(impl).backward(grad, _dense(x), parameters, (area, mean, rstd), eps)
     # Cloned: an operator's results may share no memory.
     return dx, *(gradient.clone() for gradient in gradients)
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
-    gradients = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in parameters)
-    return torch.empty_like(_dense(x)), *gradients  # type: ignore[return-value]
+def _fake_backward(grad: Tensor, x: Tensor, *parameters_and_others: Any) -> tuple[Tensor, ...]:
+    gradients = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in parameters_and_others[:7])
+    return torch.empty_like(_dense(x)), *gradients
 
 
 def _double_backward(
@@ -169,31 +140,25 @@ def _double_backward(
     """Gradients by grad, x, filters, offset, value_weight, value_bias, weight, bias and rho of the sum of the results
     of `_backward`, each times its cotangent: `tangent` is that of dx, and the others end in `_dot`, None for zeros.
     """
-    parameters = (filters, offset, value_weight, value_bias, weight, bias, rho)
+    parameters = Parameters(filters, offset, value_weight, value_bias, weight, bias, rho)
     if not x.numel():
         like = _dense(x)
         return torch.empty_like(like), torch.empty_like(like), *(torch.zeros_like(part) for part in parameters)  # type: ignore[return-value]
-    kernels = importlib.import_module(MODULES[impl])
     dots = (filters_dot, offset_dot, value_weight_dot, weight_dot, bias_dot, rho_dot)
-    moments = (area, mean, rstd)
-    dgrad, dx, *gradients = kernels.double_backward(tangent, *dots, grad, _dense(x), *parameters, *moments, eps)
+    given = (tangent, dots, grad, _dense(x), parameters, (area, mean, rstd), eps)
+    dgrad, dx, *gradients = _kernels(impl).double_backward(*given)
     return dgrad, dx, *(gradient.clone() for gradient in gradients[:7])  # as in `_backward`
 
 
-def _fake_double_backward(
-    tangent: Tensor,
-    filters_dot: Tensor | None,
-    offset_dot: Tensor | None,
-    value_weight_dot: Tensor | None,
-    weight_dot: Tensor | None,
-    bias_dot: Tensor | None,
-    rho_dot: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    *parameters_and_settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in parameters_and_settings[:7])
-    return torch.empty_like(_dense(x)), torch.empty_like(_dense(x)), *gradients  # type: ignore[return-value]
+def _fake_double_backward(tangent: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    x, *parameters = others[7:15]  # after the cotangents and grad
+    gradients = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in parameters)
+    return torch.empty_like(_dense(x)), torch.empty_like(_dense(x)), *gradients
+
+
+def _kernels(impl: str) -> Any:
+    """The module, imported when it is first needed."""
+    return importlib.import_module(MODULES[impl])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -231,9 +196,8 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor |
     grad, *inputs, area, mean, rstd = ctx.saved_tensors
     x, filters = inputs[:2]
     kind = (x.device, x.dtype, x.shape[1], filters.shape[1], memory_format(x) == torch.channels_last)
-    kernels = importlib.import_module(MODULES[ctx.impl])
     create_graph = torch.is_grad_enabled()
-    if create_graph or is_transformed() or kernels.unsupported_reason(*kind, order=2):
+    if create_graph or is_transformed() or _kernels(ctx.impl).unsupported_reason(*kind, order=2):
         with torch.enable_grad():
             parts = [_alone(part) for part in (grad, *inputs)]
             out, _layout = plain(*parts[1:], eps=ctx.eps)

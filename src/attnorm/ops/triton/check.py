@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attnorm.ops.dispatch import Parameters
 from attnorm.ops.regional_norm import regional_norm
 from attnorm.ops.triton import launch
 from attnorm.ops.triton.kernels import INTERPRETED
@@ -106,8 +107,9 @@ def _compare(
     weight, bias = 1 + 0.1 * draw(num_entities, channels), draw(num_entities, channels)
     rho = torch.tensor(0.7, device=device)
     eps = 1e-5
-    arguments = (x, filters, offset, value_weight, value_bias, weight, bias, rho)
-    out, area, mean, rstd = launch.forward(*arguments, eps)
+    parameters = Parameters(filters, offset, value_weight, value_bias, weight, bias, rho)
+    out, *moments = launch.forward(x, parameters, eps)
+    arguments = (x, parameters, tuple(moments), eps)
     # Of a gradient that has nothing to do with the output, rho's may be all but zero (a sum of millions of products of
     # either sign), and then be rounding alone; this one follows the output.
     grad = noise + (out / 8).to(dtype)
@@ -117,11 +119,11 @@ def _compare(
         names = ["the gradient", *names]
         of_maps = (draw(*filters.shape), draw(*offset.shape), draw(*value_weight.shape))
         dots = (*of_maps, draw(*weight.shape), draw(*bias.shape), draw())
-        got = launch.double_backward(noise, *dots, grad, *arguments, area, mean, rstd, eps)
+        got = launch.double_backward(noise, dots, grad, *arguments)
     else:
-        got = launch.backward(grad, *arguments, area, mean, rstd, eps)
+        got = launch.backward(grad, *arguments)
     with torch.enable_grad():
-        leaves = [part.detach().float().requires_grad_() for part in arguments]
+        leaves = [part.detach().float().requires_grad_() for part in (x, *parameters)]
         flat = leaves[0].flatten(2)
         soft = torch.softmax(torch.baddbmm(leaves[2][..., None], leaves[1], flat), 1)
         v = (leaves[3] @ flat + leaves[4][:, None]).unflatten(2, shape[2:])

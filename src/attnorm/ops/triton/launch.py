@@ -10,22 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
+from attnorm.ops.dispatch import Parameters
 from attnorm.ops.triton import kernels
 from attnorm.ops.triton.plans import Pass, is_channels_last, merge, padded_size, precision, run_pass
 
 
-def forward(
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, parameters: Parameters, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `attnorm.ops.native.forward`, but that mean is that of v without its bias: (out, area, mean, rstd)."""
+    filters, offset, value_weight, _, weight, bias, rho = parameters
     num_images, channels, height, width = x.shape
     pixels, entities = height * width, filters.shape[1]
     per_image = entities if filters.shape[0] > 1 else 0
@@ -67,21 +59,11 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
+    grad: Tensor, x: Tensor, parameters: Parameters, moments: tuple[Tensor, Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, filters, offset, value_weight, value_bias, weight, bias and rho, as `attnorm.ops.native`."""
+    filters, offset, value_weight, value_bias, weight, bias, rho = parameters
+    area, mean, rstd = moments
     num_images, channels, height, width = x.shape
     pixels, entities = height * width, filters.shape[1]
     per_image = entities if filters.shape[0] > 1 else 0
@@ -152,27 +134,16 @@ def backward(
 
 def double_backward(
     tangent: Tensor,
-    filters_dot: Tensor | None,
-    offset_dot: Tensor | None,
-    value_weight_dot: Tensor | None,
-    weight_dot: Tensor | None,
-    bias_dot: Tensor | None,
-    rho_dot: Tensor | None,
+    dots: tuple[Tensor | None, ...],
     grad: Tensor,
     x: Tensor,
-    filters: Tensor,
-    offset: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rho: Tensor,
-    area: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    parameters: Parameters,
+    moments: tuple[Tensor, Tensor, Tensor],
     eps: float,
 ) -> tuple[Tensor, ...]:
     """As `attnorm.ops.native.double_backward`."""
+    filters, offset, value_weight, value_bias, weight, bias, rho = parameters
+    area, mean, rstd = moments
     num_images, channels, height, width = x.shape
     pixels, entities = height * width, filters.shape[1]
     per_image = entities if filters.shape[0] > 1 else 0
@@ -187,11 +158,12 @@ def double_backward(
         return torch.zeros_like(part, dtype=torch.float32) if dot is None else dot.float().contiguous()
 
     x_centre = _centre(x)
-    moves = value_weight_dot is not None
+    filters_dot, offset_dot, moved, *others = dots
+    moves = moved is not None
     filters_dot, offset_dot = given(filters_dot, filters), given(offset_dot, offset)
-    weight_dot, bias_dot, rho_dot = given(weight_dot, weight), given(bias_dot, bias), given(rho_dot, rho)
+    weight_dot, bias_dot, rho_dot = map(given, others, (weight, bias, rho))
     value_weight = _rounded(value_weight, x)
-    value_weight_dot = value_weight if value_weight_dot is None else _rounded(value_weight_dot.contiguous(), x)
+    value_weight_dot = value_weight if moved is None else _rounded(moved.contiguous(), x)
     # The tangent of the shift of v drops out: only that of x - x_centre counts.
     middle_dot = x_centre @ value_weight_dot.float().T
 
@@ -202,12 +174,12 @@ def double_backward(
     dgrad, dx = torch.empty_like(x), torch.empty_like(x)
     dv = dv_dot = dx
     found: list[Tensor] = []  # d_filters, d_filters_dot, d_offset, d_offset_dot, d_value
-    parameters = (filters, offset, value_weight, filters_dot, offset_dot, value_weight_dot, middle_dot)
+    maps = (filters, offset, value_weight, filters_dot, offset_dot, value_weight_dot, middle_dot)
 
     def tangents(cut: Pass) -> None:
         sums, area_dot = empty(6, *cut.grid, padded, padded_entities), empty(*cut.grid, padded_entities)
         kernels.tangents[cut.grid](
-            x, tangent, grad, *parameters, area, mean, sums, area_dot, centre,
+            x, tangent, grad, *maps, area, mean, sums, area_dot, centre,
             pixels, cut.blocks, cut.tiles, per_image, sums[0].numel(), **cut.options, VALUE_DOT=moves,
         )  # fmt: skip
         grid, sizes = merge(cut)
@@ -225,7 +197,7 @@ def double_backward(
         lengths = [padded_entities * padded] * 2 + [padded_entities] * 2 + [padded * padded if square else 0]
         shares = empty(*cut.grid, sum(lengths))
         kernels.curvatures[cut.grid](
-            x, tangent, grad, *parameters, x_centre, centre, tables, constants, dgrad, dx, dv, dv_dot, shares,
+            x, tangent, grad, *maps, x_centre, centre, tables, constants, dgrad, dx, dv, dv_dot, shares,
             pixels, cut.blocks, cut.tiles, per_image, tables[0].numel(), constants[0].numel(),
             **cut.options, VALUE_DOT=moves, KEEP_DV=not square,
         )  # fmt: skip
