@@ -303,13 +303,13 @@ def held():  # bytes, after a block of 64 MiB was made and freed
     return info.arena + info.hblkhd
 print(held(), held())
 retain_memory()
-print(*(held() for _ in range(8)))  # it takes some blocks until one fits between what is held already
+print(*(held() for _ in range(8)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     left, *retained = (list(map(int, line.split())) for line in done.stdout.splitlines())
     assert left[0] == left[1] <= retained[0][0] - 64 * 2**20
-    assert retained[0][-1] == retained[0][-2]
+    assert len(set(retained[0])) <= 3  # of eight: most were used again
 
 
 # What follows from the measurements

@@ -555,22 +555,3 @@ def test_a_device_without_memory_is_said_in_a_line(
     monkeypatch.setattr(cli.app, "cli", lambda **_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # others are ours to mend, and keep their traceback
         cli.main(["presets"])
-
-
-def test_every_class_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", -1.0)
-    with terminal.progress_bar() as progress:
-        tell = terminal.one_bar_each(progress)
-        for name in ("a", "b"):
-            tell(5, 10, name)
-            tell(10, 10, name)
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["a: 5 of 10", "b: 5 of 10"]
-
-
-def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", -1.0)
-    with terminal.progress_bar() as progress:
-        task = progress.add_task("real images", total=4000)
-        progress.update(task, completed=1000)
-        progress.update(task, completed=4000)
-    assert re.fullmatch(r"real images: 1,000 of 4,000(, \d:\d\d:\d\d left)?\n", capsys.readouterr().err)

@@ -30,7 +30,7 @@ from attnorm.presets import PRESETS
 from attnorm.reproduce import estimate as estimation
 from attnorm.reproduce import execute as execution
 from attnorm.reproduce import plan as planning
-from attnorm.reproduce.estimate import Estimate, Timings, estimate, humanize
+from attnorm.reproduce.estimate import Estimate, Timings, estimate
 from attnorm.reproduce.execute import execute
 from attnorm.reproduce.plan import SCALES, TABLE_ROWS, Plan, is_trained, make_plan, read_failed, require_own
 from attnorm.run_directory import RunDirectory
@@ -299,23 +299,6 @@ def test_steps_samples_and_scores_are_really_timed(images: ImageSet, photographs
     )
     pace = estimation._time_run(plan.jobs[0].config, load_images(str(photographs), 40), CPU)
     assert pace.keys() == {"first", "step"} and 0 < pace["first"] < pace["step"]  # five updates of the critic more
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (89.4, "89 s"),
-        (90, "2 min"),
-        (3600, "60 min"),
-        (5400, "1.5 h"),
-        (3 * 86400, "3.0 days"),
-        (90 * 86400, "3.0 months"),
-        (1000 * 365.25 * 86400 * 2, "2,000.0 years"),
-    ],
-)
-def test_a_rough_time_in_words(seconds: float, text: str) -> None:
-    assert humanize(seconds) == text
 
 
 # The doing

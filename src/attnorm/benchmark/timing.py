@@ -21,14 +21,21 @@ from attnorm.benchmark.checks import step
 from attnorm.config import ConfigError
 
 FEWEST_REPEATS, MOST_REPEATS = 3, 2000
+CPU = torch.device("cpu")
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that `function` held at once on the CPU through torch's allocator, beyond what was there before.
+def peak_bytes(function: Callable[[], object], device: torch.device = CPU) -> int:
+    """The most bytes that `function` held at once through the allocator of the device, beyond what was there before.
 
-    Exact and the same every time: bytes are counted as asked for, event by event. Scratch memory that a library takes
-    by itself (oneDNN, a kernel's own malloc) is not seen, and neither is what other threads allocate.
+    On the CPU exact and the same every time: bytes are counted as asked for, event by event. Scratch memory that a
+    library takes by itself (oneDNN, a kernel's own malloc) is not seen, and neither is what other threads allocate.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the standard error when it starts
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
         function()
@@ -94,24 +101,15 @@ class Runner:
     def prepare(self) -> int:
         """Warms up, which compiles what is compiled; returns the peak bytes of a step."""
         device = self.gradient.device
-        start = time.perf_counter()
-        self.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.first_seconds = time.perf_counter() - start
+        self.first_seconds = seconds_of(self.step, device)
         for _ in range(2 if device.type == "cuda" else 0):
             self.clear()
             self.step()
         self.clear()
+        peak = peak_bytes(self.step, device)
         if device.type != "cuda":
-            peak = peak_bytes(self.step)
             self.clear()
             return peak
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self.step()
-        peak = torch.cuda.max_memory_allocated(device) - before
         self.graphs = self.capture()
         # Many steps between two waits, so that the queue never runs dry; few enough for others to have their turn.
         seconds = self.on_cuda(1)[0]
@@ -222,15 +220,17 @@ def least_seconds(case: Case, mode: Mode, element: int, roofline: Mapping[str, A
     )
 
 
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with all that it leaves to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def _fastest(function: Callable[[], object], device: torch.device) -> float:
     """Seconds, of ten times."""
-    times = []
-    for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds_of(function, device) for _ in range(10))

@@ -9,6 +9,7 @@ import tyro
 
 from attnorm.cli import terminal
 from attnorm.cli.terminal import Names, console, counted, require_one_process
+from attnorm.system.progress import humanize
 
 
 def experiment(
@@ -37,7 +38,6 @@ def experiment(
     from attnorm.experiments import diffusion, regional_statistics
     from attnorm.reports import diffusion as diffusion_report
     from attnorm.reports import regional_statistics as regional_report
-    from attnorm.reproduce.estimate import humanize
 
     require_one_process("experiment")
     torch.set_num_threads(1)

@@ -23,6 +23,7 @@ from attnorm.cli.terminal import (
     screen,
 )
 from attnorm.config import ConfigError
+from attnorm.system.progress import humanize
 
 if TYPE_CHECKING:
     from attnorm.metrics.features import Extractor
@@ -142,7 +143,6 @@ def _load_extractor(plan: Plan, inception_weights: Path | None, dry_run: bool) -
 
 def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
     """Rows by seeds, what is done of them, and what is left in time."""
-    from attnorm.reproduce.estimate import humanize
     from attnorm.reproduce.plan import images_seen, is_trained, read_failed
     from attnorm.system.devices import device_name, find_device
 
@@ -177,14 +177,14 @@ def _say_plan(plan: Plan, left: Estimate, num_images: int) -> None:
 
 
 def _make_table5(plan: Plan, dry_run: bool) -> None:
-    from attnorm.reproduce import estimate, execute
+    from attnorm.reproduce import execute
     from attnorm.reproduce import plan as planning
 
     planning.require_own(plan, None)
     is_there = (plan.out / "bench.json").is_file()
     cases, cells, seconds = planning.describe_table5(plan)
     print(f"table5 at scale {plan.scale_name}: {cells} measurements, of {cases}")
-    left = f"at least {estimate.humanize(seconds)}; checking every result and warming up come on top of it"
+    left = f"at least {humanize(seconds)}; checking every result and warming up come on top of it"
     print("measured already" if is_there else left)
     if not dry_run:
         with progress_bar() as progress:

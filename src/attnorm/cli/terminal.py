@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from attnorm.config import Config, ConfigError, printable
+from attnorm.system import progress
 
 if TYPE_CHECKING:
     from attnorm.data.images import ImageSet
     from attnorm.reports.render import Table
-
-SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
 
 class _Messages(Console):
@@ -71,14 +68,14 @@ Names = Annotated[str, tyro.conf.arg(metavar="NAME,...")]
 def read_images(config: Config) -> ImageSet:
     from attnorm.data.images import load_images
 
-    with progress_bar() as progress:
-        bar = progress.add_task("reading images", total=None)
+    with progress_bar() as bars:
+        bar = bars.add_task("reading images", total=None)
         try:
             images = load_images(
                 config.data.source,
                 config.data.stored_size or config.model.image_size,
                 fit=config.data.fit,
-                progress=lambda done, total: progress.update(bar, completed=done, total=total),
+                progress=lambda done, total: bars.update(bar, completed=done, total=total),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -93,48 +90,29 @@ def read_images(config: Config) -> ImageSet:
     return images
 
 
-class _Lines(Progress):
-    """For logs, where no bar can be drawn: a line now and then, with the time left."""
-
-    def __init__(self) -> None:
-        super().__init__(console=console, disable=True)
-        self._last_line = time.monotonic()
-
-    def update(self, task_id: TaskID, **changes: Any) -> None:
-        super().update(task_id, **changes)
-        task = self._tasks[task_id]
-        if not task.finished and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            of = f" of {task.total:,.0f}" if task.total is not None else ""
-            left = f", {datetime.timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-            console.print(f"{task.description}: {task.completed:,.0f}{of}{left}")
-
-
 def progress_bar() -> Progress:
     """A bar with the time left on a terminal, lines elsewhere."""
-    if not console.is_terminal:
-        return _Lines()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return progress.progress_bar(console, *columns, transient=True)
 
 
-def one_bar(progress: Progress, what: str) -> Callable[[int, int, str], None]:
+def one_bar(bars: Progress, what: str) -> Callable[[int, int, str], None]:
     """A bar over all that is done, whose text says what is being done."""
-    bar = progress.add_task(what)
-    return lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+    bar = bars.add_task(what)
+    return lambda done, total, what: bars.update(bar, completed=done, total=total, description=what)
 
 
-def one_bar_each(progress: Progress) -> Callable[[int, int, str], None]:
+def one_bar_each(bars: Progress) -> Callable[[int, int, str], None]:
     """A bar for what is being done, with the time that is left of this."""
-    bars: dict[str, TaskID] = {}
+    shown: dict[str, TaskID] = {}
 
     def tell(done: int, total: int, what: str) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                progress.remove_task(bar)
-            bars.clear()
-            bars[what] = progress.add_task(printable(what), total=total)
-        progress.update(bars[what], completed=done)
+        if what not in shown:
+            for bar in shown.values():
+                bars.remove_task(bar)
+            shown.clear()
+            shown[what] = bars.add_task(printable(what), total=total)
+        bars.update(shown[what], completed=done)
 
     return tell
 

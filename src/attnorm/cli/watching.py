@@ -10,6 +10,7 @@ import tyro
 
 from attnorm.cli.terminal import Run, screen
 from attnorm.config import printable
+from attnorm.system.progress import clock
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +89,7 @@ def progress_of(steps: list[dict[str, Any]], duration: int, max_minutes: float) 
     left = (duration - seen) * seconds / images
     if max_minutes:
         left = min(left, max(max_minutes * 60 - newest[-1]["seconds"], 0.0))
-    ending = "done" if seen >= duration else f"{_in_words(left)} left"
+    ending = "done" if seen >= duration else f"{clock(left)} left"
     return f"{text}, {images / seconds:,.1f}/s, {ending}"
 
 
@@ -119,10 +120,4 @@ def warnings_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _ago(path: Path) -> str:
-    return f"{_in_words(max(time.time() - path.stat().st_mtime, 0.0))} ago"
-
-
-def _in_words(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{clock(max(time.time() - path.stat().st_mtime, 0.0))} ago"

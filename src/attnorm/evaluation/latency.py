@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from attnorm.benchmark.timing import peak_bytes
+from attnorm.benchmark.timing import peak_bytes, seconds_of
 from attnorm.config import ConfigError
 from attnorm.data.masks import centre_mask
 from attnorm.inference import Inpainter
@@ -98,28 +97,14 @@ def _cell(
     def step() -> None:
         with torch.no_grad():
             model(image, mask)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     try:
-        peak = _peak_bytes(step, device)
+        peak = peak_bytes(step, device)
         times: list[float] = []
         while not times or sum(times) < seconds:
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
+            times.append(seconds_of(step, device))
     except RuntimeError as error:  # a GPU's lack of memory has a class of its own, the CPU's has not
         if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
             raise
         return Cell(name, size, score_bytes=scores, skipped="out of memory")
     return Cell(name, size, 1000 * statistics.median(times), len(times), peak, scores)
-
-
-def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that torch's allocator held at once during a step, beyond what it held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    return peak_bytes(step)

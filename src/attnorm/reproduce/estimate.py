@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from attnorm.benchmark.timing import seconds_of
 from attnorm.config import (
     ClassConditionalConfig,
     Config,
@@ -218,15 +218,9 @@ def _time(function: Callable[[], object], device: torch.device, *, warm: bool = 
     """Seconds of one call, after one that pays for what is paid once; of a short one, the better of two."""
     if warm:
         function()
-    times: list[float] = []
-    while not times or (len(times) < 2 and times[0] < 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+    times = [seconds_of(function, device)]
+    if times[0] < 2:
+        times.append(seconds_of(function, device))
     return min(times)
 
 
@@ -235,13 +229,3 @@ def _training_seconds(config: Config, seen: int, pace: Mapping[str, float]) -> f
     switch = min(config.inpainting.switch_images, duration) if config.inpainting is not None else 0
     first, second = max(switch - seen, 0), max(duration - max(seen, switch), 0)
     return first * pace.get("first", 0.0) + second * pace["step"]
-
-
-def humanize(seconds: float) -> str:
-    """A time that is known roughly: "40 s", "12 min", "5.2 h", "9 days", "14 months", "3.1 years"."""
-    day = 24 * 3600.0
-    units = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (2 * day, 3600.0, "h"), (60 * day, day, "days"))
-    for limit, unit, name in (*units, (730 * day, 30.44 * day, "months")):
-        if seconds < limit:
-            return f"{seconds / unit:.{'0' if name in ('s', 'min') else '1'}f} {name}"
-    return f"{seconds / (365.25 * day):,.1f} years"

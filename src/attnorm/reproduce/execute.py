@@ -26,7 +26,7 @@ from attnorm.metrics.features import Extractor
 from attnorm.reports.benchmark import write_report
 from attnorm.reports.inpainting import write_scores_document
 from attnorm.reports.pictures import IMAGE_GRIDS
-from attnorm.reproduce.estimate import Estimate, humanize
+from attnorm.reproduce.estimate import Estimate
 from attnorm.reproduce.plan import (
     METRICS,
     Bar,
@@ -39,6 +39,7 @@ from attnorm.reproduce.plan import (
 )
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.files import hash_file, write_json
+from attnorm.system.progress import humanize
 from attnorm.training.trainer import TrainingError, train
 
 

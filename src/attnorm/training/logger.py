@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import json
 import secrets
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,8 +23,7 @@ from attnorm.data.images import to_uint8
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import flatten
 from attnorm.system.files import read_lines, write_atomically, write_lines
-
-SECONDS_BETWEEN_LINES = 15.0  # without a terminal
+from attnorm.system.progress import clock, progress_bar
 
 
 class Logger:
@@ -37,17 +35,15 @@ class Logger:
     """
 
     def __init__(self, run: RunDirectory, config: Config, *, resumed_at: int | None, console: Console) -> None:
-        self.run, self.settings, self.console = run, config.run, console
+        self.run, self.settings = run, config.run
         _drop_rows_after(run.metrics_file, -1 if resumed_at is None else resumed_at)
         self.metrics = run.metrics_file.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=None if resumed_at is None else resumed_at)
         self.wandb = _begin_wandb(run, config) if config.run.wandb else None
         self.speed = 0.0  # images a second
-        self._last_line = -SECONDS_BETWEEN_LINES
         self._losses = ""
-        self.progress = Progress(
-            BarColumn(), TextColumn("{task.description}"), console=console, disable=not console.is_terminal
-        )
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        self.progress = progress_bar(console, *columns, line=lambda task: task.description, at_once=True)
         self.bar = self.progress.add_task("training", total=config.run.duration_images, completed=resumed_at or 0)
 
     def __enter__(self) -> Logger:
@@ -70,12 +66,9 @@ class Logger:
             left = min(left, max(self.settings.max_minutes * 60 - total_seconds, 0))
         text = (
             f"{images_seen:,} of {self.settings.duration_images:,} images, {self.speed:.0f}/s, "
-            f"{_duration(left)} left  {self._losses}"
+            f"{clock(left)} left  {self._losses}"
         )
         self.progress.update(self.bar, completed=images_seen, description=text)
-        if not self.console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self.console.print(text, highlight=False)
 
     def log(self, images_seen: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; what is a number goes to TensorBoard too, and all of it to Weights & Biases."""
@@ -156,9 +149,3 @@ def _drop_rows_after(path: Path, images_seen: int) -> None:
 
 def _is_by(row: dict[str, Any], images_seen: int) -> bool:
     return isinstance(row.get("images_seen"), int) and row["images_seen"] <= images_seen
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -108,8 +108,8 @@ def _compare(
     rho = torch.tensor(0.7, device=device)
     eps = 1e-5
     parameters = Parameters(filters, offset, value_weight, value_bias, weight, bias, rho)
-    out, *moments = launch.forward(x, parameters, eps)
-    arguments = (x, parameters, tuple(moments), eps)
+    out, area, mean, rstd = launch.forward(x, parameters, eps)
+    moments = (area, mean, rstd)
     # Of a gradient that has nothing to do with the output, rho's may be all but zero (a sum of millions of products of
     # either sign), and then be rounding alone; this one follows the output.
     grad = noise + (out / 8).to(dtype)
@@ -119,9 +119,9 @@ def _compare(
         names = ["the gradient", *names]
         of_maps = (draw(*filters.shape), draw(*offset.shape), draw(*value_weight.shape))
         dots = (*of_maps, draw(*weight.shape), draw(*bias.shape), draw())
-        got = launch.double_backward(noise, dots, grad, *arguments)
+        got = launch.double_backward(noise, dots, grad, x, parameters, moments, eps)
     else:
-        got = launch.backward(grad, *arguments)
+        got = launch.backward(grad, x, parameters, moments, eps)
     with torch.enable_grad():
         leaves = [part.detach().float().requires_grad_() for part in (x, *parameters)]
         flat = leaves[0].flatten(2)
