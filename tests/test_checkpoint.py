@@ -27,7 +27,7 @@ from attnorm.checkpoint import (
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
-from attnorm.run_directory import RunDirectory, find_checkpoint, load, load_discriminator
+from attnorm.run_directory import RunDirectory, find_checkpoint, load
 from attnorm.settings import override, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
@@ -422,9 +422,9 @@ def test_a_run_means_its_latest_checkpoint(tmp_path: Path) -> None:
 
 def test_networks_load_in_evaluation_mode_as_they_were(saved: tuple[Path, ClassConditionalTask]) -> None:
     path, task = saved
-    average, raw, discriminator = load(path), load(path, ema=False).model, load_discriminator(path)
+    average, raw = load(path), load(path, ema=False).model
     assert average.classes == ("cat", "dög", "a/b") and average.header == HEADER
-    for network in (average.model, raw, discriminator):
+    for network in (average.model, raw):
         assert not any(module.training for module in network.modules())
     z, labels = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2])
     with torch.no_grad():
@@ -432,10 +432,9 @@ def test_networks_load_in_evaluation_mode_as_they_were(saved: tuple[Path, ClassC
         assert torch.equal(images, task.average.network(z, labels))
         assert torch.equal(raw(z, labels), task.generator.eval()(z, labels))
         assert (raw(z, labels) - images).abs().max() > 1e-3
-        assert torch.equal(discriminator(images, labels).score, task.discriminator.eval()(images, labels).score)
 
 
-def test_an_inpainting_checkpoint_gives_its_generator_and_has_no_discriminator(tmp_path: Path) -> None:
+def test_an_inpainting_checkpoint_gives_its_generator(tmp_path: Path) -> None:
     config = override(PRESETS["inpaint-smoke"][1], ["model.context=contextual"])
     torch.manual_seed(0)
     task = InpaintingTask(config, torch.device("cpu"))
@@ -448,8 +447,6 @@ def test_an_inpainting_checkpoint_gives_its_generator_and_has_no_discriminator(t
     mask[..., 10:20, 10:20] = 1
     with torch.no_grad():
         assert torch.equal(loaded.model(image, mask).refined, task.average.network(image, mask).refined)
-    with pytest.raises(CheckpointError, match=r"was trained for inpainting, which has no class-conditional discrim"):
-        load_discriminator(path)
 
 
 def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from attnorm.checkpoint import CONFIG, REMEDY, WEIGHTS, CheckpointError, Header, find_damage, read_checkpoint
 from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, InpaintingConfig, UserError, did_you_mean
-from attnorm.models.class_conditional import Discriminator, Generator
+from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.pretrained import card_text, read_card, shipped
@@ -298,19 +298,6 @@ def _scores_of(file: Path, header: Header) -> tuple[str, ...]:
         and not row.get("site")
         and _is_of(row.get("value"), _NUMBER)
     )
-
-
-def load_discriminator(path: Path | str, *, device: str = "cpu") -> Discriminator:
-    """The discriminator that belongs to the same checkpoint, in evaluation mode."""
-    file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file, prefix="discriminator.")
-    if not isinstance(header.config.model, ClassConditionalConfig):
-        raise CheckpointError(
-            f"{file} was trained for {header.config.task}, which has no class-conditional discriminator"
-        )
-    model = Discriminator(header.config.model)
-    _fill(model, tensors, file)
-    return model.to(find_device(device)).eval()
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:

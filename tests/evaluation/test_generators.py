@@ -473,22 +473,6 @@ def test_what_is_measured_is_not_measured_again(run: Path, images: ImageSet) -> 
     assert values == [lines["frechet"]]  # in place of the one without
 
 
-def test_overwrite_replaces_the_lines_of_the_same_measurement_alone(run: Path, images: ImageSet) -> None:
-    first, other = measured(run, images, "frechet")["frechet"], measured(run, images, "frechet", seed=1)["frechet"]
-    again = measured(run, images, "frechet", overwrite=True)["frechet"]
-    assert again["value"] == first["value"] and read_lines(scores_file(run)) == [other, again]
-
-
-def test_a_torn_last_line_harms_nothing(run: Path, images: ImageSet) -> None:
-    first = measured(run, images, "frechet")["frechet"]
-    file = scores_file(run)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write('{"metric": "is1", "val')
-    assert read_lines(file) == [first]
-    second = measured(run, images, "is")
-    assert read_lines(file) == [first, *second.values()]
-
-
 def test_an_interrupted_measurement_keeps_what_it_had(
     run: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,14 +507,6 @@ def test_intra_class_distances_go_on_where_they_were_interrupted(
     assert extractor.num_seen == 20 + 2 * 15  # the third class, and the generated images of the damaged one
     again = measured(run, images, "intra-frechet", overwrite=True)["intra-frechet"]
     assert again["values"] == line["values"] and made_before == [0, 1]
-
-
-def test_progress_is_told_of_everything_that_takes_long(run: Path, images: ImageSet) -> None:
-    told: list[tuple[int, int, str]] = []
-    measured(run, images, "frechet", "intra-frechet", progress=lambda *values: told.append(values))
-    assert told[0] == (7, 40, "generated images") and (40, 40, "generated images") in told
-    assert (60, 60, "real images") in told and told[-1] == (15, 15, "generated images of dog (3 of 3)")
-    assert (20, 20, "real images of cat (2 of 3)") in told
 
 
 # Processes

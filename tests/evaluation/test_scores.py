@@ -42,6 +42,17 @@ def test_a_new_measurement_replaces_the_old_one_and_no_other(tmp_path: Path) -> 
     assert read_scores(file) == [other, again]
 
 
+def test_a_torn_last_line_harms_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    first, second = Score(metric="kid", value=1.0), Score(metric="is1", value=2.0)
+    write_scores(file, [first])
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write('{"metric": "is1", "val')
+    assert read_scores(file) == [first]
+    write_scores(file, [second])
+    assert read_scores(file) == [first, second]
+
+
 def test_lines_of_earlier_versions_are_read_whatever_they_lack() -> None:
     old = {"metric": "is1", "name": "IS", "protocol": "is5k", "value": 2, "extractor": None, "num_reals": None, "x": 1}
     assert score_from_dict(old) == Score(metric="is1", name="IS", protocol="is5k", value=2.0)
