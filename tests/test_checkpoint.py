@@ -326,14 +326,6 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 # Run directories
 
 
-def test_a_run_directory_keeps_its_configuration_and_data(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "deep/run")
-    assert not run.exists()
-    run.create(CONFIG, {"fingerprint": "abc", "classes": ["a"]})
-    assert run.exists()
-    assert run.read() == (CONFIG, {"fingerprint": "abc", "classes": ["a"]})
-
-
 def test_checkpoints_are_listed_by_images_seen_and_nothing_else_is(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(CONFIG, {})

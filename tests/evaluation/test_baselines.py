@@ -115,17 +115,3 @@ def test_telea_keeps_what_is_known_and_ignores_what_the_hole_held() -> None:
     assert torch.equal(telea_fill(images.masked_fill(masks, 9), masks), filled)
     for i in range(3):  # those that share a mask, as if alone
         assert torch.equal(telea_fill(images[i : i + 1], masks[i : i + 1])[0], filled[i])
-
-
-def test_telea_of_a_flat_image_is_flat_and_carries_an_edge_on() -> None:
-    hole = centre_mask(32).mask[0].numpy()
-    flat = np.full((1, 32, 32), 77, np.uint8)
-    np.testing.assert_array_equal(telea(flat, hole), flat)
-    edge = np.where(np.arange(32)[:, None] < 16, 20, 220).astype(np.uint8) * np.ones((1, 32, 32), np.uint8)
-    filled = telea(edge, hole).astype(int)
-    missing = np.abs(filled - edge)[0][hole]
-    assert missing.mean() < 0.25 * np.abs(mean_of_known(edge, hole) - edge)[0][hole].mean()
-
-
-def mean_of_known(planes: np.ndarray, hole: np.ndarray) -> float:
-    return float(planes[:, ~hole].mean())

@@ -103,16 +103,6 @@ def test_gradient_penalty_of_a_linear_critic_is_the_closed_form() -> None:
     assert gradient_penalty(wide.flatten(1) @ w, wide, mask).item() == pytest.approx((9 + 1) / 2)
 
 
-def test_gradient_penalty_is_per_image() -> None:
-    """D(x) = a |x|^2 / 2 has the gradient a x: the mean of (a |x_i| - 1)^2, not the square of a mean."""
-    a = torch.tensor(2.0, requires_grad=True)
-    images = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.5]]).reshape(3, 1, 1, 2).requires_grad_()
-    penalty = gradient_penalty(a * images.square().sum((1, 2, 3)) / 2, images)
-    assert penalty.item() == pytest.approx((81 + 1 + 0) / 3)
-    penalty.backward()
-    assert a.grad is not None and a.grad.item() == pytest.approx((2 * 9 * 5 + 2 * 1 * 1 + 0) / 3)
-
-
 def test_gradient_penalty_trains_a_critic_as_finite_differences_say() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 2, 5, 5, generator=generator, dtype=torch.float64, requires_grad=True)
