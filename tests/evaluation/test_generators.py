@@ -32,6 +32,7 @@ from attnorm.evaluation.generators import evaluate_generator
 from attnorm.evaluation.protocol import scores_file
 from attnorm.inference import Sampler
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.metrics import features
 from attnorm.metrics.features import Extractor, Features
 from attnorm.metrics.generative import (
     Gaussian,
@@ -672,8 +673,9 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(
 
 
 def test_data_that_changed_since_the_training_are_not_taken_for_its_own(
-    tmp_path: Path, refused: Callable[..., str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: TinyExtractor())
     images = dataclasses.replace(load_images("builtin", 32), fingerprint="of other pixels")
     run = make_run(tmp_path / "changed", images, "data.source=builtin")
     lite = ["--extractor", "efficientnet-lite0", "--metrics", "is", "--num", "10", "--device", "cpu"]
