@@ -13,7 +13,6 @@ arm and seed. Every training is one file in DIR/results, written when it is done
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from attnorm import __version__
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float
+from attnorm.experiments.protocol import keep_protocol, require_known
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.linear_attention import LinearAttention2d
@@ -274,12 +274,7 @@ def run(
     Raises:
         ConfigError: an unknown name, a folder of another scale or of other data, or another process at work in `out`.
     """
-    unknown = [name for name in arms if name not in ARMS]
-    if scale not in SCALES or unknown:
-        raise ConfigError(
-            f"got scale {scale!r}, arms {', '.join(unknown) or 'all'}; "
-            f"expected one of {', '.join(SCALES)}, and arms of {', '.join(ARMS)}"
-        )
+    require_known(scale, arms, scales=SCALES, all_arms=ARMS)
     found = SCALES[scale]
     if len(held_out_indices(len(data), HELD_OUT_EVERY)) < found.test_images:
         raise ConfigError(
@@ -290,17 +285,9 @@ def run(
     protocol = {**vars(found), "scale": scale, "data": data.fingerprint, "precision": precision}
     with file_lock(out):
         (out / "results").mkdir(exist_ok=True)
-        if (out / "experiment.json").exists():
-            there = json.loads((out / "experiment.json").read_text(encoding="utf-8"))["protocol"]
-            if there != protocol:
-                other = [key for key in protocol if protocol[key] != there.get(key)]
-                raise ConfigError(f"{out} holds results of another {', '.join(other)}; choose another --out")
-        else:
-            about = {"attnorm": __version__, "torch": torch.__version__, "processor": processor()}
-            write_json(
-                out / "experiment.json",
-                {"protocol": protocol, "source": data.source, "threads": torch.get_num_threads(), **about},
-            )
+        versions = {"attnorm": __version__, "torch": torch.__version__, "processor": processor()}
+        threads = torch.get_num_threads()
+        keep_protocol(out, {"protocol": protocol, "source": data.source, "threads": threads, **versions})
         todo = [job for job in jobs if not _file(out, *job).exists()]
         took = 0.0
         for i, (arm, seed) in enumerate(todo):

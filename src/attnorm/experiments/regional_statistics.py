@@ -33,7 +33,7 @@ from torchvision.ops import SqueezeExcitation
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.config import ConfigError
+from attnorm.experiments.protocol import keep_protocol, require_known
 from attnorm.experiments.regional_images import CELL, Examples, Setting, as_picture, draw_examples, hidden_error
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
@@ -334,24 +334,13 @@ def run(
     Raises:
         ConfigError: an unknown name, a folder of another scale, or another process at work in `out`.
     """
-    unknown = [name for name in arms if name not in ARMS]
-    if scale not in SCALES or unknown:
-        raise ConfigError(
-            f"got scale {scale!r}, arms {', '.join(unknown) or 'all'}; "
-            f"expected one of {', '.join(SCALES)}, and arms of {', '.join(ARMS)}"
-        )
+    require_known(scale, arms, scales=SCALES, all_arms=ARMS)
     found = SCALES[scale]
     wanted = [name for name in ARMS if name in arms or not arms]
     with file_lock(out):
         for folder in ("tuning", "results", "cost", "predictions"):
             (out / folder).mkdir(exist_ok=True)
-        about = _about(scale)
-        if (out / "experiment.json").exists():
-            there = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
-            if there["protocol"] != about["protocol"]:
-                raise ConfigError(f"{out} holds results of another protocol or scale; choose another --out")
-        else:
-            write_json(out / "experiment.json", about)
+        keep_protocol(out, _about(scale))
         todo = [job for job in jobs(found, wanted) if not (out / job.file).exists()]
         total, taken = len(jobs(found, wanted)), _seconds_taken(out)
         for i, job in enumerate(todo):

@@ -1,0 +1,36 @@
+"""What an experiment begins with: names that there are, and a folder that holds results of no other protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnorm.config import ConfigError
+from attnorm.system.files import write_json
+
+
+def require_known(scale: str, arms: Iterable[str], *, scales: Collection[str], all_arms: Collection[str]) -> None:
+    unknown = [name for name in arms if name not in all_arms]
+    if scale not in scales or unknown:
+        raise ConfigError(
+            f"got scale {scale!r}, arms {', '.join(unknown) or 'all'}; "
+            f"expected one of {', '.join(scales)}, and arms of {', '.join(all_arms)}"
+        )
+
+
+def keep_protocol(out: Path, about: Mapping[str, Any]) -> None:
+    """Writes what is known of an experiment to experiment.json, or checks that `out` was made by the same protocol.
+
+    Raises:
+        ConfigError: what differs in `about["protocol"]`.
+    """
+    file, protocol = out / "experiment.json", about["protocol"]
+    if not file.exists():
+        write_json(file, about)
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))["protocol"]
+    other = sorted(key for key in protocol.keys() | there.keys() if protocol.get(key) != there.get(key))
+    if other:
+        raise ConfigError(f"{out} holds results of another {', '.join(other)}; choose another --out")
