@@ -199,7 +199,7 @@ TRITON = [
     (2, 32, 16, 16, 32, False, F32, LAST, 1),
     (2, 5, 3, 7, 9, True, F32, LAST, 1),
     (2, 33, 5, 9, 11, False, F32, PLAIN, 1),
-    (1, 32, 8, 33, 37, True, F32, PLAIN, 1),
+    (1, 32, 8, 19, 33, True, F32, PLAIN, 1),
     (1, 1, 1, 1, 1, True, F32, LAST, 1),
     (1, 3, 32, 5, 4, True, F32, PLAIN, 1),
     (1, 130, 13, 5, 9, True, F32, LAST, 1),
@@ -267,7 +267,7 @@ def test_an_entity_without_pixels_has_the_smallest_area_and_no_gradient(kernels:
 def test_nothing_is_read_from_fresh_memory_and_all_results_are_written(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = make(kernels.name, 2, 17, 5, 23, 11)
+    inputs = make(kernels.name, 2, 17, 5, 13, 11)
     plain = kernels.results(inputs)
 
     def poisoned(make: Any) -> Any:
