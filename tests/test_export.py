@@ -183,6 +183,7 @@ def test_the_page_fills_holes_in_the_browser_as_the_tool_does_and_asks_nobody(
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 780})
+        page.set_default_timeout(120_000)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: asked.append(str(error)))
