@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
 nb_merge_streams = True
 nb_execution_show_tb, nb_output_stderr = True, "remove"  # what packages remark there has paths in it
-suppress_warnings = ["myst.xref_missing", "ref.python"]  # links to files of the repository; names with two homes
+suppress_warnings = ["myst.xref_missing", "ref.python", "ref.ref"]  # files of the repository; names with two homes; torch
 
 if tags.has("quick"):  # type: ignore[name-defined] # noqa: F821 # of the tests: neither every module nor notebooks
     apidoc_modules, nb_execution_mode = [], "off"
