@@ -49,3 +49,9 @@ def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         bars.update(task, completed=1000)
         bars.update(task, completed=4000)
     assert re.fullmatch(r"real images: 1,000 of 4,000(, \d:\d\d:\d\d left)?\n", capsys.readouterr().err)
+
+
+def test_a_work_of_seconds_is_done_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress_bar() as bars:
+        bars.update(bars.add_task("real images", total=4000), completed=1000)
+    assert capsys.readouterr().err == ""
