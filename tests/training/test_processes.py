@@ -40,7 +40,7 @@ from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.losses import gradient_penalty
 from attnorm.training.resume import require_trainable
-from attnorm.training.trainer import _share_batch_norm, run_phase, train
+from attnorm.training.trainer import run_phase, share_batch_norm, train
 
 CPU = torch.device("cpu")
 CONDITIONAL = (
@@ -93,7 +93,7 @@ def gradients_of_two_steps(task: Any, group: ProcessGroup) -> dict[str, Tensor]:
     """Of every phase and parameter, with the loss; and the whole state at the end."""
     settings, found = task.config.run, {}
     parts = parts_of_batch(settings.batch_size, rank=group.rank, processes=group.count, accumulate=settings.accumulate)
-    _share_batch_norm(task.config, task, group)
+    share_batch_norm(task.config, task, group)
     for step in range(2):
         seed_step(0, 4 + 4 * step)
         for index, phase in enumerate(task.phases(4 + 4 * step)):
