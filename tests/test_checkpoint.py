@@ -233,6 +233,10 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_named(
         with pytest.raises(CheckpointError, match=r"no checkpoint that can be used: .*000000005\.safetensors"):
             refused()
     assert run.checkpoints() == [run.checkpoint_file(5)]
+    with pytest.raises(CheckpointError):
+        run.set_aside_damaged(affordable=4)
+    (reason,) = run.set_aside_damaged(affordable=5)  # an interval at most is lost: the run begins anew
+    assert "kept as 000000005.safetensors.damaged" in reason and run.checkpoints() == []
 
 
 @pytest.mark.parametrize(

@@ -173,10 +173,17 @@ class RunDirectory:
         for old in [*self.checkpoints()[:-count], *unfinished]:
             old.unlink(missing_ok=True)
 
-    def set_aside_damaged(self) -> list[str]:
-        """Renames damaged checkpoints newer than the latest good one, so that they are ours no more, and says why."""
-        good, reasons = self.latest(), []
-        for file in reversed(self.checkpoints()):
+    def set_aside_damaged(self, *, affordable: int = 0) -> list[str]:
+        """Renames damaged checkpoints newer than the latest good one, so that they are ours no more, and says why.
+
+        Raises:
+            CheckpointError: all are damaged, and the newest has seen more than `affordable` images. A run that would
+                lose no more than that begins anew.
+        """
+        files, reasons = self.checkpoints(), []
+        is_young = bool(files) and int(files[-1].stem) <= affordable
+        good = None if is_young and all(map(find_damage, files)) else self.latest()
+        for file in reversed(files):
             if file == good:
                 break
             aside = file.with_name(f"{file.name}.damaged")

@@ -79,7 +79,7 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
         "fingerprint": images.fingerprint,
         "note": images.note,
     }
-    said = run.set_aside_damaged()
+    said = run.set_aside_damaged(affordable=config.run.checkpoint_every_images)
     if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
         run.create(config, data)
         return None, said
