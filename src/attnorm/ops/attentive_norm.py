@@ -9,7 +9,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from attnorm.ops.dispatch import is_transformed, memory_format, resolve
+from attnorm.ops.dispatch import is_exporting, is_transformed, memory_format, resolve
 from attnorm.ops.operator import MODULES, plain
 from attnorm.ops.regional_norm import Moments, Statistics
 
@@ -80,7 +80,7 @@ def attentive_norm(
         limits = "it never holds the layout that return_layout=True asks for"
     elif is_transformed():
         limits = "torch.func and forward-mode derivatives go through the plain implementations only"
-    elif torch.compiler.is_exporting():
+    elif is_exporting():
         limits = "an exported program is made of torch's own operations, which other runtimes know"
     elif channels * x.shape[2] * x.shape[3] >= 2**31:
         limits = f"an image has {channels * x.shape[2] * x.shape[3]} values; expected fewer than 2^31"

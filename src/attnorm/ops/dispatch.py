@@ -33,6 +33,11 @@ class Parameters(NamedTuple):
 _said: set[str] = set()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export runs this. The flag itself: torch 2.11 compiles its `is_exporting()` as true."""
+    return torch.compiler._is_exporting_flag
+
+
 def resolve(operation: str, impl: str, candidates: Mapping[str, str | None]) -> str:
     """The name of the implementation to run.
 

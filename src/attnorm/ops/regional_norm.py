@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnorm.ops.dispatch import at_least_float32, memory_format, resolve
+from attnorm.ops.dispatch import at_least_float32, is_exporting, memory_format, resolve
 
 Statistics = Literal["weighted", "masked", "released"]
 Moments = Literal["instance", "batch"]
@@ -158,7 +158,7 @@ def _fused(
 
 def _sums(x: Tensor, s: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over all pixels of S [N, K, 1], of S x and of S x^2 [N, K, C]."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return s.sum(2, keepdim=True), s @ x.transpose(1, 2), s @ x.square().transpose(1, 2)
     # Row by row first: other runtimes add up a million products one after another, and 2e-4 of the result is lost.
     rows = s.unflatten(2, shape[2:]).transpose(1, 2)  # [N, H, K, W]
