@@ -27,7 +27,8 @@ from attnorm.checkpoint import (
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.presets import PRESETS
-from attnorm.run_directory import RunDirectory, find_checkpoint, load
+from attnorm.registry import load
+from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.settings import override, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json

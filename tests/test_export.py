@@ -21,7 +21,7 @@ from attnorm.inference import Inpainter
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
 from attnorm.presets import PRESETS
-from attnorm.run_directory import Loaded, load
+from attnorm.registry import Loaded, load
 from attnorm.settings import override
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'attnorm[export]'")

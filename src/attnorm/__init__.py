@@ -17,6 +17,7 @@ _HOME = {
     "AttentiveNorm2d": "attnorm.layers.attentive_norm",
     "Generator": "attnorm.models.class_conditional",
     "InpaintingGenerator": "attnorm.models.inpainting",
+    "RelativisticGenerator": "attnorm.models.relativistic",
     "SelfAttention2d": "attnorm.layers.self_attention",
     "create_model": "attnorm.registry",
     "diagnose": "attnorm.layers.diagnose",
@@ -24,7 +25,7 @@ _HOME = {
     "insert_after": "attnorm.layers.replace",
     "layout_entropy": "attnorm.ops.soft_layout",
     "list_models": "attnorm.registry",
-    "load": "attnorm.run_directory",
+    "load": "attnorm.registry",
     "observe_layouts": "attnorm.layers.observe",
     "regional_norm": "attnorm.ops.regional_norm",
     "replace": "attnorm.layers.replace",
@@ -41,13 +42,14 @@ if TYPE_CHECKING:
     from attnorm.layers.self_attention import SelfAttention2d as SelfAttention2d
     from attnorm.models.class_conditional import Generator as Generator
     from attnorm.models.inpainting import InpaintingGenerator as InpaintingGenerator
+    from attnorm.models.relativistic import RelativisticGenerator as RelativisticGenerator
     from attnorm.ops.regional_norm import regional_norm as regional_norm
     from attnorm.ops.soft_layout import entity_usage as entity_usage
     from attnorm.ops.soft_layout import layout_entropy as layout_entropy
     from attnorm.ops.soft_layout import soft_layout as soft_layout
     from attnorm.registry import create_model as create_model
     from attnorm.registry import list_models as list_models
-    from attnorm.run_directory import load as load
+    from attnorm.registry import load as load
 
 
 def __getattr__(name: str) -> object:

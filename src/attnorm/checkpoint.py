@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Header:
             "config": to_dict(self.config),
             "classes": list(self.classes),
         }
+
+    def public(self) -> Header:
+        """Without where the data lay, which is no one else's business."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, source="")))
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:

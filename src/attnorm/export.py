@@ -22,7 +22,7 @@ from attnorm.config import UserError
 from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator, paste
-from attnorm.run_directory import Loaded
+from attnorm.registry import Loaded
 from attnorm.system.files import write_atomically
 
 Format = Literal["onnx", "torch-export"]

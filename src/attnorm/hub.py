@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
-from attnorm.checkpoint import CONFIG, WEIGHTS, CheckpointError, Header, save_weights
+from attnorm.checkpoint import CONFIG, REMEDY, WEIGHTS, CheckpointError, Header, read_checkpoint, save_weights
 from attnorm.config import (
     ClassConditionalConfig,
     Config,
@@ -24,6 +25,9 @@ from attnorm.config import (
     UserError,
     printable,
 )
+from attnorm.pretrained import card_text, read_card, shipped
+from attnorm.run_directory import RunDirectory, find_checkpoint, is_saved_model
+from attnorm.system.devices import find_device
 from attnorm.system.files import write_json
 
 MISSING = "huggingface_hub is not installed; saving for the Hub needs: pip install 'attnorm[hub]'"
@@ -57,6 +61,15 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
     card: str = ""
     scores: tuple[str, ...] = ()
 
+    def __init__(self, config: ClassConditionalConfig | InpaintingConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def is_built_from(config: ClassConditionalConfig | InpaintingConfig) -> bool:
+        """Whether this class, rather than another generator's, has the network that `config` describes."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(  # type: ignore[override]  # not by the mixin's way, which knows neither runs nor names
         cls,
@@ -80,19 +93,27 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             CheckpointError: nothing there, or a network of another class.
         """
-        name = str(pretrained_model_name_or_path)
-        # By its name, since it stands above this file: the one reader of all that a network can be had from.
-        runs = importlib.import_module("attnorm.run_directory")
-        if name.count("/") == 1 and not Path(name).exists():
-            asked = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-            name = str(_from_hub(name, local_files_only=local_files_only, **asked))
-        model = runs.load(name, device=device).model
-        if not isinstance(model, cls):
+        asked = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+        name = on_this_machine(pretrained_model_name_or_path, local_files_only=local_files_only, **asked)
+        file, tensors, header = read(name)
+        if not cls.is_built_from(header.config.model):
             raise CheckpointError(
-                f"{pretrained_model_name_or_path} holds a network of class {type(model).__name__}; expected "
-                f"{cls.__name__}: call {type(model).__name__}.from_pretrained"
+                f"{pretrained_model_name_or_path} holds another network than {cls.__name__}; "
+                "`attnorm.load(...).model` is whichever it holds"
             )
-        return model
+        model = cls(header.config.model)
+        model.restore(tensors, header, file)
+        return model.to(find_device(device)).eval()
+
+    def restore(self, tensors: Mapping[str, Tensor], header: Header, file: Path) -> None:
+        """Takes over what `read` has found, in the weights' own precision."""
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error
+        self.header, self.card = header, _card_of(file)
+        if file.parent.name == "checkpoints":
+            self.scores = RunDirectory(file.parent.parent).scores_of(header.images_seen)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Writes the three files into a folder, which is made; a README.md that is there already stays.
@@ -111,7 +132,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by `save_pretrained`, which makes the folder before and the card after."""
-        header = public(self.header or _header_of(self.config))
+        header = (self.header or _header_of(self.config)).public()
         values = {"architectures": [type(self).__name__], "inference": describe(header)}
         save_weights(save_directory / WEIGHTS, self.state_dict())
         write_json(save_directory / CONFIG, values | header.to_dict())
@@ -120,11 +141,42 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """The card of a loaded model, or what can be said of any; with the Hub's metadata before it."""
         from huggingface_hub import ModelCard, ModelCardData
 
-        header = public(self.header or _header_of(self.config))
+        header = (self.header or _header_of(self.config)).public()
         is_inpainter = header.config.task == "inpainting"
         tags = ["attentive-normalization", "gan", "inpainting" if is_inpainter else "class-conditional"]
         data = ModelCardData(library_name="attnorm", tags=tags, pipeline_tag="image-to-image" if is_inpainter else None)
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self.card or _card(self, header)}")
+
+
+def read(path: Path | str, *, ema: bool = True) -> tuple[Path, dict[str, Tensor], Header]:
+    """The checkpoint that `path` means (`find_checkpoint`), the tensors of its generator, and its header.
+
+    Args:
+        ema: The average of the weights over training; False for the raw weights.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that can be used.
+    """
+    file = find_checkpoint(path)
+    tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
+    if not (tensors or ema):
+        raise CheckpointError(f"{file} holds the average of the weights alone; leave the raw weights")
+    settings = header.config.model
+    if isinstance(settings, ClassConditionalConfig) and len(header.classes) != settings.num_classes:
+        raise CheckpointError(
+            f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {REMEDY}"
+        )
+    return file, tensors, header
+
+
+def on_this_machine(name: str | Path, **options: Any) -> str:
+    """What `find_checkpoint` takes for that name, fetched from the Hub where it is one of its and nothing here has it.
+
+    Args:
+        options: huggingface_hub's, of `snapshot_download`.
+    """
+    name = str(name)
+    return str(_from_hub(name, **options)) if name.count("/") == 1 and not Path(name).exists() else name
 
 
 def describe(header: Header) -> dict[str, str]:
@@ -149,16 +201,22 @@ def describe(header: Header) -> dict[str, str]:
     }
 
 
-def public(header: Header) -> Header:
-    """Without where the data lay, which is no one else's business."""
-    return replace(header, config=replace(header.config, data=replace(header.config.data, source="")))
-
-
 def _header_of(model: ClassConditionalConfig | InpaintingConfig) -> Header:
     """Of a network that nothing else is known of: its classes have numbers for names."""
     if isinstance(model, ClassConditionalConfig):
         return Header(Config(model=model), tuple(map(str, range(model.num_classes))), 0, 0.0)
     return Header(Config(task="inpainting", model=model, inpainting=InpaintingTaskConfig()), (), 0, 0.0)
+
+
+def _card_of(file: Path) -> str:
+    """What is known of a network beside its header, as Markdown, where it came with a card."""
+    if file in shipped().values():
+        return card_text(file.stem, read_card(file.stem))
+    if is_saved_model(file.parent):
+        readme = file.with_name("README.md")
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)
+    return ""
 
 
 def _card(network: HubModel, header: Header) -> str:

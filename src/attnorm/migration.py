@@ -21,7 +21,7 @@ from attnorm.checkpoint import Header
 from attnorm.config import ClassConditionalConfig, Config, InpaintingConfig, InpaintingTaskConfig, UserError
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.run_directory import build_generator
+from attnorm.registry import build_generator
 from attnorm.system.published_weights import read_weights
 
 Model = ClassConditionalConfig | InpaintingConfig

@@ -1,19 +1,59 @@
-"""Models by name, as timm has them: those that come with the package, and the networks of the presets."""
+"""Networks by name, as timm has them, from a folder or a file: rebuilt from their configuration, with their weights."""
 
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from attnorm.checkpoint import read_header
-from attnorm.config import ConfigError, did_you_mean
-from attnorm.hub import HubModel
+from attnorm.checkpoint import Header, read_header
+from attnorm.config import ClassConditionalConfig, ConfigError, InpaintingConfig, did_you_mean
+from attnorm.hub import on_this_machine, read
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator
+from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.presets import PRESETS
 from attnorm.pretrained import shipped
-from attnorm.run_directory import build_generator
+from attnorm.system.devices import find_device
+
+NETWORKS = (Generator, RelativisticGenerator, InpaintingGenerator)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A generator in evaluation mode, and where it comes from."""
+
+    model: Generator | InpaintingGenerator  # as header.config.task says
+    header: Header
+    path: Path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.header.classes
+
+
+def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
+    """Rebuilds the generator of a run directory (its latest checkpoint), of a checkpoint file, of a folder that
+    `save_pretrained` wrote, or of a model that comes with the package, by its name.
+
+    Args:
+        ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        CheckpointError: nothing there, or nothing that can be used.
+    """
+    file, tensors, header = read(path, ema=ema)
+    model = build_generator(header.config.model)
+    model.restore(tensors, header, file)
+    return Loaded(model.to(find_device(device)).eval(), header, file)
+
+
+def build_generator(config: ClassConditionalConfig | InpaintingConfig) -> Generator | InpaintingGenerator:
+    """The network that `config` describes, as it is before training; ValueError without a number of classes."""
+    network = next(network for network in NETWORKS if network.is_built_from(config))
+    return network(config)  # type: ignore[arg-type]  # as it has just said
 
 
 def list_models(pattern: str = "", *, pretrained: bool = False) -> list[str]:
@@ -50,7 +90,7 @@ def create_model(name: str, pretrained: bool = False, **settings: Any) -> Genera
             raise ConfigError(
                 f"the preset {name} has no weights; these have: {', '.join(list_models(pretrained=True))}"
             )
-        return HubModel.from_pretrained(name)  # type: ignore[return-value]  # it loads no others
+        return load(on_this_machine(name)).model
     if name not in models and name not in PRESETS:
         hint = did_you_mean(name, [*models, *PRESETS])
         raise ConfigError(f"there is no model {name!r}; {hint}`attnorm.list_models()` has all names")

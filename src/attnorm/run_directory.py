@@ -1,4 +1,4 @@
-"""What lies in a run directory, and the generator that is rebuilt from it.
+"""What lies in a run directory, and which checkpoint a path or a name means.
 
     RUN/config.json              the resolved configuration and what the data were
     RUN/metrics.jsonl            one line per logged step
@@ -17,22 +17,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from attnorm.checkpoint import CONFIG, REMEDY, WEIGHTS, CheckpointError, Header, find_damage, read_checkpoint
-from attnorm.config import FORMAT_VERSION, ClassConditionalConfig, Config, InpaintingConfig, UserError, did_you_mean
-from attnorm.models.class_conditional import Generator
-from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.models.relativistic import RelativisticGenerator
-from attnorm.pretrained import card_text, read_card, shipped
+from attnorm.checkpoint import CONFIG, WEIGHTS, CheckpointError, find_damage
+from attnorm.config import FORMAT_VERSION, Config, UserError, did_you_mean
+from attnorm.pretrained import shipped
 from attnorm.settings import from_dict, to_dict
-from attnorm.system.devices import find_device
 from attnorm.system.files import read_lines, write_json
 
 # A run's own: none may be an output of anything but training. What is measured may stand in evaluation.
@@ -166,6 +158,17 @@ class RunDirectory:
     def sample_file(self, images_seen: int) -> Path:
         return self.path / "samples" / f"{images_seen:09d}.png"
 
+    def scores_of(self, images_seen: int) -> tuple[str, ...]:
+        """What was measured of the averaged weights of one checkpoint, a line a score of images."""
+        return tuple(
+            f"{row.get('name') or row.get('metric')} {row['value']:.4g} ({row.get('protocol', 'no protocol')})"
+            for row in read_lines(self.scores_file)
+            if row.get("images_seen") == images_seen
+            and row.get("weights", "ema") == "ema"
+            and not row.get("site")
+            and _is_of(row.get("value"), _NUMBER)
+        )
+
     def keep_last(self, count: int) -> None:
         """Removes older checkpoints, and what a kill left of unfinished ones."""
         folder = self.path / "checkpoints"
@@ -235,80 +238,3 @@ def find_checkpoint(path: Path | str) -> Path:
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint yet; train it first, or wait for its first one")
     return checkpoint
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A generator in evaluation mode, and where it comes from."""
-
-    model: Generator | InpaintingGenerator  # as header.config.task says
-    header: Header
-    path: Path
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.header.classes
-
-
-def load(path: Path | str, *, ema: bool = True, device: str = "cpu") -> Loaded:
-    """Rebuilds the generator of a run directory (its latest checkpoint), of a checkpoint file, of a folder that
-    `save_pretrained` wrote, or of a model that comes with the package, by its name.
-
-    Args:
-        ema: The average of the weights over training, which is what samples are judged by; False for the raw weights.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-
-    Raises:
-        CheckpointError: nothing there, or nothing that can be used.
-    """
-    file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file, prefix="ema." if ema else "generator.")
-    if not (tensors or ema):
-        raise CheckpointError(f"{file} holds the average of the weights alone; leave the raw weights")
-    settings = header.config.model
-    if isinstance(settings, ClassConditionalConfig) and len(header.classes) != settings.num_classes:
-        raise CheckpointError(
-            f"{file} names {len(header.classes)} classes for a model of {settings.num_classes}; {REMEDY}"
-        )
-    model = build_generator(settings)
-    _fill(model, tensors, file)
-    model.header, model.card, model.scores = header, _card_of(file), _scores_of(file, header)
-    return Loaded(model.to(find_device(device)).eval(), header, file)
-
-
-def build_generator(settings: ClassConditionalConfig | InpaintingConfig) -> Generator | InpaintingGenerator:
-    """The network of these settings, as it is before training; ValueError without a number of classes."""
-    if isinstance(settings, InpaintingConfig):
-        return InpaintingGenerator(settings)
-    return RelativisticGenerator(settings) if settings.architecture == "grouped" else Generator(settings)
-
-
-def _card_of(file: Path) -> str:
-    """What is known of a network beside its header, as Markdown, where it came with a card."""
-    if file in shipped().values():
-        return card_text(file.stem, read_card(file.stem))
-    if is_saved_model(file.parent):
-        readme = file.with_name("README.md")
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)
-    return ""
-
-
-def _scores_of(file: Path, header: Header) -> tuple[str, ...]:
-    """What was measured of a run's checkpoint with averaged weights, a line a score of images."""
-    rows = read_lines(RunDirectory(file.parent.parent).scores_file) if file.parent.name == "checkpoints" else []
-    return tuple(
-        f"{row.get('name') or row.get('metric')} {row['value']:.4g} ({row.get('protocol', 'no protocol')})"
-        for row in rows
-        if row.get("images_seen") == header.images_seen
-        and row.get("weights", "ema") == "ema"
-        and not row.get("site")
-        and _is_of(row.get("value"), _NUMBER)
-    )
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the model that its header describes: {error}") from error

@@ -12,7 +12,7 @@ from attnorm.benchmark.training_step import measured_step, random_images
 from attnorm.config import Config
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import Batch, BatchesAhead, Stream
-from attnorm.run_directory import load
+from attnorm.registry import load
 from attnorm.settings import override
 from attnorm.system.randomness import seed_step
 from attnorm.training.task import adam

@@ -35,7 +35,7 @@ def export(
     """
     from attnorm.export import export as write
     from attnorm.fill_page import write_page
-    from attnorm.run_directory import load
+    from attnorm.registry import load
 
     require_free(out, overwrite)
     loaded = load(run, ema=not raw_weights)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attnorm.export import ExportError, export
 from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.run_directory import Loaded
+from attnorm.registry import Loaded
 from attnorm.system.files import write_text
 
 RUNTIME = Path("node_modules", "onnxruntime-web")  # where npm puts it

@@ -19,7 +19,7 @@ from attnorm.config import ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
-from attnorm.run_directory import load
+from attnorm.registry import load
 from attnorm.system.devices import set_tf32
 
 

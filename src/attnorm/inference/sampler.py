@@ -18,7 +18,7 @@ from attnorm.config import did_you_mean
 from attnorm.data.images import to_uint8
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
-from attnorm.run_directory import load
+from attnorm.registry import load
 from attnorm.system.devices import set_tf32
 from attnorm.system.randomness import standard_normal
 

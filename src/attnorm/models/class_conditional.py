@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
-from attnorm.config import ClassConditionalConfig
+from attnorm.config import ClassConditionalConfig, InpaintingConfig
 from attnorm.hub import HubModel
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.batch_norm import BatchNorm2d
@@ -37,9 +37,8 @@ class Generator(HubModel):
     """
 
     def __init__(self, config: ClassConditionalConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         require_classes(config)
-        self.config = config
         multiples = config.g_channels or G_CHANNELS[config.image_size]
         channels = [multiple * config.width for multiple in multiples]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size
@@ -61,6 +60,10 @@ class Generator(HubModel):
         self.norm = BatchNorm2d(channels[-1])
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
         _initialize(self, with_spectral_norm=config.g_spectral_norm)
+
+    @staticmethod
+    def is_built_from(config: ClassConditionalConfig | InpaintingConfig) -> bool:
+        return isinstance(config, ClassConditionalConfig) and config.architecture == "sagan"
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Images [N, 3, S, S] in [-1, 1].

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.config import InpaintingConfig
+from attnorm.config import ClassConditionalConfig, InpaintingConfig
 from attnorm.hub import HubModel
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.contextual_attention import ContextualAttention
@@ -59,8 +59,7 @@ class InpaintingGenerator(HubModel):
     """
 
     def __init__(self, config: InpaintingConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.width
         is_wide = config.context == "an-wide"
         self.coarse = nn.Sequential(*_encoder(width, COARSE_CHANNELS), *_dilated(width), *_decoder(4 * width, width))
@@ -79,6 +78,10 @@ class InpaintingGenerator(HubModel):
             for module in self.modules():
                 if isinstance(module, SameConv2d):
                     module.is_symmetric = True
+
+    @staticmethod
+    def is_built_from(config: ClassConditionalConfig | InpaintingConfig) -> bool:
+        return isinstance(config, InpaintingConfig)
 
     def forward(self, image: Tensor, mask: Tensor) -> Inpainting:
         """Both stages; what the hole of `image` holds has no influence.

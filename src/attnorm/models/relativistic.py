@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.config import ClassConditionalConfig
+from attnorm.config import ClassConditionalConfig, InpaintingConfig
+from attnorm.hub import HubModel
 from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.models.class_conditional import Generator, attentive_norm_of, require_classes
 
@@ -52,9 +53,8 @@ class RelativisticGenerator(Generator):
     """
 
     def __init__(self, config: ClassConditionalConfig) -> None:
-        nn.Module.__init__(self)  # another network to the same purpose
+        HubModel.__init__(self, config)  # another network to the same purpose
         require_classes(config)
-        self.config = config
         channels = [multiple * config.width for multiple in config.g_channels]
         self.latent_dim, self.num_classes, self.image_size = config.latent_dim, config.num_classes, config.image_size
         self.embedding = nn.Linear(config.num_classes, config.latent_dim, bias=False)
@@ -69,6 +69,10 @@ class RelativisticGenerator(Generator):
         self.to_rgb = nn.Conv2d(channels[-1], 3, 1, bias=False)
         for layer in (self.embedding, self.linear, *self.changes, self.to_rgb):
             _initialize(layer)
+
+    @staticmethod
+    def is_built_from(config: ClassConditionalConfig | InpaintingConfig) -> bool:
+        return isinstance(config, ClassConditionalConfig) and config.architecture == "grouped"
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Images [N, 3, S, S]; nothing but training keeps them in [-1, 1].

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attnorm.checkpoint import read_checkpoint, save_checkpoint
 from attnorm.config import ConfigError
-from attnorm.hub import public
 from attnorm.settings import from_dict, to_dict
 from attnorm.system.files import write_json
 
@@ -72,7 +71,7 @@ def ship(checkpoint: Path, name: str, card: Card, folder: Path = FOLDER) -> Path
     if size > LARGEST:
         raise ConfigError(f"{name} would have {size / 2**20:.1f} MiB; expected at most {LARGEST // 2**20}: ship less")
     file = folder / f"{name}.safetensors"
-    save_checkpoint(file, small, public(header))
+    save_checkpoint(file, small, header.public())
     write_json(folder / f"{name}.json", to_dict(card))
     return file
 
