@@ -86,20 +86,20 @@ def test_the_command_trains_what_is_missing_and_reports(
     monkeypatch.setattr("attnorm.cli.terminal.read_images", lambda *args, **kwargs: data)
     command = ["experiment", "diffusion", "--data", "noise", "--out", str(tmp_path), "--scale", "smoke"]
     cli.main(command)
-    kept = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    trainings = tmp_path / "trainings.jsonl"
+    kept = {(row["arm"], row["seed"]): row for row in map(json.loads, trainings.read_text().splitlines())}
     assert len(kept) == 2 * len(diffusion.ARMS)
-    one = next(path for path in kept if path.stem == "an-seed1")
-    before = json.loads(one.read_text())
-    one.unlink()
+    before = kept.pop(("an", 1))
+    trainings.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
     cli.main(command)
-    again = json.loads(one.read_text())
+    *others, again = map(json.loads, trainings.read_text().splitlines())
     assert again["curve"] == before["curve"] and again["sites"] == before["sites"]
-    assert all(path.read_bytes() == content for path, content in kept.items() if path != one)
+    assert others == list(kept.values())
     with pytest.raises(ConfigError, match="results of another data; choose"):
         diffusion.run(tmp_path, replace(data, fingerprint="0" * 64), write_report, scale="smoke")
     report = json.loads((tmp_path / "report.json").read_text())
-    scores = {arm: [json.loads((tmp_path / f"results/{arm}-seed{s}.json").read_text())["score"] for s in (0, 1)]
-              for arm in ("an", "none")}  # fmt: skip
+    kept["an", 1] = again
+    scores = {arm: [kept[arm, seed]["score"] for seed in (0, 1)] for arm in ("an", "none")}
     difference = np.subtract(scores["none"], scores["an"])
     row = next(row for row in report["arms"] if row["arm"] == "none")
     assert row["score"]["mean"] == pytest.approx(np.mean(scores["none"]))

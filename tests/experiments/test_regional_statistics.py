@@ -120,26 +120,28 @@ def test_the_command_goes_on_where_it_stopped_and_says_so(
     out = tmp_path / "regional"
     command = ["experiment", "regional-statistics", "--out", str(out), "--scale", "smoke", "--arms", "an,none"]
     cli.main(command)
-    written = {path: path.read_bytes() for path in (out / "results").glob("*.json")}
+    written = (out / "trainings.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in written]
     # Two seeds of two arms at two settings, and of AN at the one in which n alone is another.
-    assert len(written) == 2 * (2 * 2 + 1)
-    tuned = [json.loads(path.read_text()) for path in (out / "tuning").glob("an-*.json")]
+    assert sum(not row["is_tuning"] for row in rows) == 2 * (2 * 2 + 1)
+    tuned = [row for row in rows if row["is_tuning"] and row["arm"] == "an"]
     assert sorted(row["lr"] for row in tuned) == [0.002, 0.005, 0.01]
     best = min(tuned, key=lambda row: row["errors"]["64"])["lr"]
-    assert {json.loads(text)["lr"] for path, text in written.items() if path.name.startswith("an-")} == {best}
+    assert {row["lr"] for row in rows if row["arm"] == "an" and not row["is_tuning"]} == {best}
     assert [Path(line).name for line in capsys.readouterr().out.split()][:2] == ["report.md", "report.json"]
-    lost = out / "results" / f"an-{BASE.name}-seed1.json"
-    kept = json.loads(lost.read_text())
-    lost.unlink()
+    kept = next(row for row in rows if (row["arm"], row["seed"], row["lr"]) == ("an", 1, best))
+    left = [line for line in written if json.loads(line) != kept]
+    (out / "trainings.jsonl").write_text("".join(left))
     names: list[str] = []
     train = experiment.train
-    monkeypatch.setattr(experiment, "train", lambda job, *rest: (names.append(job.file), train(job, *rest))[1])
+    monkeypatch.setattr(experiment, "train", lambda job, *rest: (names.append(str(job)), train(job, *rest))[1])
     cli.main(command)
-    assert names == [f"results/{lost.name}"]
-    again = json.loads(lost.read_text())
+    assert names == [f"an, {BASE.name}, seed 1"]
+    *others, last = (out / "trainings.jsonl").read_text().splitlines(keepends=True)
+    assert others == left
+    again = json.loads(last)
     for key in ("errors", "entropy", "rho", "error_while_training"):
         assert again[key] == kept[key]
-    assert all(path.read_bytes() == content for path, content in written.items() if path != lost)
     with pytest.raises(ConfigError, match=r"results of another .*scale.*; choose another --out"):
         experiment.run(out, write_report, scale="full", arms=["none"])
     with pytest.raises(ConfigError, match="got scale 'smoke', arms nothing; expected one of full, smoke"):

@@ -21,8 +21,8 @@ def experiment(
 ) -> None:
     """Measure what a context block is worth, in a controlled experiment.
 
-    The same command goes on where it stopped: every training is a file in DIR/results, done when it is there. One
-    thread is used; `full` takes hours, and its report is written after each seed.
+    The same command goes on where it stopped: a training that is a line of DIR/trainings.jsonl is done. One thread is
+    used; `full` takes hours, and its report is written after each seed.
 
     Args:
         name: regional-statistics: colours of cells whose texture is seen, from cells of the same texture far away.

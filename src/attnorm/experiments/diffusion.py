@@ -6,7 +6,7 @@ its maps of 16 pixels one block is inserted after a residual block on the way do
 all start as the same function (each block's gate is 0) and see the same images, noises and levels of noise.
 
 The score is the loss of the averaged weights on held-out images, each with the same noises at the same levels for every
-arm and seed. Every training is one file in DIR/results, written when it is done; what is there is not done again.
+arm and seed. Every training is a line of DIR/trainings.jsonl, written when it is done; what is there is not done again.
 """
 
 # N images, C channels, B levels of noise.
@@ -28,14 +28,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from attnorm import __version__
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float
-from attnorm.experiments.protocol import keep_protocol, require_known
+from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.replace import insert_after
 from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.system.devices import find_precision
-from attnorm.system.files import file_lock, write_json
+from attnorm.system.files import append_lines, file_lock, read_lines
 from attnorm.system.provenance import commit, processor
 
 IMAGE_SIZE = 32  # pixels
@@ -265,7 +265,7 @@ def run(
     """Trains what `out` does not hold yet, and writes the report after each seed; returns what it wrote.
 
     Args:
-        out: results/*.json, one a training, and the report.
+        out: trainings.jsonl, and the report.
         data: Images of 32 pixels; every tenth is held out.
         write_report: What writes the report of `out` (`write_report` of diffusion_report), and returns the files.
         scale: A name in SCALES.
@@ -284,21 +284,17 @@ def run(
     precision = find_precision("auto", CPU)
     protocol = {**vars(found), "scale": scale, "data": data.fingerprint, "precision": precision}
     with file_lock(out):
-        (out / "results").mkdir(exist_ok=True)
         versions = {"attnorm": __version__, "torch": torch.__version__, "processor": processor()}
         threads = torch.get_num_threads()
         keep_protocol(out, {"protocol": protocol, "source": data.source, "threads": threads, **versions})
-        todo = [job for job in jobs if not _file(out, *job).exists()]
+        done = {(row["arm"], row["seed"]) for row in read_lines(out / TRAININGS)}
+        todo = [job for job in jobs if job not in done]
         took = 0.0
         for i, (arm, seed) in enumerate(todo):
-            progress(len(jobs) - len(todo) + i, len(jobs), _file(out, arm, seed).stem, took * (len(todo) - i))
+            progress(len(jobs) - len(todo) + i, len(jobs), f"{arm}, seed {seed}", took * (len(todo) - i))
             started = time.monotonic()
-            write_json(_file(out, arm, seed), train(arm, seed, found, data, precision))
+            append_lines(out / TRAININGS, [train(arm, seed, found, data, precision)])
             took = time.monotonic() - started
             if i + 1 < len(todo) and todo[i + 1][1] != seed:
                 write_report(out)
         return write_report(out)
-
-
-def _file(out: Path, arm: str, seed: int) -> Path:
-    return out / "results" / f"{arm}-seed{seed}.json"

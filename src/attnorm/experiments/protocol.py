@@ -10,6 +10,8 @@ from typing import Any
 from attnorm.config import ConfigError
 from attnorm.system.files import write_json
 
+TRAININGS = "trainings.jsonl"  # in the folder of an experiment: what each training said of itself, a line each
+
 
 def require_known(scale: str, arms: Iterable[str], *, scales: Collection[str], all_arms: Collection[str]) -> None:
     unknown = [name for name in arms if name not in all_arms]

@@ -8,8 +8,9 @@ texture whose colour is seen are at least `distance` cells away, beyond the reac
 The network. Two 3x3 convolutions, one context block, two 3x3 convolutions; the arms differ in the block alone, and
 networks of one seed start with the same weights around it and see the same images.
 
-Each arm has the learning rate that was best for it at the base setting, on a seed and images of their own (DIR/tuning).
-Every training is one file in DIR/results, written when it is done; what is there is not done again.
+Each arm has the learning rate that was best for it at the base setting, on a seed and images of their own. Every
+training is a line of DIR/trainings.jsonl, written when it is done; what is there is not done again. Folders of
+different arms become one when their lines do.
 """
 
 # N images, K textures, G cells a side, S pixels a side, C channels of the block.
@@ -17,10 +18,9 @@ Every training is one file in DIR/results, written when it is done; what is ther
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,14 +33,14 @@ from torchvision.ops import SqueezeExcitation
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.experiments.protocol import keep_protocol, require_known
+from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.experiments.regional_images import CELL, Examples, Setting, as_picture, draw_examples, hidden_error
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
-from attnorm.system.files import file_lock, write_atomically, write_json
+from attnorm.system.files import append_lines, file_lock, read_lines, write_atomically, write_json
 from attnorm.system.provenance import commit, processor
 
 CHANNELS = 32  # C
@@ -192,12 +192,10 @@ class Job(NamedTuple):
     seed: int
     lr: float = 0.0  # 0: the arm's best; a tuning is of another
 
-    @property
-    def file(self) -> str:
-        """In the experiment's folder."""
+    def __str__(self) -> str:
         if self.lr:
-            return f"tuning/{self.arm}-lr{self.lr:g}.json"
-        return f"results/{self.arm}-{self.setting.name}-seed{self.seed}.json"
+            return f"tuning {self.arm}, learning rate {self.lr:g}"
+        return f"{self.arm}, {self.setting.name}, seed {self.seed}"
 
 
 def jobs(scale: Scale, arms: Sequence[str]) -> list[Job]:
@@ -326,7 +324,7 @@ def run(
     """Trains and times what `out` does not hold yet, and writes the report after each seed; returns what it wrote.
 
     Args:
-        out: results/*.json, one a training, cost/*.json, one a block, predictions/*.png, and the report.
+        out: trainings.jsonl, cost/*.json, one a block, predictions/*.png, and the report.
         write_report: What writes the report of `out` (`write_report` of regional_report), and returns the files.
         scale: A name in SCALES.
         arms: Names in ARMS; none for all.
@@ -338,14 +336,16 @@ def run(
     found = SCALES[scale]
     wanted = [name for name in ARMS if name in arms or not arms]
     with file_lock(out):
-        for folder in ("tuning", "results", "cost", "predictions"):
+        for folder in ("cost", "predictions"):
             (out / folder).mkdir(exist_ok=True)
         keep_protocol(out, _about(scale))
-        todo = [job for job in jobs(found, wanted) if not (out / job.file).exists()]
-        total, taken = len(jobs(found, wanted)), _seconds_taken(out)
+        rows = read_lines(out / TRAININGS)
+        done = {_job_of(row) for row in rows}
+        todo = [job for job in jobs(found, wanted) if job not in done]
+        total, taken = len(jobs(found, wanted)), _seconds_taken(rows)
         for i, job in enumerate(todo):
             left = sum(taken.get(later.arm, taken.get("", 0.0)) for later in todo[i:])
-            progress(total - len(todo) + i, total, job.file, left)
+            progress(total - len(todo) + i, total, str(job), left)
             started = time.monotonic()
             network, training = train(job, found, job.lr or best_learning_rate(out, job.arm))
             if job.lr:
@@ -360,13 +360,14 @@ def run(
                 "arm": job.arm,
                 "setting": asdict(job.setting),
                 "seed": job.seed,
+                "is_tuning": bool(job.lr),
                 **training,
                 **tested,
                 "parameters": sum(parameter.numel() for parameter in network.block.parameters()),
                 "seconds": seconds,
                 "commit": commit(),
             }
-            write_json(out / job.file, result)
+            append_lines(out / TRAININGS, [result])
             if i + 1 < len(todo) and todo[i + 1].seed != job.seed:
                 write_report(out)
         for arm in wanted:
@@ -401,22 +402,27 @@ def _about(scale: str) -> dict[str, Any]:
     }
 
 
-def _seconds_taken(out: Path) -> dict[str, float]:
-    """Of a training, by arm, from what is there; "" for any."""
+def _job_of(row: Mapping[str, Any]) -> Job:
+    """The training that says this of itself."""
+    return Job(row["arm"], Setting(**row["setting"]), row["seed"], row["lr"] if row["is_tuning"] else 0.0)
+
+
+def _seconds_taken(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Of a training, by arm, from those that were done; "" for any."""
     taken: dict[str, float] = {}
-    for result in [*read_results(out, "tuning"), *read_results(out)]:
-        taken[result["arm"]] = taken[""] = result["seconds"]
+    for row in rows:
+        taken[row["arm"]] = taken[""] = row["seconds"]
     return taken
 
 
-def read_results(out: Path, folder: str = "results") -> list[dict[str, Any]]:
-    """What trainings said of themselves, of a folder in `out`."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / folder).glob("*.json"))]
+def read_results(out: Path, *, tuning: bool = False) -> list[dict[str, Any]]:
+    """What trainings said of themselves: those that are measured, or those that chose the learning rates."""
+    return [row for row in read_lines(out / TRAININGS) if row["is_tuning"] == tuning]
 
 
 def best_learning_rate(out: Path, arm: str) -> float:
     """Of the tuning's."""
-    rows = [row for row in read_results(out, "tuning") if row["arm"] == arm]
+    rows = [row for row in read_results(out, tuning=True) if row["arm"] == arm]
     return float(min(rows, key=lambda row: row["errors"][str(TRAINED_AT)])["lr"])
 
 

@@ -9,17 +9,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from attnorm.experiments.diffusion import ARMS, SITES
+from attnorm.experiments.protocol import TRAININGS
 from attnorm.metrics.intervals import Mean, mean_of
 from attnorm.reports.figures import save_figure
 from attnorm.reports.render import Document, Picture, Section, Strong, Table, write_document
-from attnorm.system.files import write_json
+from attnorm.system.files import read_lines, write_json
 
 REFERENCE = "an"  # the arm that the others are compared with
 
 
 def write_report(out: Path) -> list[Path]:
     """report.md, report.json and curves.png in `out`, from its results; nothing where there are none."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+    results = read_lines(out / TRAININGS)
     if not results:
         return []
     about = json.loads((out / "experiment.json").read_text(encoding="utf-8"))

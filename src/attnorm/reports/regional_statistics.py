@@ -77,7 +77,7 @@ def write_report(out: Path) -> list[Path]:
     if strips:
         save_figure(predictions_figure(strips), out / "predictions.png")
         written.append(out / "predictions.png")
-    document = make_document(results, costs, about, read_results(out, "tuning"))
+    document = make_document(results, costs, about, read_results(out, tuning=True))
     write_json(out / "report.json", to_dict(results, costs, about))
     return [*write_document(document, out, "report"), out / "report.json", *written]
 
@@ -97,7 +97,7 @@ def to_dict(results: Results, costs: dict[str, Any], about: dict[str, Any]) -> d
         if (found := results.mean(arm, setting, error_at(TRAINED_AT))) is not None
     ]
     plain = json.loads(json.dumps(errors), parse_constant=lambda name: None)  # JSON has no NaN
-    return {**about, "errors": plain, "cost": costs, "trainings": list(results.rows.values())}
+    return {**about, "errors": plain, "cost": costs}
 
 
 def make_document(
