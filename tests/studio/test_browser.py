@@ -45,7 +45,8 @@ class Visit:
 
     def __init__(self, browser: Browser, address: str, size: tuple[int, int] = DESK, scheme: Any = "light") -> None:
         self.address = address
-        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+        viewport: Any = {"width": size[0], "height": size[1]}
+        self.context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=size == TELEPHONE)
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(20_000)
         self.requests: list[str] = []
@@ -361,6 +362,55 @@ def test_masks_are_opened_inverted_grown_and_refused_and_the_keyboard_paints(bro
             page.keyboard.press("Control+z")
         np.testing.assert_array_equal(mask_of(page), by_keys)
         expect(panel.get_by_role("button", name="Undo")).to_be_disabled()
+
+
+class Fingers:
+    """On a canvas, at places given in shares of it; they are kept apart by their order."""
+
+    def __init__(self, page: Page, box: Any) -> None:
+        self.session, self.box = page.context.new_cdp_session(page), box
+
+    def __call__(self, kind: str, *places: tuple[float, float]) -> None:
+        points = [
+            {"x": self.box["x"] + x * self.box["width"], "y": self.box["y"] + y * self.box["height"], "id": number}
+            for number, (x, y) in enumerate(places)
+        ]
+        self.session.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+
+
+def test_one_finger_paints_two_zoom_about_what_is_between_them_and_three_do_nothing(
+    browser: Browser, address: str
+) -> None:
+    with Visit(browser, address, TELEPHONE) as page:
+        page.get_by_role("tab", name="Fill holes").click()
+        photo = {"name": "p.png", "mimeType": "image/png", "buffer": encoded(photograph(64, 64))}
+        page.get_by_label("Open a photograph").set_input_files(photo)
+        view = page.locator("#holes [data-view]")
+        expect(page.locator("#holes [data-status]")).to_contain_text("nothing is marked yet")
+
+        def fingers() -> Fingers:
+            view.scroll_into_view_if_needed()
+            return Fingers(page, view.bounding_box())
+
+        put = fingers()
+        put("Start", (0.4, 0.2)), put("Move", (0.6, 0.2)), put("End")
+        painted = mask_of(page)
+        assert painted.sum() > 20
+
+        put = fingers()
+        put("Start", (0.4, 0.4)), put("Start", (0.4, 0.4), (0.6, 0.6))
+        put("Move", (0.4, 0.4), (0.8, 0.8))
+        put("End", (0.4, 0.4)), put("Move", (0.2, 0.3)), put("End")  # the finger that stays longer paints nothing
+        np.testing.assert_array_equal(mask_of(page), painted)
+        put = fingers()
+        put("Start", (0.3, 0.3)), put("Start", (0.3, 0.3), (0.7, 0.7))
+        put("Start", (0.3, 0.3), (0.7, 0.7), (0.3, 0.7)), put("Move", (0.3, 0.3), (0.7, 0.7), (0.3, 0.5)), put("End")
+        np.testing.assert_array_equal(mask_of(page), painted)
+
+        put = fingers()
+        put("Start", (0.6, 0.6)), put("End")  # in the middle of where they were, now twice as far apart
+        rows, columns = np.nonzero(mask_of(page) & ~painted)
+        assert rows.mean() + 0.5 == pytest.approx(32, abs=1) and columns.mean() + 0.5 == pytest.approx(32, abs=1)
 
 
 def test_someone_watches_a_run_train(browser: Browser, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ export class Pens {
     if (!view.mask) return;
     view.canvas.setPointerCapture(event.pointerId);
     this.pointers.set(event.pointerId, this.place(event));
-    if (this.pointers.size === 2) return this.drop(); // two fingers zoom and drag
+    if (this.pointers.size > 1) return this.drop(); // two fingers zoom and drag, more do nothing
     if (event.button === 1 || this.isSpace) {
       this.isPanning = true;
       this.editor.classList.add("panning");
@@ -108,8 +108,9 @@ export class Pens {
   pinch(pointer, was, now) {
     const [other] = [...this.pointers].filter(([id]) => id !== pointer).map(([, place]) => place);
     const apart = (place) => Math.hypot(place[0] - other[0], place[1] - other[1]) || 1;
-    this.view.zoom(apart(now) / apart(was), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
+    // First to where the middle is now, then about it: what was between the fingers stays there.
     this.view.pan((now[0] - was[0]) / 2, (now[1] - was[1]) / 2);
+    this.view.zoom(apart(now) / apart(was), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
   }
 
   up(event) {
