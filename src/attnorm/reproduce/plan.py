@@ -13,7 +13,7 @@ import torch
 
 from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
 from attnorm.benchmark.results import read_results
-from attnorm.checkpoint import read_checkpoint
+from attnorm.checkpoint import read_header
 from attnorm.config import (
     Config,
     ConfigError,
@@ -140,7 +140,7 @@ def make_plan(
     Raises:
         ConfigError: a name, number or setting that cannot be meant, or no data.
     """
-    scale, is_inpainting = SCALES[scale_name], table == "table3"
+    scale = SCALES[scale_name]
     if table == "table5":
         if rows or settings or data or extractor or num:
             raise ConfigError(
@@ -160,16 +160,9 @@ def make_plan(
         raise ConfigError(
             f"--checkpoints is for the Fréchet distance over all classes, which {table} lacks; leave it out"
         )
-    if is_inpainting and (extractor or num):
+    if table == "table3" and (extractor or num):
         raise ConfigError("--extractor and --num are for generated images; table3 measures every image of its test set")
-    family = scale.inpainters if is_inpainting else scale.generators
-    known = INPAINTING_FAMILIES[family][1] if is_inpainting else tuple(rows_of(family))
-    chosen = rows or TABLE_ROWS[table]
-    for row in chosen:
-        if row not in known:
-            raise ConfigError(f"there is no row {row!r}; {did_you_mean(row, known)}expected some of {', '.join(known)}")
-    if len(set(chosen)) < len(chosen):
-        raise ConfigError(f"--rows names a row twice: {', '.join(chosen)}; name each once")
+    family, chosen = _choose_rows(table, scale, rows)
     more = ([f"data.source={data}"] if data else []) + ([f"run.device={device}"] if device != "auto" else [])
     jobs = []
     for number in range(seeds or scale.seeds):
@@ -193,6 +186,23 @@ def make_plan(
         jobs[0].config.run.device,
         all_checkpoints,
     )
+
+
+def _choose_rows(table: Table, scale: Scale, rows: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The family of presets that the runs are of, and which of its rows."""
+    if table == "table3":
+        family = scale.inpainters
+        known = INPAINTING_FAMILIES[family][1]
+    else:
+        family = scale.generators
+        known = tuple(rows_of(family))
+    chosen = rows or TABLE_ROWS[table]
+    for row in chosen:
+        if row not in known:
+            raise ConfigError(f"there is no row {row!r}; {did_you_mean(row, known)}expected some of {', '.join(known)}")
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--rows names a row twice: {', '.join(chosen)}; name each once")
+    return family, chosen
 
 
 def require_own(plan: Plan, images: ImageSet | None) -> None:
@@ -247,10 +257,8 @@ def images_seen(job: Job) -> int:
 def is_trained(job: Job) -> bool:
     """Whether training would end at once: all images are seen, or its time is up."""
     settings, checkpoint = job.config.run, RunDirectory(job.path).latest()
-    if settings.max_minutes and checkpoint:
-        _, header = read_checkpoint(checkpoint, prefix="header alone")
-        if header.seconds >= settings.max_minutes * 60:
-            return True
+    if settings.max_minutes and checkpoint and read_header(checkpoint).seconds >= settings.max_minutes * 60:
+        return True
     return images_seen(job) >= settings.duration_images
 
 
