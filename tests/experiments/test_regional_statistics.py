@@ -170,6 +170,14 @@ def test_intervals_are_students_and_differences_are_paired_by_seed() -> None:
     assert report.conclusions(alone) == ["One seed says nothing of seeds."]
 
 
+def test_a_gate_may_open_to_either_side() -> None:
+    rows = [
+        row("an", seed, 0.1) | {"rho": rho, "entropy": 0.5, "entities_in_use": 7} for seed, rho in enumerate((-2, 2))
+    ]
+    cells = report._layouts(report.Results(rows)).tables[0].rows[0]
+    assert cells[-1] == "2.000 ± 0.000" and cells[2] == "0.500 ± 0.000"
+
+
 def test_costs_are_read_as_ratios_to_an() -> None:
     cells = {
         name: {"256": {"milliseconds": t, "peak_bytes": b}}

@@ -190,11 +190,11 @@ def _layouts(results: Results) -> Section | None:
         for setting in dict.fromkeys(setting for sweep in SWEEPS.values() for setting in sweep):
             if results.by_seed(arm, setting, _one):
                 values = (
-                    results.mean(arm, setting, lambda row, key=key: float(row[key]))  # type: ignore[misc]
+                    results.mean(arm, setting, lambda row, key=key: abs(float(row[key])))  # type: ignore[misc]
                     for key in ("entropy", "entities_in_use", "rho")
                 )
                 rows.append((ARMS[arm].title, setting.name, *(_show(value) for value in values)))
-    header = ("block", "setting", "entropy (0 hard, 1 uniform)", "entities in use", "rho")
+    header = ("block", "setting", "entropy (0 hard, 1 uniform)", "entities in use", "|rho|")
     return Section("What AN's layouts look like", (), (Table("", header, tuple(rows)),)) if rows else None
 
 
