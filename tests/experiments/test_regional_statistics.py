@@ -144,7 +144,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_so(
         assert again[key] == kept[key]
     with pytest.raises(ConfigError, match=r"results of another .*scale.*; choose another --out"):
         experiment.run(out, write_report, scale="full", arms=["none"])
-    with pytest.raises(ConfigError, match="got scale 'smoke', arms nothing; expected one of full, smoke"):
+    with pytest.raises(ConfigError, match="got scale 'smoke', arms nothing; expected one of full, long, smoke"):
         experiment.run(out, write_report, scale="smoke", arms=["nothing"])
 
 

@@ -172,6 +172,16 @@ SCALES = {
         cost_sizes=(64, 128, 256, 512),
         cost_seconds=2.0,
     ),
+    # In the 600 steps of `full` nothing is learnt where textures are as many as entities, or more.
+    "long": Scale(
+        steps=3_000,
+        batch_size=4,
+        seeds=3,
+        test_images={64: 64},
+        settings=(BASE, *(setting for setting in SWEEPS["num_textures"] if setting.num_textures >= BASE.num_entities)),
+        cost_sizes=(64,),
+        cost_seconds=2.0,
+    ),
     "smoke": Scale(
         steps=3,
         batch_size=1,
