@@ -1,13 +1,17 @@
-"""AN in networks that are not ours: torchvision's segmentation network, and small ones with each kind of norm."""
+"""AN in networks that are not ours: torchvision's, timm's, diffusers', and small ones with each kind of norm."""
 
 from __future__ import annotations
 
 import copy
+import io
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import attnorm
 from attnorm import AttentiveNorm2d, SelfAttention2d, insert_after, replace
@@ -87,9 +91,9 @@ def test_a_norm_in_two_places_gives_way_to_one_block_and_comes_back_to_both() ->
     changes.undo()
     assert network["a"][0] is norm and network["b"][0] is norm
     inserted = insert_after(network, nn.BatchNorm2d)
-    assert len(inserted) == 1 and len(norm._forward_hooks) == 1
+    assert len(inserted) == 1 and list(norm.children()) == inserted.blocks
     inserted.undo()
-    assert not norm._forward_hooks and not list(norm.children())
+    assert type(norm) is nn.BatchNorm2d and not list(norm.children())
 
 
 def test_any_block_may_follow() -> None:
@@ -99,6 +103,132 @@ def test_any_block_may_follow() -> None:
     assert isinstance(change.new, SelfAttention2d)
     torch.testing.assert_close(network(images()), before)  # its gate starts at 0 too
     assert not change.new.training
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_torch_compile_runs_a_block_wherever_there_is_one_and_nowhere_else(is_before: bool) -> None:
+    """Compiled code is shared by modules of one class; hooks are no part of what it looks at."""
+    torch._dynamo.reset()
+    compile_ = lambda module: torch.compile(module, backend="eager")  # noqa: E731
+    without, network = small(nn.BatchNorm2d(8)).eval(), small(nn.BatchNorm2d(8)).eval()
+    plain = compile_(without)(images())
+    compiled = compile_(network)
+    if is_before:
+        torch.testing.assert_close(compiled(images()), plain)
+    changes = insert_after(compiled if is_before else network, "1", num_entities=3)
+    assert changes.made[0].name == "1"
+    nn.init.ones_(changes.made[0].new.rho)
+    expected = network(images())
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(compiled(images()), expected)
+    torch.testing.assert_close(compile_(without)(images()), plain)
+    changes.undo()
+    torch.testing.assert_close(compiled(images()), plain)
+    assert type(network[1]) is nn.BatchNorm2d
+    changes = replace(compiled, "1", num_entities=3)
+    torch.testing.assert_close(compiled(images()), network(images()))
+    assert changes.made[0].name == "1" and isinstance(network[1], AttentiveNorm2d)
+
+
+def test_what_was_inserted_is_pickled_traced_and_parametrized_as_what_it_follows() -> None:
+    network = small(nn.BatchNorm2d(8)).eval()
+    changes = insert_after(network, "[01]", num_entities=3)
+    for block in changes.blocks:
+        nn.init.ones_(block.rho)
+    expected = network(images())
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    torch.testing.assert_close(again(images()), expected, rtol=0, atol=0)
+    assert isinstance(again[0], nn.Conv2d) and type(again[0]).__name__ == "Conv2d"
+    twin = small(nn.BatchNorm2d(8)).eval()
+    insert_after(twin, "[01]", num_entities=3)
+    twin.load_state_dict(network.state_dict())
+    torch.testing.assert_close(twin(images()), expected, rtol=0, atol=0)
+    for nodes in (create_feature_extractor(network, ["2"]), create_feature_extractor(copy.deepcopy(network), ["2"])):
+        torch.testing.assert_close(network[3](nodes(images())["2"]), expected)
+    nn.utils.parametrizations.weight_norm(network[0])
+    torch.testing.assert_close(network(images()), expected)
+    changes.undo()
+    assert not list(network[1].children())
+    torch.testing.assert_close(network(images()), small(nn.BatchNorm2d(8)).eval()(images()))
+
+
+def test_a_network_with_a_block_is_exported_whole() -> None:
+    network = small(nn.BatchNorm2d(8)).eval()
+    nn.init.ones_(insert_after(network, "1", num_entities=3).made[0].new.rho)
+    free = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
+    program = torch.export.export(network, (images(),), dynamic_shapes=free).module()
+    other = torch.randn(1, 3, 5, 9)
+    torch.testing.assert_close(program(other), network(other))
+
+
+@pytest.mark.parametrize("change", [replace, insert_after])
+def test_a_block_is_where_the_network_is_though_the_norm_has_no_tensor_to_tell(change: Any) -> None:
+    network = small(nn.InstanceNorm2d(8)).double()
+    block = change(network, nn.InstanceNorm2d).made[0].new
+    assert {tensor.dtype for tensor in block.parameters()} == {torch.float64}
+    elsewhere = nn.ModuleDict({"a": small(nn.InstanceNorm2d(8)).to("meta"), "b": nn.ModuleList([nn.InstanceNorm2d(8)])})
+    blocks = change(elsewhere, nn.InstanceNorm2d).blocks
+    assert [block.rho.device.type for block in blocks] == ["meta", "meta"]
+
+
+@pytest.mark.parametrize(("channels", "entities", "side"), [(3, 4, 5), (7, 16, 1), (1, 2, 2), (10, 3, 7)])
+def test_no_number_of_channels_entities_or_pixels_needs_to_divide_another(
+    channels: int, entities: int, side: int
+) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    x = torch.randn(3, channels, side, side).contiguous(memory_format=torch.channels_last)
+    expected = network(x)
+    block = insert_after(network, "0", num_entities=entities).made[0].new
+    assert torch.equal(network(x), expected)
+    y = network[0](x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    network(x).square().sum().backward()  # the activation writes over what the block returned
+    assert block.rho.grad.isfinite()
+
+
+class Modulated(nn.GroupNorm):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+def test_a_norm_that_does_more_than_normalize_is_not_replaced_in_silence() -> None:
+    network = timm.create_model("efficientnet_b0", num_classes=2)
+    with pytest.raises(ValueError, match=r"bn1 is BatchNormAct2d, which applies act \(SiLU\) too"):
+        replace(network, nn.BatchNorm2d)
+    assert len(replace(network, "blocks.*.bn3")) == 15  # where the activation is none
+    with pytest.raises(ValueError, match=r"0 is Modulated, which is called with \(x, scale\)"):
+        replace(nn.Sequential(Modulated(2, 8)), nn.GroupNorm)
+    with pytest.raises(ValueError, match="0 is LayerNorm; expected a norm of feature maps"):
+        replace(nn.Sequential(nn.LayerNorm(8)), nn.LayerNorm)  # of the last dimension
+    network = timm.create_model("convnext_atto", num_classes=2)
+    assert str(replace(network, "stem.1").made[0]).startswith("stem.1: LayerNorm2d -> AttentiveNorm2d(40")
+
+
+def test_what_is_named_by_nothing_is_told_with_the_norms_as_patterns(segmenter: nn.Module) -> None:
+    with pytest.raises(ValueError) as caught:
+        insert_after(segmenter, "InvertedResidual")
+    assert str(caught.value) == (
+        "'InvertedResidual' is taken for a pattern of names; a class is given as the class itself, without quotes. It "
+        "names no module of LRASPP; its norms: 2 x backbone.*.* (BatchNorm2d), 44 x backbone.*.block.*.* "
+        "(BatchNorm2d), classifier.cbr.1 (BatchNorm2d)"
+    )
+    many = nn.ModuleDict({letter: nn.BatchNorm2d(2) for letter in "abcdefghijklmnopqrs"})
+    with pytest.raises(ValueError, match=r"the pattern 'x' names no .* p \(BatchNorm2d\), and 3 others$"):
+        replace(many, "x")
+
+
+def test_an_error_of_a_pass_says_at_which_place(segmenter: nn.Module) -> None:
+    network = copy.deepcopy(segmenter)
+    insert_after(network, "backbone")
+    with pytest.raises(ValueError, match=r"^backbone \(IntermediateLayerGetter\) returned OrderedDict; expected a fea"):
+        network(images())
+    network = nn.Sequential(nn.ModuleDict({"norm": nn.GroupNorm(2, 8)})["norm"], nn.Flatten(2), nn.GroupNorm(2, 8))
+    replace(network, nn.GroupNorm)
+    with pytest.raises(ValueError, match=r"^2: got 3 dimensions, \(2, 8, 16\); expected a floating feature map \[N, 8"):
+        network(torch.randn(2, 8, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +260,13 @@ def test_modules_that_cannot_be_followed_are_refused() -> None:
         replace(nn.BatchNorm2d(8), nn.BatchNorm2d)
     with pytest.raises(ValueError, match="AttentiveNorm2d already"):
         replace(nn.Sequential(AttentiveNorm2d(8)), AttentiveNorm2d)
+    network = small(nn.BatchNorm2d(8))
+    network[1].forward = network[1].forward
+    with pytest.raises(ValueError, match=r"^1 has another forward than its class's"):
+        insert_after(network, "1")
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(ValueError, match="change the network before it is wrapped"):
+        insert_after(wrapped, "1")
 
 
 def test_a_change_is_told_in_a_line() -> None:
@@ -140,3 +277,42 @@ def test_a_change_is_told_in_a_line() -> None:
         "scale and shift carried over, running moments dropped"
     )
     assert str(insert_after(network, "0")).splitlines()[0].startswith("0: Conv2d + AttentiveNorm2d(8, num_entities=16")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_residual_blocks_of_a_unet_of_diffusers_are_followed_and_its_norms_of_maps_replaced() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; the rest does not need it")
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).eval()
+    x, time = torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
+    before = network(x, time).sample
+    changes = insert_after(network, diffusers.models.resnet.ResnetBlock2D, num_entities=4)
+    assert len(changes) == 8
+    torch.testing.assert_close(network(x, time).sample, before, rtol=0, atol=0)
+    gradients = []
+    for checkpointing in (network.disable_gradient_checkpointing, network.enable_gradient_checkpointing):
+        checkpointing()
+        for block in changes.blocks:
+            nn.init.ones_(block.rho)
+        network.train().zero_grad()
+        torch.manual_seed(1)
+        network(x, time).sample.square().mean().backward()
+        gradients.append([block.rho.grad.clone() for block in changes.blocks])
+    torch.testing.assert_close(*gradients)
+    changes.undo()
+    torch.testing.assert_close(network.eval()(x, time).sample, before, rtol=0, atol=0)
+
+    changes = replace(network, nn.GroupNorm)
+    with pytest.raises(ValueError, match=r"^down_blocks.1.attentions.0.group_norm: got 3 dimensions"):
+        network(x, time)
+    changes.undo()
+    of_maps = lambda name, module: isinstance(module, nn.GroupNorm) and "attentions" not in name  # noqa: E731
+    assert len(replace(network, of_maps)) == 17
+    assert network(x, time).sample.isfinite().all()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class AttentiveNorm2d(nn.Module):
     In evaluation mode the self-sampling branch is off (t = 0, section 4) and no random number is drawn.
     The choices where the paper is silent are listed in docs/paper.md.
     """
+
+    place = ""  # in a network, where `attnorm.replace` or `insert_after` put the layer: what errors begin with
 
     def __init__(
         self,
@@ -330,17 +332,21 @@ class AttentiveNorm2d(nn.Module):
         return ", ".join([text, *(switch for switch, is_set in switches.items() if is_set)])
 
     def _check(self, x: Tensor) -> None:
-        expected = f"expected a floating feature map [N, {self.num_features}, H, W]"
         if not isinstance(x, Tensor):
-            raise ValueError(f"got {type(x).__name__}; {expected}")
+            self._refuse(type(x).__name__)
         if x.ndim != 4:
-            raise ValueError(f"got {x.ndim} dimensions, {tuple(x.shape)}; {expected}")
+            self._refuse(f"{x.ndim} dimensions, {tuple(x.shape)}")
         if x.shape[1] != self.num_features:
-            raise ValueError(f"got {x.shape[1]} channels, {tuple(x.shape)}; {expected}")
+            self._refuse(f"{x.shape[1]} channels, {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise ValueError(f"got a tensor of {x.dtype}; {expected}")
+            self._refuse(f"a tensor of {x.dtype}")
         if x.shape[2] * x.shape[3] == 0:
-            raise ValueError(f"got a map without a pixel, {tuple(x.shape)}; {expected} with H and W at least 1")
+            self._refuse(f"a map without a pixel, {tuple(x.shape)}", " with H and W at least 1")
+
+    def _refuse(self, got: str, which: str = "") -> NoReturn:
+        # Here alone `place` is read: torch.compile compiles anew for every value that it meets.
+        where = f"{self.place}: " if self.place else ""
+        raise ValueError(f"{where}got {got}; expected a floating feature map [N, {self.num_features}, H, W]{which}")
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

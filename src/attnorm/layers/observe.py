@@ -89,8 +89,9 @@ def edited_entities(
 
 def layers_of(model: nn.Module) -> dict[str, AttentiveNorm2d]:
     """Every AttentiveNorm2d inside `model` by its name, without what torch.compile adds to names."""
-    return {
-        ".".join(part for part in path.split(".") if part != "_orig_mod"): layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, AttentiveNorm2d)
-    }
+    return {uncompiled_name(path): layer for path, layer in model.named_modules() if isinstance(layer, AttentiveNorm2d)}
+
+
+def uncompiled_name(path: str) -> str:
+    """The name of a module without what torch.compile adds to it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
