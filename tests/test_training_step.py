@@ -17,14 +17,9 @@ from rich.console import Console
 from attnorm import cli
 from attnorm.benchmark import training_step
 from attnorm.benchmark.peers import PEERS
+from attnorm.benchmark.timing import peak_bytes
 from attnorm.benchmark.training_speed import Speed, switches_of
-from attnorm.benchmark.training_step import (
-    estimate,
-    kinds_of_steps,
-    measured_step,
-    peak_of,
-    random_images,
-)
+from attnorm.benchmark.training_step import estimate, kinds_of_steps, measured_step, random_images
 from attnorm.cli.watching import progress_of, render, sparkline
 from attnorm.config import Config
 from attnorm.data.stream import Stream
@@ -50,7 +45,7 @@ def test_memory_is_that_of_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None
     task = make_task(resolve(config, images), images, CPU)
     step = measured_step(task, config, images, 16, 0, CPU)
     step()
-    assert found.step_bytes == pytest.approx(peak_of(step, CPU), rel=0.05)
+    assert found.step_bytes == pytest.approx(peak_bytes(step, CPU), rel=0.05)
     assert found.state_bytes == sum(tensor.nbytes for tensor in task.state.tensors().values())
     parts = estimate(override(config, ["run.accumulate=4"]), CPU)
     assert parts.step_bytes < 0.4 * found.step_bytes

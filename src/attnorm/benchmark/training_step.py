@@ -54,7 +54,7 @@ def estimate(config: Config, device: torch.device, *, processes: int = 1) -> Est
             step = measured_step(task, config, images, few, seen, device)
             step()  # the first one makes the optimiser's moments, and compiles what is compiled
             one = measured_step(task, config, images, max(1, few // 2), seen, device)
-            held, held_of_half = peak_of(step, device), peak_of(one, device)
+            held, held_of_half = peak_bytes(step, device), peak_bytes(one, device)
             growth = max(held - held_of_half, 0) / max(few - max(1, few // 2), 1)
             step_bytes = max(step_bytes, held + growth * (images_at_once - few))
             begun = time.perf_counter()
@@ -110,13 +110,3 @@ def measured_step(
             torch.cuda.synchronize(device)
 
     return step
-
-
-def peak_of(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that a step holds beyond what was held before."""
-    if device.type != "cuda":
-        return peak_bytes(step)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
