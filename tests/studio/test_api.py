@@ -288,14 +288,6 @@ def test_sixteen_bits_stay_sixteen_bits_outside_the_hole(client: httpx.Client) -
         assert (filled[mask] != pixels[mask]).any()
 
 
-def test_telea_is_opencvs_where_that_is_installed(client: httpx.Client) -> None:
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed; the project's own Telea is tested elsewhere")
-    pixels, mask = photograph(), hole()
-    files = {"image": ("a.png", encoded(pixels)), "mask": ("m.png", encoded(mask))}
-    filled = decoded(client.post("/api/inpaint", params={"method": "telea"}, files=files).content)
-    np.testing.assert_array_equal(filled, cv2.inpaint(pixels, mask.astype(np.uint8), 5, cv2.INPAINT_TELEA))
-
-
 @pytest.mark.parametrize(
     ("image", "mask", "message"),
     [

@@ -52,7 +52,7 @@ PROTOCOL = {
     "mae": "values in [0, 1]; doubled, in [-1, 1], beside the paper's",
     "interval": f"{CONFIDENCE:.0%}, paired bootstrap over the images: {RESAMPLES:,} resamples, percentiles",
     "mean fill": "each image's mean colour over its known pixels",
-    "Telea": f"fast marching (Telea, 2004), radius {TELEA_RADIUS}, extrapolations limited to one grey level",
+    "Telea": f"fast marching (Telea, 2004) by OpenCV, radius {TELEA_RADIUS}",
 }
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, what is at work

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -373,34 +372,13 @@ def _regions(observation: Observation) -> dict[str, Any]:
 
 def _classical(method: str, rgb: Tensor, hole: Tensor) -> Tensor:
     """`rgb` with its hole filled by a method without a model; 16 bits become 8 in the hole, and 16 again."""
-    from attnorm.evaluation.baselines import mean_fill
+    from attnorm.evaluation.baselines import mean_fill, telea_fill
 
     is_deep, seen = rgb.dtype == torch.uint16, shallow(rgb)
-    filled = mean_fill(seen[None], hole[None])[0] if method == "mean" else _telea(seen, hole)
+    filled = (mean_fill if method == "mean" else telea_fill)(seen[None], hole[None])[0]
     if is_deep:
         filled = (filled.int() * 257).to(torch.uint16)
     return torch.where(hole, filled, rgb)
-
-
-SLOW_PIXELS = 20_000  # a second or two of our own Telea
-
-
-def _telea(rgb: Tensor, hole: Tensor) -> Tensor:
-    """By OpenCV where it is installed; else by our own, which is a thousand times slower."""
-    try:
-        import cv2
-    except ImportError:
-        from attnorm.evaluation.baselines import telea_fill
-
-        if (count := int(hole.sum())) > SLOW_PIXELS:
-            raise UserError(
-                f"the hole has {count:,} pixels; without OpenCV, Telea's method takes at most {SLOW_PIXELS:,}: "
-                "pip install opencv-python-headless"
-            ) from None
-        return telea_fill(rgb[None], hole[None])[0]
-    array = np.ascontiguousarray(rgb.permute(1, 2, 0).numpy())
-    filled = cv2.inpaint(array, hole[0].numpy().astype(np.uint8), 5, cv2.INPAINT_TELEA)
-    return torch.from_numpy(filled).permute(2, 0, 1)
 
 
 def _scores(truth: Tensor, filled: Tensor, hole: Tensor) -> dict[str, float]:
