@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnorm import AttentiveNorm2d, diagnose
+from attnorm import AttentiveNorm2d, diagnose, insert_after
 from attnorm.ops.soft_layout import effective_entities
 
 
@@ -59,6 +59,26 @@ def test_a_sleeping_layer_says_why() -> None:
     assert site.verdict == "asleep: the layout is uniform"
     (site,) = diagnose(Network(temperature=2.0), x)
     assert site.verdict == "asleep: rho is next to 0"
+
+
+def test_a_layer_that_is_only_ever_in_evaluation_is_told_so() -> None:
+    """As one that follows a frozen batch norm, whose mode it has: its layout's spread comes of training batches."""
+    network, x = nn.Sequential(nn.BatchNorm2d(8)), 0.01 * torch.randn(2, 8, 6, 6)
+    block = insert_after(network, nn.BatchNorm2d).made[0].new
+    with torch.no_grad():
+        block.rho.fill_(0.5)
+    network.train()
+    network[0].eval()
+    network(x)
+    (site,) = diagnose(network, x)
+    assert site.batches == 0 and site.entropy > 0.95
+    assert site.verdict == (
+        "asleep: the layout is uniform (no training batch was seen: the layer was never in training mode)"
+    )
+    block.train()
+    network(x)
+    (site,) = diagnose(network, x)
+    assert site.batches == 1 and site.verdict == "awake"
 
 
 def test_nothing_changes_in_the_network() -> None:

@@ -28,6 +28,7 @@ class Diagnosis:
     rho: float  # Eq. 6
     spread: float  # standard deviation of the logits over the entities (1.6 with the paper's widths and tau)
     change: float  # RMS of what the layer adds to its input, as a share of the input's: rho counts only beside it
+    batches: int | None = None  # training batches that the features' moments come of; None without moments
 
     @property
     def is_awake(self) -> bool:
@@ -39,7 +40,8 @@ class Diagnosis:
         """ "awake", or why it is asleep."""
         reasons = []
         if self.entropy >= UNIFORM:
-            reasons.append("the layout is uniform")
+            unseen = " (no training batch was seen: the layer was never in training mode)" if self.batches == 0 else ""
+            reasons.append(f"the layout is uniform{unseen}")
         if self.change < NEXT_TO_NOTHING:
             reasons.append("rho is next to 0")
         return f"asleep: {' and '.join(reasons)}" if reasons else "awake"
@@ -90,4 +92,5 @@ def _diagnosis(site: str, layer: AttentiveNorm2d, features: Tensor, layout: Tens
         layer.rho.item(),
         layer.logits(features).var(1, correction=0).mean().sqrt().item(),
         (added.square().mean() / features.float().square().mean().clamp_min(1e-30)).sqrt().item(),
+        None if layer.num_batches_tracked is None else int(layer.num_batches_tracked.item()),
     )
