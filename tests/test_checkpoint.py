@@ -25,27 +25,16 @@ from attnorm.checkpoint import (
     save_checkpoint,
 )
 from attnorm.config import FORMAT_VERSION, Config, ConfigError, UserError
-from attnorm.models.inpainting import InpaintingGenerator
-from attnorm.presets import PRESETS
 from attnorm.registry import load
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.settings import override, to_dict
 from attnorm.system.devices import find_device
 from attnorm.system.files import file_lock, read_lines, write_atomically, write_json
 from attnorm.training.class_conditional import ClassConditionalTask
-from attnorm.training.inpainting import InpaintingTask
 
 CONFIG = override(
     Config(),
-    [
-        "model.image_size=32",
-        "model.num_classes=3",
-        "model.width=2",
-        "model.latent_dim=4",
-        "model.an.num_entities=3",
-        "model.an.temperature=0.25",
-        "data.source=photographs",
-    ],
+    ["model.image_size=32", "model.num_classes=3", "model.width=2", "model.latent_dim=4", "data.source=photographs"],
 )
 HEADER = Header(CONFIG, ("cat", "dög", "a/b"), 64_000, 12.5, "few images")
 
@@ -72,14 +61,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ClassConditio
 
 def store(path: Path, **changes: Any) -> Path:
     """A checkpoint of one tensor whose header is changed."""
-    values = {
-        "format_version": FORMAT_VERSION,
-        "config": to_dict(CONFIG),
-        "classes": ["a"],
-        "images_seen": 1,
-        "seconds": 0.5,
-        **changes,
-    }
+    values = {"format_version": FORMAT_VERSION, "config": to_dict(CONFIG), "classes": ["a"], "images_seen": 1}
+    values |= {"seconds": 0.5, **changes}
     safetensors.torch.save_file({"ema.x": torch.zeros(1)}, path, {"attnorm": json.dumps(values)})
     return path
 
@@ -122,17 +105,14 @@ def test_a_file_that_is_no_checkpoint_or_half_of_one_is_refused(tmp_path: Path) 
 
 def test_a_safetensors_file_of_others_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for metadata in (None, {"format": "pt"}):
+    for metadata in (
+        None,
+        {"format": "pt"},
+        *({"attnorm": text} for text in ("{}", "[1]", "{", '{"format_version": 1}')),
+    ):
         safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
-        with pytest.raises(CheckpointError, match="not a checkpoint of attnorm"):
-            read_checkpoint(path)
-
-
-def test_a_header_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    for text in ("{}", "[1]", "{", '{"format_version": 1}'):
-        safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"attnorm": text})
-        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        is_ours = metadata and "attnorm" in metadata
+        with pytest.raises(CheckpointError, match=r"x\.safetensors" if is_ours else "not a checkpoint of attnorm"):
             read_checkpoint(path)
 
 
@@ -223,6 +203,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_named(
         store(run.checkpoint_file(number), images_seen=number)
     run.checkpoint_file(40).write_bytes(run.checkpoint_file(8).read_bytes()[:-1])
     assert find_checkpoint(run.path) == run.checkpoint_file(8)
+    assert find_checkpoint(str(run.checkpoint_file(5))) == run.checkpoint_file(5)
     assert "000000008.safetensors is taken" in caplog.text and "000000040.safetensors cannot be read" in caplog.text
     run.checkpoint_file(8).write_bytes(b"")
     reasons = run.set_aside_damaged()
@@ -244,15 +225,11 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_named(
     "changes",
     [
         {"config": None},
-        {"config": []},
-        {"config": {"model": None}},
         {"config": {"model": {"an": [1]}}},
         {"config": {"task": ["inpainting"]}},
         {"config": {"optim": {"g_lr": 10**400}}},
-        {"classes": None},
         {"classes": [None]},
         {"images_seen": None},
-        {"seconds": "long"},
         {"seconds": float("nan")},
         {"note": 3},
         {"checksums": 3},
@@ -310,13 +287,10 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
         write_atomically(path, fail)
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
-    write_json(path, {"a": 2})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 2}
 
 
 def test_the_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    seen = []
+    path, seen = tmp_path / "x.txt", []
 
     def write(temporary: Path) -> None:
         temporary.write_text("whole", encoding="utf-8")
@@ -324,8 +298,7 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
     write_atomically(path, write)
     assert seen == [(False, True, True)]
-    assert path.read_text(encoding="utf-8") == "whole"
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.read_text(encoding="utf-8") == "whole" and path.stat().st_mode & 0o777 == 0o644
 
 
 # Run directories
@@ -357,19 +330,6 @@ def test_of_a_training_log_that_was_edited_the_rest_is_read(tmp_path: Path) -> N
     assert run.read_metrics() == [good]
 
 
-@pytest.mark.parametrize("data", [None, 3, {"classes": None}, {"classes": ["a", 3]}, {"fingerprint": 3}, {"note": []}])
-def test_data_of_other_kinds_in_a_config_file_are_refused(tmp_path: Path, data: object) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.create(CONFIG, {})
-    values = json.loads(run.config_file.read_text(encoding="utf-8"))
-    write_json(run.config_file, values | {"data": data})
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        run.read()
-    write_json(run.config_file, values | {"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(CheckpointError, match=f"has format {FORMAT_VERSION + 1}; .*update attnorm"):
-        run.read()
-
-
 def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "folder/checkpoints").mkdir(parents=True)
@@ -385,33 +345,29 @@ def test_creating_a_run_where_something_else_is_is_refused(tmp_path: Path) -> No
 def test_a_damaged_config_file_is_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(CONFIG, {})
-    for text in ("{", "{}", '{"config": {}}', "[]", "null", '{"format_version": 1, "config": {}, "data": 3}'):
+    values = json.loads(run.config_file.read_text(encoding="utf-8"))
+    of_data = (None, 3, {"classes": None}, {"classes": ["a", 3]}, {"fingerprint": 3}, {"note": []})
+    for text in ("{", "{}", '{"config": {}}', "[]", "null", *(json.dumps(values | {"data": data}) for data in of_data)):
         run.config_file.write_text(text, encoding="utf-8")
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
             run.read()
+    write_json(run.config_file, values | {"format_version": FORMAT_VERSION + 1})
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT_VERSION + 1}; .*update attnorm"):
+        run.read()
 
 
 def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere does not exist; expected a run directory"):
-        find_checkpoint(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"notes\.txt is no checkpoint; expected a run directory, or a file from"):
-        find_checkpoint(tmp_path / "notes.txt")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match=r"folder is not a run directory: it has no config\.json"):
-        find_checkpoint(tmp_path / "folder")
     RunDirectory(tmp_path / "run").create(CONFIG, {})
-    with pytest.raises(CheckpointError, match="run has no checkpoint yet; train it first"):
-        find_checkpoint(tmp_path / "run")
-
-
-def test_a_run_means_its_latest_checkpoint(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.create(CONFIG, {})
-    for number in (5, 40, 8):
-        store(run.checkpoint_file(number), images_seen=number)
-    assert find_checkpoint(run.path) == run.checkpoint_file(40)
-    assert find_checkpoint(str(run.checkpoint_file(8))) == run.checkpoint_file(8)
+    for name, message in {
+        "nowhere": "nowhere does not exist; expected a run directory",
+        "notes.txt": r"notes\.txt is no checkpoint; expected a run directory, or a file from",
+        "folder": r"folder is not a run directory: it has no config\.json",
+        "run": "run has no checkpoint yet; train it first",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            find_checkpoint(tmp_path / name)
 
 
 # Loading
@@ -429,21 +385,6 @@ def test_networks_load_in_evaluation_mode_as_they_were(saved: tuple[Path, ClassC
         assert torch.equal(images, task.average.network(z, labels))
         assert torch.equal(raw(z, labels), task.generator.eval()(z, labels))
         assert (raw(z, labels) - images).abs().max() > 1e-3
-
-
-def test_an_inpainting_checkpoint_gives_its_generator(tmp_path: Path) -> None:
-    config = override(PRESETS["inpaint-smoke"][1], ["model.context=contextual"])
-    torch.manual_seed(0)
-    task = InpaintingTask(config, torch.device("cpu"))
-    path = tmp_path / "x.safetensors"
-    save_checkpoint(path, task.state.tensors(), replace(HEADER, config=config))
-    loaded = load(path)
-    assert isinstance(loaded.model, InpaintingGenerator) and loaded.header.config == config
-    assert not any(module.training for module in loaded.model.modules())
-    image, mask = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 1, 40, 48)
-    mask[..., 10:20, 10:20] = 1
-    with torch.no_grad():
-        assert torch.equal(loaded.model(image, mask).refined, task.average.network(image, mask).refined)
 
 
 def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -> None:

@@ -93,23 +93,14 @@ def decode(data: bytes) -> Image.Image:
 FILES = [
     ("1", "PNG", {}),
     ("1", "TIFF", {"compression": "group4"}),
-    ("1", "BMP", {}),
-    ("1", "PPM", {}),
-    ("L", "PNG", {}),
     ("L", "TIFF", {"compression": "tiff_lzw"}),
     ("L", "BMP", {}),
-    ("L", "PPM", {}),
-    ("LA", "PNG", {}),
     ("LA", "TIFF", {}),
-    ("P", "PNG", {}),
     ("P", "PNG", {"transparency": 3}),
     ("P", "PNG", {"transparency": bytes([0, 90, 255, 255] * 10)}),
-    ("P", "GIF", {}),
     ("P", "GIF", {"transparency": 3}),
-    ("P", "BMP", {}),
     ("P", "TIFF", {}),
     ("RGB", "PNG", {}),
-    ("RGB", "TIFF", {}),
     ("RGB", "TIFF", {"compression": "jpeg"}),
     ("RGB", "BMP", {}),
     ("RGB", "PPM", {}),
@@ -145,8 +136,7 @@ def test_outside_the_mask_every_sample_stays(mode: str, format: str, options: di
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4), (4, 2)], ids=["RGB", "RGBA", "LA"])
 def test_sixteen_bits_of_colour_stay_sixteen(colour_type: int, channels: int, tmp_path: Path) -> None:
-    samples = noise(HEIGHT, WIDTH, channels, most=65536)
-    path = tmp_path / "x.png"
+    samples, path = noise(HEIGHT, WIDTH, channels, most=65536), tmp_path / "x.png"
     path.write_bytes(png(samples.astype(">u2").reshape(HEIGHT, -1), WIDTH, 16, colour_type))
     photograph = read_photograph(path)
     rgb = photograph.rgb()
@@ -162,12 +152,9 @@ def test_sixteen_bits_of_colour_stay_sixteen(colour_type: int, channels: int, tm
     assert (new[missing] != samples[missing]).mean() > 0.4
     if channels != 3:
         np.testing.assert_array_equal(new[..., -1], samples[..., -1])
-    if channels > 2:  # the eight bits that Pillow sees were written from the top
-        np.testing.assert_array_equal(np.asarray(decode(data))[..., 0], new[..., 0] >> 8)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("colour_type", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize(("depth", "colour_type"), [(1, 0), (2, 0), (2, 3), (4, 3)])
 def test_png_of_few_bits_keeps_its_depth(depth: int, colour_type: int, tmp_path: Path) -> None:
     levels = noise(HEIGHT, WIDTH, most=2**depth)
     bits = np.unpackbits(levels[..., None], axis=2)[..., 8 - depth :].reshape(HEIGHT, -1)
@@ -308,23 +295,19 @@ def test_colours_become_what_the_mode_can_hold(tmp_path: Path) -> None:
     colour = torch.tensor([200, 30, 90], dtype=torch.uint8)[:, None, None].expand(3, HEIGHT, WIDTH)
     grey = round(0.299 * 200 + 0.587 * 30 + 0.114 * 90)
     for mode, expected in {
-        "L": grey,
-        "LA": (grey,),
-        "1": grey >= 128,
-        "RGB": (200, 30, 90),
-        "RGBA": (200, 30, 90),
-        "CMYK": (55, 225, 165, 0),
-        "I;16": None,
+        **{
+            "L": [grey],
+            "LA": [grey],
+            "1": [grey >= 128],
+            "I;16": [round(257 * (0.299 * 200 + 0.587 * 30 + 0.114 * 90))],
+        },
+        **{"RGB": [200, 30, 90], "RGBA": [200, 30, 90], "CMYK": [55, 225, 165, 0]},
     }.items():
         picture(mode).save(tmp_path / "x.tif")
         photograph = read_photograph(tmp_path / "x.tif")
         given = colour.to(torch.int32) * 257 if mode == "I;16" else colour
         samples = photograph.with_hole_filled(given.to(photograph.rgb().dtype), hole()).samples
-        if mode == "I;16":
-            assert abs(int(samples[3, 4]) - 257 * (0.299 * 200 + 0.587 * 30 + 0.114 * 90)) < 1
-        else:
-            size = len(expected) if isinstance(expected, tuple) else None
-            assert np.array_equal(samples[3, 4] if size is None else samples[3, 4, :size], expected)
+        assert np.atleast_1d(samples[3, 4])[: len(expected)].tolist() == expected
 
 
 def test_the_nearest_colour_of_a_palette_with_the_same_alpha_is_taken(tmp_path: Path) -> None:
@@ -360,16 +343,12 @@ def test_the_transparent_colour_has_the_depth_of_its_file(
     depth: int, colour_type: int, samples: list[int], key: list[int], expected: list[int], tmp_path: Path
 ) -> None:
     """All pixels but the last become the colour of the transparent one, or what is next to it."""
-    rows = np.array([samples], np.uint8 if depth < 8 else ">u2")
-    width = 4 if depth < 8 else 3
-    path = tmp_path / "x.png"
-    path.write_bytes(
-        png(rows.view(np.uint8), width, depth, colour_type, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)))
-    )
-    photograph = read_photograph(path)
-    rgb = (
-        torch.full((3, 1, width), 85, dtype=torch.uint8) if depth < 8 else torch.full((3, 1, 3), 8, dtype=torch.uint16)
-    )
+    rows = np.array([samples], np.uint8 if depth < 8 else ">u2").view(np.uint8)
+    width, colour, dtype = (4, 85, torch.uint8) if depth < 8 else (3, 8, torch.uint16)
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    (tmp_path / "x.png").write_bytes(png(rows, width, depth, colour_type, transparent))
+    photograph = read_photograph(tmp_path / "x.png")
+    rgb = torch.full((3, 1, width), colour, dtype=dtype)
     mask = torch.ones(1, 1, width, dtype=torch.bool)
     mask[..., 3:] = False
     assert photograph.with_hole_filled(rgb, mask).samples.reshape(-1).tolist() == expected
@@ -447,10 +426,14 @@ def test_jpeg_keeps_its_tables_and_says_what_it_changes(mode: str, tmp_path: Pat
     np.testing.assert_array_equal(np.asarray(lossless)[~mask[0].numpy()], np.asarray(before)[~mask[0].numpy()])
 
 
-def test_cmyk_is_not_kept_in_png(tmp_path: Path) -> None:
+def test_a_format_that_is_advised_is_one_that_holds_it(tmp_path: Path) -> None:
     picture("CMYK").save(tmp_path / "x.jpg")
-    with pytest.raises(UserError, match=r"x\.jpg with its mode CMYK cannot be kept in PNG exactly .* end in \.tif"):
-        read_photograph(tmp_path / "x.jpg").encoded("PNG")
+    (tmp_path / "x.png").write_bytes(png(noise(HEIGHT, WIDTH * 6), WIDTH, 16, 2))
+    for name, other, advice in (("x.jpg", "PNG", "tif"), ("x.png", "TIFF", "png")):
+        with pytest.raises(
+            UserError, match=rf"cannot be kept in {other} exactly .*; let the output end in \.{advice}$"
+        ):
+            read_photograph(tmp_path / name).encoded(other)
 
 
 def test_what_comes_back_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,13 +444,6 @@ def test_what_comes_back_changed_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Photograph, "_options", lambda self, format: {"quality": 60})
     with pytest.raises(UserError, match=r"cannot be kept in WEBP exactly \(it comes back changed\).*\.png or \.tif"):
         photograph.encoded("WEBP")
-
-
-def test_a_format_that_is_advised_is_one_that_holds_it(tmp_path: Path) -> None:
-    path = tmp_path / "x.png"
-    path.write_bytes(png(noise(HEIGHT, WIDTH * 6), WIDTH, 16, 2))
-    with pytest.raises(UserError, match=r"cannot be kept in TIFF exactly .*; let the output end in \.png$"):
-        read_photograph(path).encoded("TIFF")
 
 
 # Mistakes
@@ -518,20 +494,19 @@ def test_a_mask_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         ((3, 9, 9), 10, (9, "T 9 or less")),
     ],
 )
-@pytest.mark.parametrize("invert", [False, True])
 def test_the_advice_on_a_mask_is_its_remedy(
-    greys: tuple[int, ...], threshold: int | None, advice: tuple[int, str], invert: bool, tmp_path: Path
+    greys: tuple[int, ...], threshold: int | None, advice: tuple[int, str], tmp_path: Path
 ) -> None:
     picture("RGB").save(tmp_path / "x.png")
     mask = np.tile(np.array(greys, np.uint8), HEIGHT * WIDTH)[: HEIGHT * WIDTH].reshape(HEIGHT, WIDTH)
     Image.fromarray(mask).save(tmp_path / "mask.png")
     files = tmp_path / "x.png", tmp_path / "mask.png"
-    with pytest.raises(
-        UserError, match=f"from {min(greys)} to {max(greys)} of 255; say --threshold T, with {advice[1]}"
-    ):
-        read_with_mask(*files, threshold=threshold, invert=invert)
-    _, missing = read_with_mask(*files, threshold=advice[0], invert=invert)
-    assert np.array_equal(missing[0], (mask >= advice[0]) != invert)
+    for invert in (False, True):
+        message = f"from {min(greys)} to {max(greys)} of 255; say --threshold T, with {advice[1]}"
+        with pytest.raises(UserError, match=message):
+            read_with_mask(*files, threshold=threshold, invert=invert)
+        _, missing = read_with_mask(*files, threshold=advice[0], invert=invert)
+        assert np.array_equal(missing[0], (mask >= advice[0]) != invert)
 
 
 def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
@@ -567,18 +542,11 @@ def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
 
 def deep_tiff() -> bytes:
     """2x2 RGB pixels of 16 bits, uncompressed."""
-    entries = [
-        (256, 3, 1, 2),
-        (257, 3, 1, 2),
-        (258, 3, 3, 8),
-        (259, 3, 1, 1),
-        (262, 3, 1, 2),
-        (273, 4, 1, 14),
-        (277, 3, 1, 3),
-        (279, 4, 1, 24),
-    ]
+    # tag, type, count, value
+    fields = "256 3 1 2, 257 3 1 2, 258 3 3 8, 259 3 1 1, 262 3 1 2, 273 4 1 14, 277 3 1 3, 279 4 1 24"
+    entries = [struct.pack("<HHII", *map(int, field.split())) for field in fields.split(",")]
     data = b"II*\0" + struct.pack("<I", 38) + struct.pack("<HHH", 16, 16, 16) + bytes(range(24))
-    return data + struct.pack("<H", 8) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return data + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
 
 
 def test_the_name_of_the_output_says_how_it_is_written(tmp_path: Path) -> None:

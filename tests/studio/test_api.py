@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 
 from attnorm import pretrained
-from attnorm.data.images import to_uint8
 from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
@@ -71,6 +70,15 @@ def hole(height: int = 48, width: int = 40) -> np.ndarray:
     return mask
 
 
+def fill(
+    client: httpx.Client, method: str, image: bytes, mask: bytes, name: str = "a.png", **asked: Any
+) -> httpx.Response:
+    """What comes of a photograph and its mask."""
+    files = {"image": (name, image), "mask": ("m.png", mask)}
+    headers = {"accept": "application/json"} if asked.pop("json", False) else {}
+    return client.post("/api/inpaint", params={"method": method, **asked}, files=files, headers=headers)
+
+
 def said(answer: httpx.Response, status: int) -> str:
     """What an error says: JSON, short, without a traceback."""
     assert answer.status_code == status, answer.text
@@ -83,27 +91,21 @@ def said(answer: httpx.Response, status: int) -> str:
 
 
 def test_images_are_the_samplers_whatever_they_are_asked_for_with(client: httpx.Client, runs: Path) -> None:
-    asked = {"model": "gan", "classes": ["tench", "0"], "seed": 5, "count": 2}
+    asked = {"model": "gan", "classes": ["tench", "0"], "seed": 5, "count": 2, "truncation": 0.3}
     made = client.post("/api/generate", json=asked).json()
     sampler = Sampler(runs / "gan", device="cpu")
-    expected = [sampler.sample([seed], [label]).images[0] for label in (2, 0) for seed in (5, 6)]
-    assert [(image["class"], image["seed"]) for image in made["images"]] == [
-        ("tench", 5), ("tench", 6), (CLASSES[0], 5), (CLASSES[0], 6),
-    ]  # fmt: skip
-    for image, pixels in zip(made["images"], expected, strict=True):
-        np.testing.assert_array_equal(decoded(image["png"]), pixels.permute(1, 2, 0).numpy())
+    order = [(label, seed) for label in (2, 0) for seed in (5, 6)]
+    assert [(image["class"], image["seed"]) for image in made["images"]] == [(CLASSES[i], seed) for i, seed in order]
+    for image, (label, seed) in zip(made["images"], order, strict=True):
+        expected = sampler.sample([seed], [label], truncation=0.3).images[0]
+        np.testing.assert_array_equal(decoded(image["png"]), expected.permute(1, 2, 0).numpy())
     assert made["recipe"]["request"] | asked == made["recipe"]["request"]
     assert client.post("/api/generate", json=made["recipe"]["request"]).json()["images"] == made["images"]
-
-
-def test_truncation_reaches_the_latents(client: httpx.Client, runs: Path) -> None:
-    made = client.post("/api/generate", json={"model": "gan", "classes": ["1"], "count": 1, "truncation": 0.3}).json()
-    sampler = Sampler(runs / "gan", device="cpu")
-    latents = sampler.latents([0], truncation=0.3)
-    assert latents.abs().max() < 0.3
-    with torch.no_grad():
-        expected = to_uint8(sampler.model(latents, torch.tensor([1])))[0]
-    np.testing.assert_array_equal(decoded(made["images"][0]["png"]), expected.permute(1, 2, 0).numpy())
+    latents, whole = (
+        sampler.latents([0, 1], truncation=0.3),
+        client.post("/api/generate", json=asked | {"truncation": None}),
+    )
+    assert latents.abs().max() < 0.3 and whole.json()["images"] != made["images"]
 
 
 def test_a_zip_and_a_grid_hold_the_same_images_and_the_recipe(client: httpx.Client) -> None:
@@ -183,13 +185,10 @@ def test_an_entity_that_is_off_wins_nothing_and_the_image_changes(client: httpx.
     ("path", "asked", "message"),
     [
         ("generate", {"model": "gna", "classes": ["0"]}, "there is no model 'gna'; there are: gan, inpainter"),
-        ("generate", {"model": "gan", "classes": ["tenhc"]}, "did you mean tench?"),
         ("generate", {"model": "inpainter", "classes": ["0"]}, "expected a class-conditional generator"),
         ("generate", {"model": "gan", "classes": ["0", "1"], "count": 33}, "expected 1 to 64"),
-        ("generate", {"model": "gan", "classes": ["0"], "count": 10**9}, "count: Input should be less than"),
         ("generate", {"model": "gan", "classes": ["0"], "seed": -1}, "seed: Input should be greater than"),
         ("generate", {"model": "gan", "classes": ["0"], "cuont": 1}, "cuont: Extra inputs are not permitted"),
-        ("generate", {"model": "gan", "classes": ["0"], "truncation": 0}, "truncation"),
         ("interpolate", {"model": "gan", "classes": ["0"]}, "at least 2 items"),
         ("interpolate", {"model": "gan", "classes": ["0", "1", "0"], "steps": 62}, "at most 121 images"),
         ("layout", {"model": "plain", "class": "0"}, "no AttentiveNorm2d"),
@@ -208,8 +207,7 @@ def test_a_mistake_is_told_in_words(client: httpx.Client, path: str, asked: dict
 
 def test_a_filled_hole_is_the_inpainters_and_nothing_else_changes(client: httpx.Client, runs: Path) -> None:
     pixels, mask = photograph(), hole()
-    files = {"image": ("a.png", encoded(pixels)), "mask": ("m.png", encoded(mask))}
-    answer = client.post("/api/inpaint", params={"method": "inpainter"}, files=files)
+    answer = fill(client, "inpainter", encoded(pixels), encoded(mask))
     assert answer.headers["content-type"] == "image/png"
     filled = decoded(answer.content)
     np.testing.assert_array_equal(filled[~mask], pixels[~mask])
@@ -219,26 +217,16 @@ def test_a_filled_hole_is_the_inpainters_and_nothing_else_changes(client: httpx.
     by_hand = client.post(
         "/api/inpaint",
         params={"method": "inpainter", "hole": "10,12,14,18"},
-        content=files["image"][1],
+        content=encoded(pixels),
         headers={"content-type": "image/png"},
     )
-    assert by_hand.content == answer.content
-    inverted = client.post(
-        "/api/inpaint",
-        params={"method": "inpainter", "invert": True},
-        files=files | {"mask": ("m.png", encoded(~mask))},
-    )
-    assert inverted.content == answer.content
+    inverted = fill(client, "inpainter", encoded(pixels), encoded(~mask), invert=True)
+    assert by_hand.content == inverted.content == answer.content
 
 
 def test_in_json_come_the_patch_the_layout_the_scores_and_the_recipe(client: httpx.Client, runs: Path) -> None:
     pixels, mask = photograph(), hole()
-    made = client.post(
-        "/api/inpaint",
-        params={"method": "inpainter", "layouts": True, "scores": True},
-        files={"image": ("a.png", encoded(pixels)), "mask": ("m.png", encoded(mask))},
-        headers={"accept": "application/json"},
-    ).json()
+    made = fill(client, "inpainter", encoded(pixels), encoded(mask), layouts=True, scores=True, json=True).json()
     filled, patch = decoded(made["file"]), decoded(made["patch"])
     assert made["box"] == [12, 10, 30, 24] and patch.shape == (18, 14, 4) and (patch[..., 3] == 255).all()
     np.testing.assert_array_equal(patch[..., :3], filled[12:30, 10:24])
@@ -261,28 +249,23 @@ def test_the_file_keeps_its_format_and_what_it_says_of_itself(client: httpx.Clie
     exif[0x0112], exif[0x013B] = 6, "someone"  # turned, and an artist
     data = encoded(pixels, "WEBP", lossless=True, exif=exif.tobytes(), icc_profile=b"x" * 200)
     shown = np.rot90(mask, -1)  # a mask is of the photograph as it is shown
-    files = {"image": ("a.webp", data), "mask": ("m.png", encoded(shown))}
-    answer = client.post("/api/inpaint", params={"method": "mean"}, files=files)
+    answer = fill(client, "mean", data, encoded(shown), "a.webp")
     assert answer.headers["content-type"] == "image/webp"
     with Image.open(io.BytesIO(answer.content)) as image:
         assert image.format == "WEBP" and image.info["icc_profile"] == b"x" * 200
         assert image.getexif()[0x013B] == "someone" and image.getexif()[0x0112] == 6
         np.testing.assert_array_equal(np.array(image)[~mask], pixels[~mask])
         assert (np.array(image)[mask] == pixels[~mask].mean(0).round()).all()
-    assert client.post("/api/inpaint", params={"method": "mean", "format": "TIFF"}, files=files).content[:2] == b"II"
+    assert fill(client, "mean", data, encoded(shown), "a.webp", format="TIFF").content[:2] == b"II"
     read = client.post("/api/photograph", files={"image": ("a.webp", data)}).json()
     assert (read["width"], read["height"], read["format"]) == (48, 40, "WEBP")
     np.testing.assert_array_equal(decoded(read["preview"]), np.rot90(pixels, -1))
 
 
 def test_sixteen_bits_stay_sixteen_bits_outside_the_hole(client: httpx.Client) -> None:
-    pixels = photograph()[..., 0].astype(np.uint16) * 257 + 3
-    mask = hole()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    pixels, mask = photograph()[..., 0].astype(np.uint16) * 257 + 3, hole()
     for method in ("telea", "inpainter"):
-        files = {"image": ("deep.png", stream.getvalue()), "mask": ("m.png", encoded(mask))}
-        filled = decoded(client.post("/api/inpaint", params={"method": method}, files=files).content)
+        filled = decoded(fill(client, method, encoded(pixels), encoded(mask)).content)
         assert filled.dtype == np.uint16
         np.testing.assert_array_equal(filled[~mask], pixels[~mask])
         assert (filled[mask] != pixels[mask]).any()
@@ -294,8 +277,6 @@ def test_sixteen_bits_stay_sixteen_bits_outside_the_hole(client: httpx.Client) -
         (b"GIF89a nonsense", encoded(hole()), "cannot read the image a.png"),
         (encoded(photograph()), b"no picture", "cannot read the mask"),
         (encoded(photograph()), encoded(hole(10, 10)), "the mask mask has 10x10 pixels, but a.png has 40x48"),
-        (encoded(photograph()), encoded(hole() & False), "nothing of a.png is missing"),
-        (encoded(photograph()), encoded(hole() | True), "all of a.png is missing"),
         (b"", encoded(hole()), "there is no image"),
         (encoded(photograph()), b"", "there is no mask"),
     ],
@@ -303,10 +284,8 @@ def test_sixteen_bits_stay_sixteen_bits_outside_the_hole(client: httpx.Client) -
 def test_a_photograph_that_cannot_be_filled_is_refused_in_words(
     client: httpx.Client, image: bytes, mask: bytes, message: str
 ) -> None:
-    files = {
-        name: (f"{name[0]}.png".replace("i.", "a."), data) for name, data in (("image", image), ("mask", mask)) if data
-    }
-    files = {"image": ("a.png", image)} | files if image else files
+    given = {"image": ("a.png", image), "mask": ("m.png", mask)}
+    files = {name: file for name, file in given.items() if file[1]}
     assert message in said(client.post("/api/inpaint", params={"method": "mean"}, files=files), 422)
 
 
@@ -321,23 +300,19 @@ def test_an_examples_photograph_is_a_png_file_and_unknown_names_are_told(client:
 def bomb(side: int) -> bytes:
     """A PNG file of `side` x `side` pixels in a few hundred bytes, which says so in its header alone."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    parts = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    )
 
 
 def test_pixels_are_counted_before_they_are_decoded(client: httpx.Client) -> None:
     for side in (5000, 60_000):  # the second is one that Pillow refuses by itself
-        files = {"image": ("a.png", bomb(side)), "mask": ("m.png", encoded(hole()))}
-        said(client.post("/api/inpaint", params={"method": "mean"}, files=files), 422)
-    assert "25000000" not in said(client.post("/api/photograph", files={"image": ("a.png", bomb(4000))}), 422)
-    assert "5000x5000 pixels, more than the 24,000,000" in said(
-        client.post("/api/photograph", files={"image": ("a.png", bomb(5000))}), 422
-    )
-    files = {"image": ("a.png", encoded(photograph())), "mask": ("m.png", bomb(5000))}
-    assert "more than the" in said(client.post("/api/inpaint", params={"method": "mean"}, files=files), 422)
+        said(fill(client, "mean", bomb(side), encoded(hole())), 422)
+    for side, is_counted in ((4000, False), (5000, True)):
+        message = said(client.post("/api/photograph", files={"image": ("a.png", bomb(side))}), 422)
+        assert ("5000x5000 pixels, more than the 24,000,000" in message) == is_counted
+    assert "more than the" in said(fill(client, "mean", encoded(photograph()), bomb(5000)), 422)
 
 
 def test_bytes_are_counted_by_what_is_said_and_by_what_comes(runs: Path) -> None:
@@ -347,12 +322,8 @@ def test_bytes_are_counted_by_what_is_said_and_by_what_comes(runs: Path) -> None
     ):
         large = {"image": ("a.png", bytes(30_000))}
         assert "20,000 bytes" in said(client.post("/api/photograph", files=large), 413)
-
-        def parts() -> Iterator[bytes]:
-            for _ in range(30):
-                yield bytes(1000)
-
-        answer = client.post("/api/photograph", content=parts(), headers={"content-type": "image/png"})
+        parts = (bytes(1000) for _ in range(30))  # whose number is not said
+        answer = client.post("/api/photograph", content=parts, headers={"content-type": "image/png"})
         assert "20,000 bytes" in said(answer, 413)
         assert "65,536 bytes" in said(client.post("/api/generate", content=b" " * 70_000), 413)
         assert client.get("/healthz").json()["status"] == "ok"
@@ -433,14 +404,14 @@ def test_too_much_at_once_is_refused_with_the_reason(runs: Path) -> None:
     with serving(service) as address, concurrent.futures.ThreadPoolExecutor(2) as pool:
 
         def ask(name: str) -> concurrent.futures.Future[httpx.Response]:
-            return pool.submit(post, f"{address}/api/generate", json=ASKED, headers={"x-job": name}, timeout=60)
+            return pool.submit(post, f"{address}/api/generate", json=ASKED, headers={"x-job": name})
 
         first = ask("first-job")
         assert service.begun.acquire(timeout=60)
         second = ask("second-job")
         while get(f"{address}/api/jobs/second-job").json() != WAITING and not second.done():
             time.sleep(0.02)
-        answer = post(f"{address}/api/generate", json=ASKED, timeout=60)
+        answer = post(f"{address}/api/generate", json=ASKED)
         assert "the queue is full, 1 waiting" in said(answer, 503) and answer.headers["retry-after"] == "5"
         for name in ("second-job", "first-job"):
             httpx.delete(f"{address}/api/jobs/{name}")
@@ -452,7 +423,7 @@ WAITING = {"state": "waiting", "before": 1, "done": 0, "total": 0}
 
 def test_what_takes_too_long_is_ended_with_the_reason(runs: Path) -> None:
     with serving(SlowService(runs, seconds=0.1)) as address:
-        assert "0.1 seconds" in said(post(f"{address}/api/generate", json=ASKED, timeout=60), 504)
+        assert "0.1 seconds" in said(post(f"{address}/api/generate", json=ASKED), 504)
 
 
 def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobody(address: str, runs: Path) -> None:
@@ -461,7 +432,7 @@ def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobod
 
     def generates(user: int) -> bool:
         asked = {"model": ("gan", "other")[user % 2], "classes": [str(user % 3)], "seed": user, "count": 2}
-        made = post(f"{address}/api/generate", json=asked, timeout=60).json()["images"]
+        made = post(f"{address}/api/generate", json=asked).json()["images"]
         if user % 2:
             return [image["seed"] for image in made] == [user, user + 1]
         expected = [sampler.sample([seed], [user % 3]).images[0].permute(1, 2, 0).numpy() for seed in (user, user + 1)]
@@ -469,15 +440,15 @@ def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobod
 
     def fills(user: int) -> bool:
         own = np.roll(pixels, user, 1)
-        files = {"image": ("a.png", encoded(own)), "mask": ("m.png", encoded(mask))}
-        answer = post(f"{address}/api/inpaint", params={"method": "inpainter"}, files=files, timeout=60)
+        with httpx.Client(base_url=address, timeout=60) as client:
+            answer = fill(client, "inpainter", encoded(own), encoded(mask))
         return np.array_equal(decoded(answer.content)[~mask], own[~mask])
 
     def fails(user: int) -> bool:
         with contextlib.suppress(httpx.TimeoutException):  # goes away before it is answered
             post(f"{address}/api/generate", json=ASKED | {"count": 64}, timeout=0.05)
-        files = {"image": ("a.png", b"broken" * user), "mask": ("m.png", b"")}
-        return post(f"{address}/api/inpaint", params={"method": "mean"}, files=files).status_code == 422
+        with httpx.Client(base_url=address, timeout=60) as client:
+            return fill(client, "mean", b"broken" * user, b"").status_code == 422
 
     work = [generates, fills, generates, fails, generates, fills, generates, fails]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -489,34 +460,25 @@ def test_eight_users_at_once_get_their_own_results_and_a_failing_one_harms_nobod
 # Safety
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8420", "127.0.0.1.evil.example", "10.0.0.1", "", "[::2]"]
-)
-def test_a_host_that_is_not_ours_is_refused(client: httpx.Client, host: str) -> None:
-    assert "none of this studio's" in said(client.get("/api/models", headers={"host": host}), 421)
+def test_a_host_that_is_not_ours_is_refused_and_this_machines_own_names_are_ours(client: httpx.Client) -> None:
+    for host in ("evil.example:8420", "127.0.0.1.evil.example", "10.0.0.1", "", "[::2]"):
+        assert "none of this studio's" in said(client.get("/api/models", headers={"host": host}), 421)
+    for host in ("localhost", "127.0.0.1:8420", "[::1]:1"):
+        assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8420", "[::1]:1"])
-def test_this_machines_own_names_are_ours(client: httpx.Client, host: str) -> None:
-    assert client.get("/healthz", headers={"host": host}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
+def test_another_pages_requests_are_refused_and_the_pages_own_and_visits_answered(
+    client: httpx.Client, address: str
+) -> None:
+    for headers in (
         {"origin": "http://evil.example"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:1"},  # another program on this machine
         {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
         {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
-    ],
-)
-def test_another_pages_requests_are_refused(client: httpx.Client, headers: dict[str, str]) -> None:
-    for answer in (client.post("/api/generate", json=ASKED, headers=headers), client.get("/api/runs", headers=headers)):
-        assert "refused" in said(answer, 403)
-
-
-def test_the_pages_own_requests_and_visits_by_a_link_are_answered(client: httpx.Client, address: str) -> None:
+    ):
+        assert "refused" in said(client.post("/api/generate", json=ASKED, headers=headers), 403)
+        assert "refused" in said(client.get("/api/runs", headers=headers), 403)
     assert client.post("/api/generate", json=ASKED, headers={"origin": address}).status_code == 200
     visit = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client.get("/", headers=visit).status_code == 200
@@ -545,15 +507,13 @@ def test_every_answer_says_that_nothing_else_may_be_loaded(client: httpx.Client)
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/static/../app.py", "/static/..%2fapp.py", "/static/js/..%2f..%2fapp.py", "/api/runs/..%2f..%2fetc/samples/1",
-        "/api/runs/gan/samples/..%2f..%2fconfig.json", "/api/runs/gan/samples/81", "/api/runs/nothing/samples/80",
-    ],
-)  # fmt: skip
-def test_no_path_leads_out(client: httpx.Client, path: str) -> None:
-    assert client.get(path).status_code in (404, 422)
+def test_no_path_leads_out(client: httpx.Client) -> None:
+    for path in (
+        *("/static/../app.py", "/static/..%2fapp.py", "/static/js/..%2f..%2fapp.py"),
+        *("/api/runs/..%2f..%2fetc/samples/1", "/api/runs/gan/samples/..%2f..%2fconfig.json"),
+        *("/api/runs/gan/samples/81", "/api/runs/nothing/samples/80"),
+    ):
+        assert client.get(path).status_code in (404, 422), path
 
 
 def test_links_out_of_a_run_directory_are_not_followed(runs: Path, tmp_path: Path) -> None:
@@ -688,11 +648,8 @@ def test_models_of_the_package_stand_beside_runs(runs: Path, tmp_path: Path, mon
     with serving(Service([runs / "other"])) as address:
         run, shipped = get(f"{address}/api/models").json()["models"]
         assert (run["id"], run["source"], run["about"]) == ("other", "run", "")
-        assert (shipped["id"], shipped["source"], shipped["about"]) == (
-            "cats",
-            "shipped",
-            "x y. Trained on x y. Small.",
-        )
+        assert (shipped["id"], shipped["source"]) == ("cats", "shipped")
+        assert shipped["about"] == "x y. Trained on x y. Small."
         assert shipped["classes"] == list(CLASSES) and shipped["entities"] == 4
         made = post(f"{address}/api/generate", json=ASKED | {"model": "cats"}).json()
         expected = Sampler(tmp_path / "cats.safetensors", device="cpu").sample([0], [0]).images[0]
