@@ -6,9 +6,12 @@ several parts share.
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from attnorm import cli
 
@@ -29,6 +32,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def draw_photographs(folder: Path, count: int, size: int = 40) -> Path:
+    """0.png and so on: smooth pictures of random colours."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{number:0{len(str(count - 1))}}.png")
+    return folder
+
+
+def look_at(path: Path) -> np.ndarray:
+    """The pixels of a picture that opens and shows something."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture)
+    assert pixels.std() > 1
+    return pixels
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What the command line says of a mistake: a short text, no traceback, nothing on the standard output."""
@@ -44,3 +69,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return message
 
     return refused
+
+
+@pytest.fixture(scope="module")
+def few_pictures() -> Iterator[None]:
+    """Reports draw fewer pictures than they would, which takes most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnorm.reports.pictures.COLUMNS", 2)
+        patch.setattr("attnorm.reports.pictures.INTERPOLATION_STEPS", 2)
+        yield

@@ -10,7 +10,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,10 @@ from attnorm.reports.render import to_markdown
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 FUSED = BY_NAME["an-fused"]
 ENVIRONMENT: dict[str, Any] = {
-    "device_name": "an abacus",
-    "threads": 1,
-    "dtype": "float32",
-    "precision": "float32",
-    "tolerances": (1e-5, 1e-4),
-    "attnorm": "0",
-    "commit": "0123456789",
-    "date": "2026-01-01T00:00:00+00:00",
-    "load_averages": [0.5, 0.25],
-    "torch": "2",
-    "triton": None,
-    "python": "3",
-    "platform": "wood",
-    "cache": "none",
-    "retain_memory": False,
-    "variables": {},
-    "preloaded": [],
+    **{"device_name": "an abacus", "threads": 1, "dtype": "float32", "precision": "float32", "platform": "wood"},
+    **{"attnorm": "0", "commit": "0123456789", "torch": "2", "triton": None, "python": "3", "cache": "none"},
+    **{"date": "2026-01-01T00:00:00+00:00", "load_averages": [0.5, 0.25], "tolerances": (1e-5, 1e-4)},
+    **{"retain_memory": False, "variables": {}, "preloaded": []},
     "roofline": {"bytes_per_second": 2e9, "operations_per_second": 3e12},
 }
 
@@ -106,29 +93,26 @@ def report_of(times: dict[str, Callable[[int], float]]) -> BenchReport:
 # The gate
 
 
-def by_name(implementation: Implementation) -> str:
-    return implementation.name
-
-
 NOT_COMPILED = [implementation for implementation in IMPLEMENTATIONS if not implementation.is_compiled]
 
 
+def checked(shape: tuple[int, ...], **options: Any) -> Iterator[tuple[Implementation, checks.Correctness]]:
+    """Every implementation that runs here; one for another device says so."""
+    for implementation in NOT_COMPILED:
+        try:
+            yield implementation, checks.check(implementation, shape, **options)
+        except ValueError as error:
+            assert "cannot run" in str(error)
+
+
 @pytest.mark.parametrize("case", ["smoke", "table5-128", "small", "gan-16", "wide"])  # each number of channels
-@pytest.mark.parametrize("implementation", NOT_COMPILED, ids=by_name)
-def test_every_implementation_is_right_on_every_case(
-    case: str, implementation: Implementation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_implementation_is_right_on_every_case(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small crop of the case's own batch and channels."""
     (shape,) = (known.shape for known in CASES if known.name == case)
     monkeypatch.setitem(checks.LARGEST_CHECKED_BYTES, "cpu", 8 * 2**20)
-    try:
-        found = checks.check(implementation, shape)
-    except ValueError as error:  # one for another device says so
-        assert "cannot run" in str(error)
-        return
-    assert found.complaint("float32") == ""
-    assert found.shape[:2] == shape[:2]
-    assert (found.output > 0) == (implementation.name != "copy")
+    for implementation, found in checked(shape):
+        assert found.complaint("float32") == "" and found.shape[:2] == shape[:2]
+        assert (found.output > 0) == (implementation.name != "copy")
 
 
 def test_the_plain_form_is_one_graph_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,15 +144,10 @@ def test_without_a_compiler_inductor_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert re.search(r"an-inductor cannot run: No working C\+\+ compiler.*/nowhere/g\+\+.*CXX", report.cells[0].reason)
 
 
-@pytest.mark.parametrize("implementation", NOT_COMPILED, ids=by_name)
-def test_low_precision_is_within_its_own_tolerance_and_not_within_float32s(implementation: Implementation) -> None:
-    try:
-        found = checks.check(implementation, (2, 16, 12, 12), dtype=torch.bfloat16)
-    except ValueError as error:
-        assert "cannot run" in str(error)
-        return
-    assert found.complaint("bfloat16") == ""
-    assert bool(found.complaint("float32")) == (implementation.name != "copy")
+def test_low_precision_is_within_its_own_tolerance_and_not_within_float32s() -> None:
+    for implementation, found in checked((2, 16, 12, 12), dtype=torch.bfloat16):
+        assert found.complaint("bfloat16") == ""
+        assert bool(found.complaint("float32")) == (implementation.name != "copy")
 
 
 def test_larger_cases_are_checked_on_a_crop_that_says_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,56 +157,51 @@ def test_larger_cases_are_checked_on_a_crop_that_says_its_size(monkeypatch: pyte
     assert checks.check(FUSED, (1, 4, 24, 22)).shape == (1, 4, 6, 6)
 
 
-def off_in_the_output(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
-    return original(self, x) * (1.01 if self.impl == "fused" else 1)
-
-
-def off_in_a_gradient(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
+def without_gradient_of_t(layer: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
     """t comes out right and gets no gradient."""
-    if self.impl == "fused" and self.training:
-        with torch.no_grad():
-            kept = self.t.clone()
-        del self._parameters["t"]
-        self.t = kept
-        out = original(self, x)
-        del self.t
-        self.t = nn.Parameter(kept)
-        return out
-    return original(self, x)
+    if not layer.training:
+        return original(layer, x)
+    with torch.no_grad():
+        kept = layer.t.clone()
+    del layer._parameters["t"]
+    layer.t = kept
+    out = original(layer, x)
+    del layer.t
+    layer.t = nn.Parameter(kept)
+    return out
 
 
-def broken(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
-    if self.impl == "fused":
-        raise RuntimeError("no such kernel image\nand more")
-    return original(self, x)
+def raising(error: Exception) -> Callable[..., Tensor]:
+    def fail(*_: object) -> Tensor:
+        raise error
 
-
-def not_a_number(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
-    return original(self, x) * (math.nan if self.impl == "fused" else 1)
-
-
-def unable(self: AttentiveNorm2d, x: Tensor, original: Callable[..., Tensor]) -> Tensor:
-    if self.impl == "fused":
-        raise ValueError("impl='fused' cannot run: it is Tuesday")
-    return original(self, x)
+    return fail
 
 
 @pytest.mark.parametrize(
     ("defect", "status", "reason"),
     [
-        (off_in_the_output, "failed", r"the output is off by 1\.0e-02, more than 1e-05"),
-        (off_in_a_gradient, "failed", r"the gradient of t is off by 1\.0e\+00, more than 0\.0001"),
-        (not_a_number, "failed", "the output is off by nan"),
-        (broken, "failed", "RuntimeError: no such kernel image$"),
-        (unable, "missing", "impl='fused' cannot run: it is Tuesday"),
+        (
+            lambda layer, x, original: original(layer, x) * 1.01,
+            "failed",
+            r"the output is off by 1\.0e-02, more than 1e-05",
+        ),
+        (without_gradient_of_t, "failed", r"the gradient of t is off by 1\.0e\+00, more than 0\.0001"),
+        (lambda layer, x, original: original(layer, x) * math.nan, "failed", "the output is off by nan"),
+        (raising(RuntimeError("no such kernel image\nand more")), "failed", "RuntimeError: no such kernel image$"),
+        (raising(ValueError("it cannot run: it is Tuesday")), "missing", "it cannot run: it is Tuesday"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=["output", "gradient", "nan", "broken", "unable"],
 )
 def test_what_is_wrong_gets_no_time(
     monkeypatch: pytest.MonkeyPatch, defect: Callable[..., Tensor], status: str, reason: str
 ) -> None:
     original = AttentiveNorm2d.forward
-    monkeypatch.setattr(AttentiveNorm2d, "forward", lambda self, x: defect(self, x, original))
+
+    def forward(self: AttentiveNorm2d, x: Tensor) -> Any:
+        return defect(self, x, original) if self.impl == "fused" else original(self, x)
+
+    monkeypatch.setattr(AttentiveNorm2d, "forward", forward)
     report = bench_run.run(cases="smoke", implementations="copy,an-reference,an-fused", device="cpu", seconds=1e-3)
     for mode in MODES:
         cell = report.find("smoke", "an-fused", mode)
@@ -367,31 +341,25 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["bench.json", "bench.md", "time-against-pixels.png"]
     again = read_results(files[0])
     assert again == dataclasses.replace(report, environment=json.loads(json.dumps(ENVIRONMENT)))
-    assert (
-        to_markdown(reports.make_document(again))
-        == files[1].read_text(encoding="utf-8")
-        == to_markdown(reports.make_document(report))
-    )
+    text = files[1].read_text(encoding="utf-8")
+    assert to_markdown(reports.make_document(again)) == text == to_markdown(reports.make_document(report))
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1}', '{"format_version": 99}'])
-def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "bench.json").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"bench\.json"):
-        read_results(tmp_path / "bench.json")
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+    for text in ("", "{}", '{"format_version": 1}', '{"format_version": 99}'):
+        (tmp_path / "bench.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"bench\.json"):
+            read_results(tmp_path / "bench.json")
 
 
 def test_tables_show_medians_ratios_memory_shares_and_the_paper() -> None:
     report = report_of({"copy": lambda p: 2.0, "an-fused": lambda p: p / 2**14 * 5, "self_attention": lambda p: 400.0})
-    cells = [
-        dataclasses.replace(
-            cell, fastest_ms=0.5, of_roofline=0.25, compile_seconds=1.26 if cell.mode == "training" else None
-        )
-        if cell.implementation == "an-fused"
-        else cell
-        for cell in report.cells
-    ]
-    time, _, memory, _, share, _, compiling, paper = reports.tables(dataclasses.replace(report, cells=tuple(cells)))
+    cells = list(report.cells)
+    for i, cell in enumerate(cells):
+        if cell.implementation == "an-fused":
+            compiling = 1.26 if cell.mode == "training" else None
+            cells[i] = dataclasses.replace(cell, fastest_ms=0.5, of_roofline=0.25, compile_seconds=compiling)
+    time, _, memory, _, share, _, compiled, paper = reports.tables(dataclasses.replace(report, cells=tuple(cells)))
     assert time.header[:2] == ("", "table5-128 1x32x128x128")
     assert [row[:2] for row in time.rows] == [
         ("copy", "2 (1-6) 1x"),
@@ -400,7 +368,7 @@ def test_tables_show_medians_ratios_memory_shares_and_the_paper() -> None:
     ]
     assert [row[1] for row in memory.rows[:2]] == ["0.00, 0.00", f"{4096 / 2**21:.2f}, {2048 / 2**21:.2f}"]
     assert [row[:2] for row in share.rows] == [("an-fused", "0.250")]  # the others have none
-    assert compiling.title.startswith("Training") and compiling.rows[0][:2] == ("an-fused", "1.3")
+    assert compiled.title.startswith("Training") and compiled.rows[0][:2] == ("an-fused", "1.3")
     assert paper.rows[0] == ("AN", "paper", "0.73", "2.24", "9.46", "37.68")
     assert paper.rows[1] == ("AN", "an-fused", "5", "20", "80", "320")
     assert paper.rows[2] == ("Self-attention", "paper", "5.21", "79.42", "-", "-")
@@ -491,19 +459,12 @@ def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ("--cases table6", "expected some of smoke, table5-128, table5-256"),
         ("--cases smoke,wid", "did you mean wide?"),
         ("--cases ,", "no case was named"),
-        (
-            "--cases smoke --implementations an-fast",
-            "there is no implementation 'an-fast'; did you mean an-fused? expected some of copy",
-        ),
-        ("--seconds 0", "expected more than 0"),
+        ("--cases smoke --implementations an-fast", "there is no implementation 'an-fast'; did you mean an-fused?"),
         ("--seconds nan", "expected more than 0"),
         ("--threads -1", "0 or more"),
         ("--tf32 --device cpu", "--tf32 is for float32 on CUDA"),
-        ("--dtype float8", "--dtype"),
-        ("--device tpu", "expected auto, cpu, cuda"),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_leaves_nothing(

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from attnorm import __version__, cli
 from attnorm.cli import SUBCOMMANDS, terminal
@@ -28,6 +27,7 @@ from attnorm.config import Config
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import from_dict
+from tests.conftest import contents, draw_photographs, look_at
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.width=2", "model.latent_dim=4", "run.batch_size=4", "run.duration_images=8", "run.device=cpu")
@@ -39,12 +39,8 @@ CLASSES = ["bird", "cat", "dog"]
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three class folders of three pictures each, and a file that is none."""
     folder = tmp_path_factory.mktemp("data") / "photographs [mine]"
-    random = np.random.default_rng(0)
     for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for number in range(3):
-            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+        draw_photographs(folder / name, 3)
     (folder / "cat/broken.png").write_bytes(b"not a picture")
     return folder
 
@@ -66,17 +62,6 @@ def run(trained: tuple[Path, str, str]) -> Path:
 def train_command(photographs: Path, out: Path, *settings: str) -> list[str]:
     settings = (*TINY, *QUIET, *settings)
     return ["train", "--preset", "smoke", "--data", str(photographs), "--out", str(out), "--set", *settings]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def look_at(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.std() > 1
-    return pixels
 
 
 # Training

@@ -13,7 +13,6 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 import attnorm
@@ -98,9 +97,8 @@ def test_shipped_models_in_half_precision_go_to_a_folder_with_their_cards(tmp_pa
         network = create_model(name, pretrained=True)
         network.save_pretrained(tmp_path / name)
         again = create_model(str(tmp_path / name), pretrained=True)
-        assert all(
-            torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
-        )
+        pairs = zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
         card = (tmp_path / name / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: attnorm\n") and "licence of the data" in card and "## Scores" in card
         again.save_pretrained(tmp_path / "again" / name)  # what is known is handed on
@@ -113,12 +111,7 @@ def test_the_command_line_and_the_studio_take_a_saved_folder(tmp_path: Path, mon
         network = awake(attnorm.registry.build_generator(config_of(task).model))
         network.save_pretrained(f"saved/{task}")
     cli.main(["sample", "saved/class_conditional", "--num", "2", "--out", "samples"])
-    assert sorted(str(file) for file in Path("samples").rglob("0*.png")) == [
-        "samples/0/000000.png",
-        "samples/1/000001.png",
-    ]
-    cli.main(["page", "saved/class_conditional", "--out", "page"])
-    assert Path("page/index.html").is_file()
+    assert Path("samples/0/000000.png").is_file() and Path("samples/1/000001.png").is_file()
     assert Inpainter("saved/inpainting").has_layout
     found = {m.id: m for m in available_models([Path("saved")])}
     assert found["class_conditional"].classes == ("0", "1", "2") and not found["inpainting"].problem
@@ -184,29 +177,10 @@ def test_a_model_goes_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name))
     network = awake(Generator(config_of("class_conditional").model))
     assert network.push_to_hub("me/birds") == "https://hub/me/birds/commit/0"
-    assert sorted(file.name for file in (tmp_path / "me/birds").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    written = {file.name for file in (tmp_path / "me/birds").iterdir()}
+    assert written == {"README.md", "config.json", "model.safetensors"}
     assert torch.equal(pictures(Generator.from_pretrained("me/birds")), pictures(network))
     assert torch.equal(pictures(create_model("me/birds", pretrained=True)), pictures(network))
-
-
-def test_a_network_of_ones_own_with_the_layer_goes_through_huggingfaces_mixin(tmp_path: Path) -> None:
-    class Network(nn.Module, PyTorchModelHubMixin):
-        def __init__(self, channels: int = 4) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(3, channels, 3), AttentiveNorm2d(channels, num_entities=3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers(x)
-
-    network = Network(channels=6)
-    network(torch.randn(2, 3, 8, 8))  # the layer's running moments are part of what is saved
-    awake(network).save_pretrained(tmp_path)
-    x = torch.randn(1, 3, 9, 7)
-    assert torch.equal(Network.from_pretrained(tmp_path)(x), network(x))
 
 
 def test_models_are_listed_and_made_by_name() -> None:

@@ -50,15 +50,6 @@ def grey_levels_apart(first: Tensor, second: Tensor) -> int:
     return int((first.int() - second.int()).abs().max())
 
 
-def test_a_class_is_found_however_its_accents_are_composed(file: Path) -> None:
-    sampler = Sampler(file, device="cpu")
-    sampler.classes = ("cafe\u0301", "na\u00efve", "e\u0301", "\u00e9")
-    assert sampler.class_index("caf\u00e9") == 0 and sampler.class_index("nai\u0308ve") == 1
-    assert (
-        sampler.class_index("e\u0301") == 2 and sampler.class_index("\u00e9") == 3
-    )  # both are there: by the very name
-
-
 def test_latents_of_seeds_of_any_size_differ_and_those_of_32_bits_are_torchs(sampler: Sampler) -> None:
     seeds = [0, 7, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**64, (2**63 - 1) * 10_000_000]
     latents = sampler.latents(seeds)
@@ -109,13 +100,6 @@ def test_batches_yield_all_images_in_order(sampler: Sampler) -> None:
     assert list(sampler.batches([], [])) == []
 
 
-def test_as_many_labels_as_seeds_are_needed(sampler: Sampler) -> None:
-    with pytest.raises(ValueError, match="2 seeds and 1 labels"):
-        sampler.sample([1, 2], [0])
-    with pytest.raises(ValueError, match="1 seeds and 3 labels"):
-        list(sampler.batches([1], [0, 1, 2]))
-
-
 def test_layouts_come_on_request_only(sampler: Sampler) -> None:
     plain, seen = sampler.sample([0, 1], [0, 1]), sampler.sample([0, 1], [0, 1], with_layouts=True)
     assert plain.layouts == {}
@@ -129,18 +113,16 @@ def test_layouts_come_on_request_only(sampler: Sampler) -> None:
         torch.testing.assert_close(sampler.model.blocks[2].an.layout(observation.features), observation.layout)
 
 
-def test_a_class_is_found_by_name_then_by_number(sampler: Sampler) -> None:
+def test_a_class_is_found_by_name_then_by_number_however_its_accents_are_composed(file: Path) -> None:
+    sampler = Sampler(file, device="cpu")
     assert [sampler.class_index(name) for name in ("cat", "goldfish", "1", "0")] == [0, 3, 1, 0]
     assert sampler.class_index("7") == 2  # a name goes before a number
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("gold fish", "did you mean goldfish"), ("4", "it has: cat, dog, 7, goldfish"), ("-1", "it has"), ("", "it has")],
-)
-def test_an_unknown_class_is_refused_with_those_that_are_there(sampler: Sampler, name: str, hint: str) -> None:
-    with pytest.raises(CheckpointError, match=hint):
-        sampler.class_index(name)
+    for name, hint in (("gold fish", "did you mean goldfish"), ("4", "it has: cat, dog, 7, goldfish"), ("", "it has")):
+        with pytest.raises(CheckpointError, match=hint):
+            sampler.class_index(name)
+    sampler.classes = ("cafe\u0301", "na\u00efve", "e\u0301", "\u00e9")  # the last two by the very name
+    names = ("caf\u00e9", "nai\u0308ve", "e\u0301", "\u00e9")
+    assert [sampler.class_index(name) for name in names] == [0, 1, 2, 3]
 
 
 def test_a_walk_begins_and_ends_at_the_pure_classes(sampler: Sampler) -> None:
@@ -149,6 +131,16 @@ def test_a_walk_begins_and_ends_at_the_pure_classes(sampler: Sampler) -> None:
     assert grey_levels_apart(walk[:1], sampler.sample([3], [0]).images) <= 1
     assert grey_levels_apart(walk[-1:], sampler.sample([3], [2]).images) <= 1
     assert grey_levels_apart(walk[:1], walk[-1:]) > 10
+
+
+def test_what_does_not_fit_together_is_refused(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="2 seeds and 1 labels"):
+        sampler.sample([1, 2], [0])
+    with pytest.raises(ValueError, match="1 seeds and 3 labels"):
+        list(sampler.batches([1], [0, 1, 2]))
+    for classes, steps in (([0], 5), ([0, 1], 1)):
+        with pytest.raises(ValueError, match="expected at least 2 of each"):
+            sampler.interpolate(0, classes, steps)
 
 
 def test_the_middle_of_a_walk_is_the_model_with_averaged_tables(file: Path, sampler: Sampler) -> None:
@@ -168,12 +160,6 @@ def test_a_chain_shows_each_class_once(sampler: Sampler) -> None:
     assert len(chain.images) == 5 == len(chain.layouts["blocks.2.an"].layout)
     assert grey_levels_apart(chain.images[2:3], sampler.sample([3], [1]).images) <= 1
     assert grey_levels_apart(chain.images[:2].flip(0), chain.images[3:]) <= 1  # there and back
-
-
-def test_a_walk_needs_two_classes_and_two_steps(sampler: Sampler) -> None:
-    for classes, steps in (([0], 5), ([0, 1], 1)):
-        with pytest.raises(ValueError, match="expected at least 2 of each"):
-            sampler.interpolate(0, classes, steps)
 
 
 def test_truncated_latents_are_the_quantiles_of_the_truncated_normal() -> None:

@@ -28,6 +28,7 @@ from attnorm.inference import Inpainter, Sampler
 from attnorm.presets import PRESETS
 from attnorm.settings import override
 from attnorm.training.inpainting import InpaintingTask
+from tests.conftest import contents, look_at
 
 S = 32
 
@@ -336,15 +337,6 @@ def save(path: Path, pixels: Tensor, **options: object) -> Path:
     array = pixels.numpy().astype(np.uint8)
     Image.fromarray(array[0] * 255 if len(array) == 1 else array.transpose(1, 2, 0)).save(path, **options)
     return path
-
-
-def look_at(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -32,9 +32,7 @@ INPAINTING: dict[str, tuple[str, ...]] = {
 NAMES = {"preset", "family", "row"}
 
 
-@pytest.mark.parametrize(
-    "family", ["paper-imagenet128", "cifar10", "imagenette64", "imagenette128", "small32", "smoke"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_every_row_and_rows_differ_in_what_they_say(family: str) -> None:
     base = flatten(PRESETS[f"{family}-an"][1])
     for row, expected in ROWS.items():
@@ -78,10 +76,8 @@ def test_small32_is_1000_steps_of_16_images_and_keeps_every_checkpoint() -> None
     assert config.run.batch_size == 16 and config.run.duration_images == 1_000 * 16
     assert config.run.precision == "auto" and config.run.channels_last and config.optim.ema_decay == 0.995
     assert config.run.duration_images <= config.run.keep_checkpoints * config.run.checkpoint_every_images
-    assert all(
-        every % config.run.batch_size == 0
-        for every in (config.run.log_every_images, config.run.layout_every_images, config.run.checkpoint_every_images)
-    )
+    every = (config.run.log_every_images, config.run.layout_every_images, config.run.checkpoint_every_images)
+    assert not any(images % config.run.batch_size for images in every)
     assert config.model.temperature == "auto"
     assert PRESETS["small32-an-fixed"][1].model.temperature == pytest.approx(0.1414, abs=1e-4)  # 0.1 * sqrt(64 / 32)
 

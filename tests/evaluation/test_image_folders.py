@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,6 @@ from attnorm import cli
 from attnorm.config import ConfigError, UserError
 from attnorm.evaluation.image_folders import evaluate_images, make_statistics, read_statistics, write_statistics
 from attnorm.metrics import features
-from attnorm.metrics.features import Extractor, Features
 from attnorm.metrics.generative import (
     Gaussian,
     frechet_distance,
@@ -29,23 +27,7 @@ from attnorm.metrics.generative import (
     precision_recall,
 )
 from attnorm.system.files import read_lines
-
-
-class Tiny(Extractor):
-    """Rectified projections of a thumbnail, and logits of them."""
-
-    name, title, is_standard, dimensions = "tiny", "Tiny", False, 12
-    preprocessing, weights_sha256 = "mean over 4x4", "0" * 64
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.projection = torch.randn(48, 17, generator=torch.Generator().manual_seed(1))
-
-    def __call__(self, images: Tensor) -> Features:
-        found = F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ self.projection
-        return Features(found[:, :12].relu(), found[:, 12:])
-
-    _find_weights = _build = _extract = None  # type: ignore[assignment]
+from tests.evaluation.conftest import TinyExtractor
 
 
 def make_folder(path: Path, count: int, *, seed: int, size: tuple[int, int] = (24, 20)) -> Tensor:
@@ -62,7 +44,7 @@ def test_scores_are_those_of_their_definitions_of_images_as_they_are(tmp_path: P
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         for file in sorted((tmp_path / "b").iterdir()):
             archive.write(file, f"any/{file.name}")
-    tiny = Tiny()
+    tiny = TinyExtractor()
     of_fakes, of_reals = tiny(fakes), tiny(reals).pooled
     names = ("frechet", "is", "kid", "precision-recall")
     for real in (tmp_path / "b", tmp_path / "b.zip"):
@@ -82,15 +64,11 @@ def test_scores_are_those_of_their_definitions_of_images_as_they_are(tmp_path: P
 
 
 def test_other_pixels_are_other_images_and_a_copy_is_none(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a", 12, seed=0)
-    make_folder(tmp_path / "copy", 12, seed=0)
-    make_folder(tmp_path / "b", 12, seed=1)
-    identities = {}
-    for name in ("a", "copy", "b"):
-        (score,) = evaluate_images(tmp_path / name, tmp_path / "b", Tiny())
-        identities[name] = score.identity
-    assert identities["a"] == identities["copy"] != identities["b"]
-    assert score.value == pytest.approx(0, abs=1e-9)  # against itself
+    for name, seed in (("a", 0), ("copy", 0), ("b", 1)):
+        make_folder(tmp_path / name, 12, seed=seed)
+    a, copy, b = (evaluate_images(tmp_path / name, tmp_path / "b", TinyExtractor())[0] for name in ("a", "copy", "b"))
+    assert a.identity == copy.identity != b.identity
+    assert b.value == pytest.approx(0, abs=1e-9)  # against itself
 
 
 def test_saved_statistics_give_the_same_scores_and_are_refused_of_another_protocol(
@@ -99,32 +77,31 @@ def test_saved_statistics_give_the_same_scores_and_are_refused_of_another_protoc
     for name, seed in (("a", 0), ("b", 1)):
         make_folder(tmp_path / name, 15, seed=seed)
     names, kept = ("frechet", "kid"), tmp_path / "new" / "b.safetensors"
-    first = evaluate_images(tmp_path / "a", tmp_path / "b", Tiny(), metrics=names, save_statistics=kept)
-    again = evaluate_images(tmp_path / "a", kept, Tiny(), metrics=names)
-    assert [(s.value, s.protocol, s.data, s.identity) for s in again] == [
-        (s.value, s.protocol, s.data, s.identity) for s in first
-    ]
+    first = evaluate_images(tmp_path / "a", tmp_path / "b", TinyExtractor(), metrics=names, save_statistics=kept)
+    again = evaluate_images(tmp_path / "a", kept, TinyExtractor(), metrics=names)
+    ours, theirs = ([(s.value, s.protocol, s.data, s.identity) for s in scores] for scores in (again, first))
+    assert ours == theirs
 
     def refused(error: type[Exception], message: str, **settings: Any) -> None:
         with pytest.raises(error, match=message):
-            evaluate_images(tmp_path / "a", kept, Tiny(), **{"metrics": names} | settings)
+            evaluate_images(tmp_path / "a", kept, TinyExtractor(), **{"metrics": names} | settings)
 
     refused(ConfigError, "the size is 0, and here 16", size=16)
-    monkeypatch.setattr(Tiny, "weights_sha256", "1" * 64)
+    monkeypatch.setattr(TinyExtractor, "weights_sha256", "1" * 64)
     refused(ConfigError, "is of another protocol: the extractor's weights is '0000")
     monkeypatch.undo()
-    write_statistics(make_statistics(tmp_path / "b", Tiny(), keep=False), kept)
-    assert evaluate_images(tmp_path / "a", kept, Tiny())[0].value == pytest.approx(first[0].value)
+    write_statistics(make_statistics(tmp_path / "b", TinyExtractor(), keep=False), kept)
+    assert evaluate_images(tmp_path / "a", kept, TinyExtractor())[0].value == pytest.approx(first[0].value)
     refused(ConfigError, "no features of single images, which kid and precision-recall need")
     make_folder(tmp_path / "other", 15, seed=0, size=(20, 20))
     with pytest.raises(ConfigError, match="20x20 pixels, and the real ones 20x24"):
-        evaluate_images(tmp_path / "other", kept, Tiny())
+        evaluate_images(tmp_path / "other", kept, TinyExtractor())
     kept.write_bytes(b"no statistics")
     refused(UserError, "cannot be read as statistics")
     torch_file = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, torch_file)
     with pytest.raises(UserError, match="holds no statistics"):
-        read_statistics(torch_file, Tiny())
+        read_statistics(torch_file, TinyExtractor())
 
 
 def test_images_of_several_sizes_are_refused_or_cut_and_resized(tmp_path: Path) -> None:
@@ -132,19 +109,19 @@ def test_images_of_several_sizes_are_refused_or_cut_and_resized(tmp_path: Path) 
     make_folder(tmp_path / "b", 12, seed=1, size=(30, 30))
     Image.new("RGB", (9, 8)).save(tmp_path / "b" / "zz.png")
     with pytest.raises(ConfigError, match=r"has images of 30x30 and 9x8|has images of 9x8 and 30x30"):
-        evaluate_images(tmp_path / "b", tmp_path / "a", Tiny())
-    (score,) = evaluate_images(tmp_path / "b", tmp_path / "a", Tiny(), size=16)
+        evaluate_images(tmp_path / "b", tmp_path / "a", TinyExtractor())
+    (score,) = evaluate_images(tmp_path / "b", tmp_path / "a", TinyExtractor(), size=16)
     assert (score.num_fakes, score.data.image_size) == (13, 16)
     (tmp_path / "few").mkdir()
     Image.new("RGB", (24, 20)).save(tmp_path / "few" / "a.png")
     with pytest.raises(UserError, match="has 1 images that can be read; expected at least 4"):
-        evaluate_images(tmp_path / "few", tmp_path / "a", Tiny())
+        evaluate_images(tmp_path / "few", tmp_path / "a", TinyExtractor())
 
 
 def test_the_command_prints_and_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(features, "load_extractor", lambda name, **_: Tiny())
+    monkeypatch.setattr(features, "load_extractor", lambda name, **_: TinyExtractor())
     for name, seed in (("a", 0), ("b", 1)):
         make_folder(tmp_path / name, 12, seed=seed)
     out, kept = tmp_path / "scores", tmp_path / "b.safetensors"

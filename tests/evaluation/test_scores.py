@@ -13,24 +13,16 @@ from attnorm.system.files import read_lines, write_lines
 
 
 def test_a_score_is_read_as_it_was_written_and_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
-    score = Score(
-        metric="frechet",
-        name="FID",
-        protocol="fid64_train_inception",
-        value=12.345,
-        low=11.0,
-        high=13.0,
-        extractor=UsedExtractor(name="inception", weights_sha256="ab"),
-        data=UsedData(source="x", read_at=(32, 32)),
-        values={"cat": 1.0},
-    )
+    extractor, data = UsedExtractor(name="inception", weights_sha256="ab"), UsedData(source="x", read_at=(32, 32))
+    measured = {"value": 12.36, "low": 11.0, "high": 13.0, "values": {"cat": 1.0}}
+    score = Score(metric="frechet", name="FID", protocol="fid64", extractor=extractor, data=data, **measured)
     file = tmp_path / "new" / "metrics.jsonl"
     write_scores(file, [score])
     assert read_scores(file) == [score]
     (line,) = read_lines(file)
     assert line["data"]["read_at"] == [32, 32] and line["values"] == {"cat": 1.0}
     assert not line.keys() & {"spread", "usage", "site", "density", "subsets"}
-    assert score.text == "12.35 [11.00, 13.00]" or score.text == "12.34 [11.00, 13.00]"
+    assert score.text == "12.36 [11.00, 13.00]"
 
 
 def test_a_new_measurement_replaces_the_old_one_and_no_other(tmp_path: Path) -> None:
@@ -63,15 +55,10 @@ def test_lines_of_earlier_versions_are_read_whatever_they_lack() -> None:
     [
         {"value": "low"},
         {"value": float("nan")},
-        {"value": True},
-        {"name": 3},
-        {"data": []},
-        {"metric": 1},
         {"data": {"fingerprint": 3}},
         {"extractor": {"weights_sha256": 3}},
         {"num_fakes": "10"},
         {"values": {"cat": "x"}},
-        {"interval": 3},
         {"usage": [0.5, None], "metric": "layout", "site": "a"},
         {"site": None, "metric": "layout", "usage": [0.5]},
     ],

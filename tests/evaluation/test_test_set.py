@@ -16,14 +16,7 @@ from attnorm.config import ConfigError, DataConfig, UserError
 from attnorm.data.images import ImageSet, load_images
 from attnorm.data.masks import centre_mask, rectangle_mask
 from attnorm.evaluation.test_set import Manifest, Masks, make_manifest, read_examples, read_manifest
-
-
-def write_photographs(folder: Path, count: int = 9, size: int = 40) -> Path:
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for number in range(count):
-        Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return folder
+from tests.conftest import draw_photographs
 
 
 def freeze(
@@ -36,7 +29,7 @@ def freeze(
 
 
 def test_a_manifest_names_every_third_image_with_its_pixels_and_mask(tmp_path: Path) -> None:
-    data = write_photographs(tmp_path / "data")
+    data = draw_photographs(tmp_path / "data", 9)
     (data / "4b.png").write_bytes(b"no picture")  # is not among the images, so it does not count
     made, images = freeze(tmp_path / "manifest", data)
     assert read_manifest(tmp_path / "manifest") == made
@@ -52,24 +45,22 @@ def test_a_manifest_names_every_third_image_with_its_pixels_and_mask(tmp_path: P
             np.testing.assert_array_equal(np.asarray(file), 255 * mask[0].numpy())
 
 
-def test_every_one_takes_all_images_and_the_centre_is_the_same_for_each(tmp_path: Path) -> None:
-    made, images = freeze(tmp_path / "manifest", write_photographs(tmp_path / "data", 3), masks="centre", every=1)
-    read = read_examples(made, images)
-    assert len(read.images) == 3 and torch.equal(read.masks, centre_mask(32).mask.expand(3, -1, -1, -1))
-
-
 def test_images_in_class_folders_and_built_in_ones_have_names_too(tmp_path: Path) -> None:
     for name in ("roof", "door"):
-        write_photographs(tmp_path / "data" / name, 3)
+        draw_photographs(tmp_path / "data" / name, 3)
     made, _ = freeze(tmp_path / "manifest", tmp_path / "data", every=2)
     assert [entry.file for entry in made.entries] == ["door/1.png", "roof/0.png", "roof/2.png"]
-    made, images = freeze(tmp_path / "builtin", "builtin", every=700)
+    made, images = freeze(tmp_path / "all", tmp_path / "data", masks="centre", every=1)
+    read = read_examples(made, images)
+    assert len(read.images) == 6 and torch.equal(read.masks, centre_mask(32).mask.expand(6, -1, -1, -1))
+    images, source = load_images("builtin", 32), DataConfig(source="builtin")
+    made = make_manifest(tmp_path / "builtin", images, source, image_size=32, masks="centre", seed=0, every=700)
     assert [entry.file for entry in made.entries] == ["cameraman/187", "coins/119", "rocket/51"]  # 699, ... of 256 each
     assert images.classes[2] == "cameraman" and len(read_examples(made, images).images) == 3
 
 
 def test_a_changed_image_is_found(tmp_path: Path) -> None:
-    data = write_photographs(tmp_path / "data")
+    data = draw_photographs(tmp_path / "data", 9)
     made, _ = freeze(tmp_path / "manifest", data)
     with Image.open(data / "5.png") as file:
         pixels = np.array(file)
@@ -84,7 +75,7 @@ def test_a_changed_image_is_found(tmp_path: Path) -> None:
 
 
 def test_a_missing_image_is_found_and_a_moved_folder_is_none(tmp_path: Path) -> None:
-    data = write_photographs(tmp_path / "data")
+    data = draw_photographs(tmp_path / "data", 9)
     made, _ = freeze(tmp_path / "manifest", data)
     moved = data.rename(tmp_path / "elsewhere")
     read_examples(made, load_images(str(moved), 40))
@@ -94,7 +85,7 @@ def test_a_missing_image_is_found_and_a_moved_folder_is_none(tmp_path: Path) -> 
 
 
 def test_a_changed_mask_is_found(tmp_path: Path) -> None:
-    made, images = freeze(tmp_path / "manifest", write_photographs(tmp_path / "data"))
+    made, images = freeze(tmp_path / "manifest", draw_photographs(tmp_path / "data", 9))
     file = tmp_path / "manifest" / made.entries[1].mask
     pixels = np.zeros((32, 32), np.uint8)
     for change in (rectangle_mask(32, seed=5, index=1).mask[0].numpy(), pixels, pixels[:16]):
@@ -107,7 +98,7 @@ def test_a_changed_mask_is_found(tmp_path: Path) -> None:
 
 
 def test_masks_that_leave_nothing_to_measure_are_refused(tmp_path: Path) -> None:
-    made, images = freeze(tmp_path / "manifest", write_photographs(tmp_path / "data"))
+    made, images = freeze(tmp_path / "manifest", draw_photographs(tmp_path / "data", 9))
     file, record = tmp_path / "manifest" / made.entries[0].mask, tmp_path / "manifest/manifest.json"
     corner = np.zeros((32, 32), np.uint8)
     corner[:5] = 1
@@ -133,7 +124,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
-    data = write_photographs(tmp_path / "data", 5)
+    data = draw_photographs(tmp_path / "data", 5)
     for every, message in ((3, "every 3th is 1; expected at least 2"), (0, "every is 0"), (9, "is 0; expected")):
         with pytest.raises(ConfigError, match=message):
             freeze(tmp_path / "manifest", data, every=every)

@@ -44,9 +44,8 @@ def similarity_map(truth: Tensor, image: Tensor) -> np.ndarray:
         mx, my = (weights * x).sum(), (weights * y).sum()
         vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
         covariance = (weights * (x - mx) * (y - my)).sum()
-        values[channel, row, column] = ((2 * mx * my + c1) * (2 * covariance + c2)) / (
-            (mx**2 + my**2 + c1) * (vx + vy + c2)
-        )
+        alike = (2 * mx * my + c1) * (2 * covariance + c2)
+        values[channel, row, column] = alike / ((mx**2 + my**2 + c1) * (vx + vy + c2))
     return values.mean(0)
 
 
@@ -80,10 +79,8 @@ def test_scores_of_the_hole_equal_loops_over_its_pixels() -> None:
 
 
 def test_distances_are_steps_to_the_nearest_known_pixel() -> None:
-    mask = (
-        torch.rand(4, 1, 9, 8, generator=torch.Generator().manual_seed(0))
-        < torch.tensor([0.3, 0.9, 0.97, 2.0])[:, None, None, None]
-    )
+    shares = torch.tensor([0.3, 0.9, 0.97, 2.0])[:, None, None, None]
+    mask = torch.rand(4, 1, 9, 8, generator=torch.Generator().manual_seed(0)) < shares
     mask[2, 0, 0, 0] = False
     distances = hole_distances(mask)
     for n, row, column in ((n, row, column) for n in range(4) for row in range(9) for column in range(8)):

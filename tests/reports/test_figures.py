@@ -14,7 +14,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
 from attnorm.checkpoint import CheckpointError, Header, save_checkpoint
 from attnorm.config import Config
@@ -26,6 +25,7 @@ from attnorm.reports.page import write_page
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.training.class_conditional import ClassConditionalTask
+from tests.conftest import look_at
 
 CLASSES = ("<b>cat</b>", "dog & co", "owl")
 NOTE = "Each class is one photograph: a generator can only memorise them <sic>."
@@ -75,15 +75,6 @@ def observation(num: int = 2, entities: int = 4, channels: int = 3) -> Observati
     generator = torch.Generator().manual_seed(0)
     layout = torch.rand(num, entities, 5, 7, generator=generator) ** 3
     return Observation(torch.randn(num, channels, 5, 7, generator=generator) + 2, layout / layout.sum(1, keepdim=True))
-
-
-def look_at(path: Path) -> np.ndarray:
-    """The pixels of a picture that opens and shows something."""
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.std() > 1
-    return pixels
 
 
 def drawn(figure: Figure) -> list[np.ndarray]:

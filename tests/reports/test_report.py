@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from attnorm.reports.report import build_report, write_report
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
 CLASSES = ("<b>cat</b>", "dog | co", "owl")
 BENCH = Path(__file__).parents[2] / "docs/results/bench/cpu-float32.json"
 
@@ -45,14 +46,6 @@ def make_run(path: Path, row: str, *, value: float = 12.3) -> Path:
     line = json.dumps({**score, "images_seen": 640, "training_seconds": 90.0}) + "\n"
     (path / "evaluation/metrics.jsonl").write_text(line, encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnorm.reports.pictures.COLUMNS", 2)
-        patch.setattr("attnorm.reports.pictures.INTERPOLATION_STEPS", 2)
-        yield
 
 
 @pytest.fixture(scope="module")
