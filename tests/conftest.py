@@ -5,8 +5,12 @@ several parts share.
 
 import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,15 +47,34 @@ def draw_photographs(folder: Path, count: int, size: int = 40) -> Path:
 
 
 def look_at(path: Path) -> np.ndarray:
-    """The pixels of a picture that opens and shows something."""
+    """The samples of a picture that opens and shows something."""
     with Image.open(path) as picture:
-        pixels = np.asarray(picture)
-    assert pixels.std() > 1
-    return pixels
+        assert np.asarray(picture.convert("RGB")).std() > 1
+        return np.asarray(picture)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_together(*arguments: str, count: int = 2) -> list[str]:
+    """What Python says on the standard output in each of several processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([sys.executable, *arguments], env=shared | {"RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in map(str, range(count))
+    ]
+    try:
+        said = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), said
+    return [output for output, _ in said]
 
 
 @pytest.fixture

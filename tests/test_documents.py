@@ -114,6 +114,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("few_pictures")
 def test_the_commands_of_the_site_do_what_they_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the pages, in one folder, as a reader would; with small networks and little to do."""
     for name in ("generators", "inpainting", "scores"):

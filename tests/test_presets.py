@@ -70,18 +70,6 @@ def test_only_demo_and_smoke_have_data_of_their_own() -> None:
         assert config.data.source == ("builtin" if is_own else ""), name
 
 
-def test_small32_is_1000_steps_of_16_images_and_keeps_every_checkpoint() -> None:
-    config = PRESETS["small32-an"][1]
-    assert (config.model.image_size, config.model.width, config.data.flip) == (32, 32, True)
-    assert config.run.batch_size == 16 and config.run.duration_images == 1_000 * 16
-    assert config.run.precision == "auto" and config.run.channels_last and config.optim.ema_decay == 0.995
-    assert config.run.duration_images <= config.run.keep_checkpoints * config.run.checkpoint_every_images
-    every = (config.run.log_every_images, config.run.layout_every_images, config.run.checkpoint_every_images)
-    assert not any(images % config.run.batch_size for images in every)
-    assert config.model.temperature == "auto"
-    assert PRESETS["small32-an-fixed"][1].model.temperature == pytest.approx(0.1414, abs=1e-4)  # 0.1 * sqrt(64 / 32)
-
-
 def test_the_rows_of_smoke_are_smoke_but_for_the_number_of_entities() -> None:
     rows, single = flatten(PRESETS["smoke-an"][1]), flatten(PRESETS["smoke"][1])
     assert {key for key in rows if rows[key] != single[key]} == NAMES | {"model.an.num_entities"}

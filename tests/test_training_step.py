@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from attnorm.system.randomness import seed_step
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.signs import collapse
 from attnorm.training.trainer import make_task, resolve, run_phase
+from tests.conftest import run_together
 
 CPU = torch.device("cpu")
 TINY = ("model.image_size=32", "model.num_classes=3", "model.width=4", "model.latent_dim=4", "run.batch_size=16")
@@ -107,9 +106,7 @@ def test_every_block_and_switch_has_its_turn_and_so_have_the_steps_of_others(tmp
 
 
 def test_two_processes_are_measured_together(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    done = subprocess.run([*command, "attnorm", *BENCH, "--threads", "1", "--out", str(tmp_path), *SMALL], check=False)
-    assert done.returncode == 0
+    run_together("-m", "attnorm", *BENCH, "--threads", "1", "--out", str(tmp_path), *SMALL)
     found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
     assert found["environment"]["processes"] == 2
     assert {speed["switch"] for speed in found["speeds"]} == {"2 processes"}

@@ -6,10 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +45,7 @@ from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.system.files import read_lines
+from tests.conftest import draw_photographs, run_together
 from tests.evaluation.conftest import CLASSES, TinyExtractor, make_images
 
 
@@ -444,29 +442,9 @@ print("LINES" + json.dumps([[line.to_dict() for line in lines], extractor.num_se
 def test_several_processes_share_the_work_and_say_the_same(run: Path, images: ImageSet, tmp_path: Path) -> None:
     count = 2
     alone = measured(run, images, *METRICS, intervals=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out, kept = tmp_path / "out", tmp_path / "kept"
     code = HELPER.format(folder=str(Path(__file__).parent), run=str(run), out=str(out), cache=str(kept))
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        said = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), said
-    results = [json.loads(output.partition("LINES")[2]) for output, _ in said]
+    results = [json.loads(said.partition("LINES")[2]) for said in run_together("-c", code, count=count)]
     lines = {line["metric"]: line for line in results[0][0]}
     assert all(lines == [] for lines, _ in results[1:])
     assert read_lines(out / "metrics.jsonl") and len(read_lines(out / "metrics.jsonl")) == len(alone)
@@ -531,20 +509,35 @@ def test_an_unknown_class_and_a_file_without_a_run_are_told(run: Path, images: I
 
 
 @pytest.fixture(scope="module")
-def builtin_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    images = load_images("builtin", 32)
-    run = make_run(tmp_path_factory.mktemp("builtin") / "run", images)
-    return make_run(run, images, images_seen=16)
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in CLASSES:
+        draw_photographs(folder / name, 20, 32)
+    return folder
 
 
-def test_the_command_line_measures_tells_and_goes_on(
-    builtin_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def two_checkpoints(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = load_images(str(photographs), 32)
+    run = make_run(tmp_path_factory.mktemp("runs") / "run", images, f"data.source={photographs}")
+    return make_run(run, images, f"data.source={photographs}", images_seen=16)
+
+
+LITE = ["--extractor", "efficientnet-lite0", "--device", "cpu"]
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the extractor that is asked for."""
     monkeypatch.setattr(features, "load_extractor", lambda name, **_: TinyExtractor())
-    lite = ["--extractor", "efficientnet-lite0", "--device", "cpu", "--num", "16", "--subset", "20"]
-    cli.main(["evaluate", str(builtin_run), *lite])
+
+
+@pytest.mark.usefixtures("cheap")
+def test_the_command_line_measures_tells_and_goes_on(two_checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(two_checkpoints), *LITE, "--num", "16", "--subset", "20"]
+    cli.main(command)
     said = capsys.readouterr()
-    file = builtin_run / "evaluation" / "metrics.jsonl"
+    file = two_checkpoints / "evaluation" / "metrics.jsonl"
     lines = read_lines(file)
     assert [line["metric"] for line in lines] == ["layout", "is1", "is10", "frechet"]  # the quick ones first
     assert lines[3]["protocol"] == "frechet16_train_subset20_tiny"
@@ -553,44 +546,42 @@ def test_the_command_line_measures_tells_and_goes_on(
     assert "Fréchet distance (tiny)" in said.out and "FID" not in said.out
     assert "estimated from a subset of 20 real images" in said.err
 
-    cli.main(["evaluate", str(builtin_run), *lite, "--metrics", "frechet,layout", "--checkpoints", "all"])
+    cli.main([*command, "--metrics", "frechet,layout", "--checkpoints", "all"])
     out = capsys.readouterr().out
     assert out.count("already measured") == 2  # of the latest checkpoint; the one before is new
     assert [line["images_seen"] for line in read_lines(file)] == [16] * 4 + [8] * 2
 
 
 def test_mistakes_on_the_command_line_are_told_in_one_line(
-    builtin_run: Path, run: Path, tmp_path: Path, refused: Callable[..., str]
+    two_checkpoints: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    def evaluate(*more: str) -> str:
-        return refused(["evaluate", str(builtin_run), "--extractor", "efficientnet-lite0", *more])
-
-    assert "--metrics names fid, but with the extractor efficientnet-lite0" in evaluate("--metrics", "fid")
-    assert "--inception-weights is for --extractor inception" in evaluate("--inception-weights", str(tmp_path))
-    said = refused(["evaluate", str(builtin_run), "--extractor", "inceptoin"])
-    assert "there is no extractor 'inceptoin'; did you mean inception?" in said
-    missing = ["--inception-weights", str(tmp_path / "none.pth")]
-    assert "none.pth cannot be read" in refused(["evaluate", str(builtin_run), *missing])
-    assert "evaluate generators | inpainters | images" in refused(["evaluate"])
-    assert "no run was named" in refused(["evaluate", "generators"])
-    assert "does not exist" in refused(["evaluate", str(tmp_path / "none")])
-
-    inpainting = tmp_path / "inpainting.safetensors"
+    inpainting, run = tmp_path / "inpainting.safetensors", two_checkpoints
     save_checkpoint(inpainting, {"ema.weight": torch.zeros(1)}, Header(PRESETS["inpaint-smoke"][1], ("all",), 8, 1.0))
-    for runs in ([builtin_run, inpainting], [inpainting]):
-        assert "`attnorm evaluate inpainters` measures it" in refused(["evaluate", *runs, "--num", "16"])
-    for old in (["--no-floors"], ["--manifest", tmp_path], ["--cost=64"]):  # as it was before there were three
-        assert "`attnorm evaluate generators` measures it" in refused(["evaluate", builtin_run, *old])
-    assert "--out is missing" in refused(["evaluate", "inpainters", inpainting, "--manifest", tmp_path])
+    for arguments, message in (
+        ([run, *LITE, "--metrics", "fid"], "--metrics names fid, but with the extractor efficientnet-lite0"),
+        ([run, *LITE, "--inception-weights", tmp_path], "--inception-weights is for --extractor inception"),
+        ([run, "--extractor", "inceptoin"], "there is no extractor 'inceptoin'; did you mean inception?"),
+        ([run, "--inception-weights", tmp_path / "none.pth"], "none.pth cannot be read"),
+        ([], "evaluate generators | inpainters | images"),
+        (["generators"], "no run was named"),
+        ([tmp_path / "none"], "does not exist"),
+        ([run, inpainting, "--num", "16"], "`attnorm evaluate inpainters` measures it"),
+        # As it was before there were three.
+        ([run, "--no-floors"], "`attnorm evaluate generators` measures it"),
+        ([run, "--manifest", tmp_path], "`attnorm evaluate generators` measures it"),
+        ([run, "--cost=64"], "`attnorm evaluate generators` measures it"),
+        (["inpainters", inpainting, "--manifest", tmp_path], "--out is missing"),
+    ):
+        assert message in refused(["evaluate", *arguments])
 
 
+@pytest.mark.usefixtures("cheap")
 def test_data_that_changed_since_the_training_are_not_taken_for_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    photographs: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(features, "load_extractor", lambda name, **_: TinyExtractor())
-    images = dataclasses.replace(load_images("builtin", 32), fingerprint="of other pixels")
-    run = make_run(tmp_path / "changed", images, "data.source=builtin")
-    lite = ["--extractor", "efficientnet-lite0", "--metrics", "is", "--num", "10", "--device", "cpu"]
-    assert "is not what" in (said := refused(["evaluate", str(run), *lite])) and "any more" in said
-    cli.main(["evaluate", str(run), *lite, "--data", "builtin"])
+    images = dataclasses.replace(load_images(str(photographs), 32), fingerprint="of other pixels")
+    run = make_run(tmp_path / "changed", images, f"data.source={photographs}")
+    command = ["evaluate", str(run), *LITE, "--metrics", "is", "--num", "10"]
+    assert "is not what" in (said := refused(command)) and "any more" in said
+    cli.main([*command, "--data", str(photographs)])
     assert {line["data"]["split"] for line in read_lines(scores_file(run))} == {"other"}

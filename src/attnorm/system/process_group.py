@@ -71,12 +71,6 @@ class ProcessGroup:
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view(tensor.shape))
 
-    def from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors by those of the first process."""
-        if self.count > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
-
     def smallest(self, value: Tensor) -> Tensor:
         """The smallest of the processes' values."""
         if self.count > 1:
