@@ -45,7 +45,7 @@ def cifar10() -> Config:
     """The same recipe at 32 pixels: flat networks, batch 64, 100k steps."""
     return Config(
         model=ClassConditionalConfig(image_size=32, width=64),
-        run=RunConfig(batch_size=64, duration_images=100_000 * 64),
+        run=RunConfig(batch_size=64, duration_images=100_000 * 64, channels_last=True),
     )
 
 
@@ -54,7 +54,7 @@ def imagenette64() -> Config:
     return Config(
         model=ClassConditionalConfig(image_size=64, width=32),
         data=DataConfig(flip=True),
-        run=RunConfig(batch_size=64, duration_images=100_000 * 64),
+        run=RunConfig(batch_size=64, duration_images=100_000 * 64, channels_last=True),
     )
 
 
@@ -159,6 +159,7 @@ def inpaint128() -> Config:
         run=replace(
             base.run,
             duration_images=20_000 * 16,
+            channels_last=True,
             layout_every_images=8_000,
             validate_every_images=8_000,
             grid_every_images=16_000,
@@ -180,7 +181,6 @@ def inpaint64() -> Config:
             batch_size=8,
             duration_images=11_000 * 8,
             precision="auto",
-            channels_last=True,
             log_every_images=80,
             layout_every_images=1_600,
             validate_every_images=1_600,

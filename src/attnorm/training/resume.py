@@ -55,7 +55,17 @@ def require_same_settings(run: RunDirectory, config: Config) -> None:
     changed = [key for key in new if old.get(key) != new[key] and key not in is_open]
     if changed:
         differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
-        raise ConfigError(f"{run.path} holds another run: {differences}; give the same settings, or another --out")
+        same = "the same settings"
+        if not {"preset", "task", "recipe"} & set(changed):
+            same += " (--set " + " ".join(f"{key}={_as_text(old[key])}" for key in changed if key in old) + ")"
+        raise ConfigError(f"{run.path} holds another run: {differences}; give {same}, or another --out")
+
+
+def _as_text(value: Any) -> str:
+    """As `--set` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def effective_settings(config: Config) -> dict[str, Any]:
