@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,13 @@ def test_a_model_goes_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_models_are_listed_and_made_by_name() -> None:
-    assert set(list_models()) == set(PRESETS) | set(list_models(pretrained=True))
+    shipped = set(list_models(pretrained=True))
+    assert set(list_models()) == (set(PRESETS) - shipped) | shipped | {"preset:cifar10-an"}
+    # Two networks of one name: the model, which was trained by another recipe, and the paper's at its widths.
+    model, preset = create_model("cifar10-an"), create_model("preset:cifar10-an", num_classes=10)
+    assert model.config == create_model("cifar10-an", pretrained=True).config
+    assert preset.config == replace(PRESETS["cifar10-an"][1].model, num_classes=10) and preset.config != model.config
+    assert create_model("preset:inpaint64-an").config == create_model("inpaint64-an").config
     assert list_models("inpaint64-*") == sorted(name for name in PRESETS if name.startswith("inpaint64-"))
     network = create_model("small32-relativistic-an", num_classes=5)
     assert network.num_classes == 5 and network.training and network.config.architecture == "grouped"
@@ -192,6 +199,7 @@ def test_models_are_listed_and_made_by_name() -> None:
     for arguments, settings, message in (
         (("cifar10-am",), {}, r"no model 'cifar10-am'; did you mean cifar10-an\?"),
         (("inpaint64-an", True), {}, "the preset inpaint64-an has no weights; these have: buildings-an"),
+        (("preset:cifar10-an", True), {}, "the preset cifar10-an has no weights; these have: buildings-an"),
         (("buildings-an", True), {"width": 3}, "width cannot be set"),
         (("inpaint64-an",), {"widht": 3}, r"no setting widht; did you mean width\?"),
         (("small32-an",), {}, "model.num_classes is 0"),

@@ -105,7 +105,7 @@ def test_an_unknown_name_is_told_the_nearest_and_what_is_there_goes_before_one(
 
 
 def test_models_are_listed_and_cards_shown(
-    models: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+    models: Path, sources: dict[str, Path], capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     run(["models"])
     lines = capsys.readouterr().out.splitlines()
@@ -116,6 +116,10 @@ def test_models_are_listed_and_cards_shown(
     assert capsys.readouterr().out.rstrip() == card_text("tiny-an", CARD).rstrip()
     assert read_card("tiny-an") == CARD
     assert "did you mean tiny-an? there are: holes-an, tiny-an" in refused(["models", "tiny"])
+    ship(sources["tiny-an"], "smoke", CARD, models)
+    run(["models"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("smoke is a preset too, another network: attnorm train --preset smoke, create_model('")
 
 
 def test_the_page_shows_every_model_at_work(models: Path, tmp_path: Path) -> None:

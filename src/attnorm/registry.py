@@ -17,6 +17,7 @@ from attnorm.presets import PRESETS
 from attnorm.pretrained import shipped
 from attnorm.system.devices import find_device
 
+PRESET = "preset:"  # before the name of one
 NETWORKS = (Generator, RelativisticGenerator, InpaintingGenerator)
 
 
@@ -57,22 +58,26 @@ def build_generator(config: ClassConditionalConfig | InpaintingConfig) -> Genera
 
 
 def list_models(pattern: str = "", *, pretrained: bool = False) -> list[str]:
-    """Names that `create_model` takes, sorted: of models that come with the package and of presets.
+    """Names that `create_model` takes, sorted: of models that come with the package and of presets. A preset whose name
+    is a model's too is "preset:NAME".
 
     Args:
         pattern: Of file names, "cifar10*"; "": all.
         pretrained: Those with weights alone.
     """
-    names = set(shipped()) | (set() if pretrained else set(PRESETS))
+    models = shipped()
+    presets = {f"{PRESET}{name}" if name in models else name for name in PRESETS}
+    names = set(models) | (set() if pretrained else presets)
     return sorted(fnmatch.filter(names, pattern or "*"))
 
 
 def create_model(name: str, pretrained: bool = False, **settings: Any) -> Generator | InpaintingGenerator:
-    """The generator of that name; a name that both a shipped model and a preset have is the shipped model's.
+    """The generator of that name; a name that both a shipped model and a preset have is the shipped model's, and the
+    preset's network is that of "preset:NAME".
 
     Args:
-        name: Of `list_models`; pretrained, also a folder of `save_pretrained`, a run directory, or "OWNER/NAME" of the
-            Hub.
+        name: Of `list_models`, or "preset:NAME" of any preset; pretrained, also a folder of `save_pretrained`, a run
+            directory, or "OWNER/NAME" of the Hub.
         pretrained: With its weights, in evaluation mode; else as it is before training.
         settings: Of the network, without weights only, by their names in `--set model.NAME`: num_classes=10, which
             presets need for classes, width=16.
@@ -82,19 +87,19 @@ def create_model(name: str, pretrained: bool = False, **settings: Any) -> Genera
         CheckpointError: nothing can be had from there.
         ValueError: num_classes is missing.
     """
-    models = shipped()
+    models, preset = shipped(), name.removeprefix(PRESET)
     if pretrained:
         if settings:
             raise ConfigError(f"weights fix the network: {', '.join(settings)} cannot be set; leave pretrained out")
-        if name in PRESETS and name not in models:
+        if preset in PRESETS and name not in models:
             raise ConfigError(
-                f"the preset {name} has no weights; these have: {', '.join(list_models(pretrained=True))}"
+                f"the preset {preset} has no weights; these have: {', '.join(list_models(pretrained=True))}"
             )
         return load(on_this_machine(name)).model
-    if name not in models and name not in PRESETS:
-        hint = did_you_mean(name, [*models, *PRESETS])
+    if name not in models and preset not in PRESETS:
+        hint = did_you_mean(name, [*models, *list_models()])
         raise ConfigError(f"there is no model {name!r}; {hint}`attnorm.list_models()` has all names")
-    config = (read_header(models[name]).config if name in models else PRESETS[name][1]).model
+    config = (read_header(models[name]).config if name in models else PRESETS[preset][1]).model
     known = [field.name for field in fields(config)]
     for setting in settings:
         if setting not in known:

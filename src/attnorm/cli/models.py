@@ -26,6 +26,7 @@ def models(
     from rich.table import Table
 
     from attnorm.checkpoint import read_header
+    from attnorm.presets import PRESETS
     from attnorm.pretrained import card_text, read_card, shipped
 
     files = shipped()
@@ -47,3 +48,5 @@ def models(
         size = f"{file.stat().st_size / 2**20:.1f} MiB"
         table.add_row(model, config.task, card.data, str(config.model.image_size), size, card.score)
     screen().print(table)
+    for both in sorted({*files} & {*PRESETS}):
+        print(f"{both} is a preset too, another network: attnorm train --preset {both}, create_model('preset:{both}')")
