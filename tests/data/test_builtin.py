@@ -41,6 +41,7 @@ def test_classes_and_counts(data: ImageSet) -> None:
     assert data.labels.dtype == np.int64
     assert data.source == "builtin" and data.skipped == ()
     assert "can only memorise" in data.note
+    assert len({image.tobytes() for image in data.images}) == len(data)  # every view is another
 
 
 def test_same_views_every_time(data: ImageSet) -> None:
@@ -48,21 +49,6 @@ def test_same_views_every_time(data: ImageSet) -> None:
     again = load_images("builtin", 16)
     assert np.array_equal(again.images, data.images)
     assert again.fingerprint == data.fingerprint
-    assert builtin_images(8).fingerprint != data.fingerprint
-
-
-def test_every_view_is_distinct(data: ImageSet) -> None:
-    assert len({image.tobytes() for image in data.images}) == len(data)
-
-
-def test_classes_look_different(data: ImageSet) -> None:
-    """A view is on average nearer to its own class's mean image than to any other's."""
-    images = data.images.astype(np.float32).reshape(len(data), -1)
-    means = np.stack([images[data.labels == label].mean(0) for label in range(10)])
-    distances = np.linalg.norm(images[:, None] - means, axis=2)
-    by_class = np.stack([distances[data.labels == label].mean(0) for label in range(10)])
-    assert by_class.argmin(1).tolist() == list(range(10))
-    assert (np.linalg.norm(means[:, None] - means, axis=2) + 1e9 * np.eye(10) > 300).all()
 
 
 def test_views_are_crops_of_their_photograph(monkeypatch: pytest.MonkeyPatch) -> None:

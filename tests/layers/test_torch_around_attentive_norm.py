@@ -1,13 +1,11 @@
-"""AttentiveNorm2d inside torch's machinery: hooks on its convolutions, torch.func, forward-mode, processes, memory."""
+"""AttentiveNorm2d inside torch's machinery: hooks on its convolutions, torch.func, forward mode. Processes, where they
+are started: tests/training/test_processes.py.
+"""
 
 from __future__ import annotations
 
-import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from attnorm import AttentiveNorm2d
 from attnorm.ops.attentive_norm import unsupported_reason
+from tests.layers.conftest import feature_map, make_layer, seeded
 
 # Torch's own, when forward mode first loads what it needs.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
@@ -27,20 +26,6 @@ CONVOLUTIONS = ("entities", "key", "query", "value")
 native_only = pytest.mark.skipif(
     bool(reason := unsupported_reason("native", torch.device("cpu"), torch.float32, 4, 3, False)), reason=str(reason)
 )
-
-
-def make_layer(channels: int = 4, entities: int = 3, **switches: Any) -> AttentiveNorm2d:
-    torch.manual_seed(0)
-    layer = AttentiveNorm2d(channels, entities, **{"temperature": 0.5, "reduction": 2, **switches})
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-        layer.rho.fill_(0.7)
-    return layer
-
-
-def feature_map(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # Hooks on the convolutions inside
@@ -66,7 +51,7 @@ def hooked(kind: str, impl: str) -> AttentiveNorm2d:
     return layer
 
 
-@pytest.mark.parametrize("impl", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_what_renews_a_weight_before_each_call_does_so_in_the_layer(kind: str, impl: str) -> None:
     """The layer equals one whose weights are those that calls of the convolutions leave, and all that is under them
@@ -84,8 +69,8 @@ def test_what_renews_a_weight_before_each_call_does_so_in_the_layer(kind: str, i
     with torch.no_grad():
         for name, weight in weights.items():
             getattr(plain, name).weight.copy_(weight)
-    out = layer(x, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(out, plain(x, generator=torch.Generator().manual_seed(2)), rtol=1e-4, atol=1e-4)
+    out = layer(x, generator=seeded())
+    torch.testing.assert_close(out, plain(x, generator=seeded()), rtol=1e-4, atol=1e-4)
     (out * feature_map(2, 4, 6, 6, seed=3)).sum().backward()
     for name, parameter in layer.named_parameters():
         if name not in ("value.bias", "value.weight_g"):  # zero by mathematics: v(x) is normalized, channel by channel
@@ -128,35 +113,21 @@ def test_what_the_layer_cannot_honour_is_refused(impl: str, change: Callable[[At
 # torch.func, batched gradients, forward mode
 
 
-def by(function: Callable[[AttentiveNorm2d], Tensor], **switches: Any) -> tuple[Tensor, Tensor]:
-    """Of the layer as it is by default, and of the plain form in float64."""
-    layer = make_layer().eval()
-    exact = copy.deepcopy(layer).double()
-    exact.impl = "reference"
-    return function(layer), function(exact)
-
-
-def typed(layer: AttentiveNorm2d, *shape: int, seed: int = 1) -> Tensor:
-    return feature_map(*shape, seed=seed).to(layer.rho.dtype)
+def drawn(layer: AttentiveNorm2d, *shape: int, seed: int = 1) -> Tensor:
+    return feature_map(*shape, seed=seed, dtype=layer.rho.dtype)
 
 
 def directional(layer: AttentiveNorm2d) -> Tensor:
-    x, v = typed(layer, 2, 4, 4, 5), typed(layer, 2, 4, 4, 5, seed=2)
+    x, v = (drawn(layer, 2, 4, 4, 5, seed=seed) for seed in (1, 2))
     return jvp(layer, (x,), (v,))[1]
-
-
-def dual(layer: AttentiveNorm2d) -> Tensor:
-    with forward_ad.dual_level():
-        x = forward_ad.make_dual(typed(layer, 2, 4, 4, 5), typed(layer, 2, 4, 4, 5, seed=2))
-        return forward_ad.unpack_dual(layer(x)).tangent
 
 
 def forward_over_reverse(layer: AttentiveNorm2d) -> Tensor:
     """The gradient is linear in what comes from above: its tangent there is the gradient for that tangent."""
-    x = typed(layer, 2, 4, 4, 5).requires_grad_()
+    x = drawn(layer, 2, 4, 4, 5).requires_grad_()
     out = layer(x)
     with forward_ad.dual_level():
-        above = forward_ad.make_dual(torch.ones_like(out), typed(layer, 2, 4, 4, 5, seed=2))
+        above = forward_ad.make_dual(torch.ones_like(out), drawn(layer, 2, 4, 4, 5, seed=2))
         return forward_ad.unpack_dual(torch.autograd.grad(out, x, above)[0]).tangent
 
 
@@ -166,25 +137,24 @@ def per_sample(layer: AttentiveNorm2d) -> Tensor:
     def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
         return functional_call(layer, parameters, (image[None],)).pow(3).sum()
 
-    found = vmap(grad(loss), (None, 0))(parameters, typed(layer, 3, 4, 4, 5))
+    found = vmap(grad(loss), (None, 0))(parameters, drawn(layer, 3, 4, 4, 5))
     return torch.cat([part.flatten() for part in found.values()])
 
 
 def batched(layer: AttentiveNorm2d) -> Tensor:
-    x = typed(layer, 2, 4, 4, 5).requires_grad_()
-    several = typed(layer, 3, 2, 4, 4, 5, seed=2)
+    x = drawn(layer, 2, 4, 4, 5).requires_grad_()
+    several = drawn(layer, 3, 2, 4, 4, 5, seed=2)
     return torch.autograd.grad(layer(x), x, several, is_grads_batched=True)[0]
 
 
 TRANSFORMS: dict[str, Callable[[AttentiveNorm2d], Tensor]] = {
     "jvp": directional,
-    "dual-numbers": dual,
     "forward-over-reverse": forward_over_reverse,
-    "jacfwd": lambda layer: jacfwd(layer)(typed(layer, 1, 4, 1, 2)),
-    "jacrev": lambda layer: jacrev(layer)(typed(layer, 1, 4, 1, 2)),
-    "hessian": lambda layer: jacfwd(jacrev(lambda x: layer(x).pow(3).sum()))(typed(layer, 1, 4, 1, 2)),
-    "vmap": lambda layer: vmap(layer)(typed(layer, 3, 2, 4, 4, 5)),
-    "vmap-channels-last": lambda layer: vmap(layer)(typed(layer, 3, 2, 4, 5, 4).permute(0, 1, 4, 2, 3)),
+    "jacfwd": lambda layer: jacfwd(layer)(drawn(layer, 1, 4, 1, 2)),
+    "jacrev": lambda layer: jacrev(layer)(drawn(layer, 1, 4, 1, 2)),
+    "hessian": lambda layer: jacfwd(jacrev(lambda x: layer(x).pow(3).sum()))(drawn(layer, 1, 4, 1, 2)),
+    "vmap": lambda layer: vmap(layer)(drawn(layer, 3, 2, 4, 4, 5)),
+    "vmap-channels-last": lambda layer: vmap(layer)(drawn(layer, 3, 2, 4, 5, 4).permute(0, 1, 4, 2, 3)),
     "per-sample-gradients": per_sample,
     "batched-gradients": batched,
 }
@@ -192,9 +162,10 @@ TRANSFORMS: dict[str, Callable[[AttentiveNorm2d], Tensor]] = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transformation_of_the_default_layer_is_that_of_the_plain_form(name: str) -> None:
-    got, expected = by(TRANSFORMS[name])
+    layer, exact = make_layer().eval(), make_layer(impl="reference", dtype=torch.float64).eval()
+    expected = TRANSFORMS[name](exact)
     assert expected.abs().max() > 1e-2
-    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(TRANSFORMS[name](layer).double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_transformations_of_a_layer_in_training_see_the_sampled_pixels() -> None:
@@ -202,7 +173,7 @@ def test_transformations_of_a_layer_in_training_see_the_sampled_pixels() -> None
     layer = make_layer()
 
     def function(x: Tensor) -> Tensor:
-        return layer(x, generator=torch.Generator().manual_seed(3))
+        return layer(x, generator=seeded(3))
 
     (gradient,) = torch.autograd.grad(function(x.requires_grad_()), x, v)
     x = x.detach()
@@ -214,7 +185,7 @@ def test_transformations_of_a_layer_in_training_see_the_sampled_pixels() -> None
 
 
 @native_only
-@pytest.mark.parametrize("name", ["jvp", "jacrev", "vmap", "dual-numbers"])
+@pytest.mark.parametrize("name", ["jvp", "jacrev", "vmap"])
 def test_an_implementation_asked_for_by_name_refuses_what_it_would_get_wrong(name: str) -> None:
     with pytest.raises(ValueError, match=r"impl='native' cannot run: torch.func and forward-mode.*use impl='auto'"):
         TRANSFORMS[name](make_layer(impl="native").eval())
@@ -227,66 +198,3 @@ def test_transformations_compile_in_one_graph() -> None:
     for function in (lambda x: jvp(layer, (x,), (v,))[1], lambda x: vmap(lambda image: layer(image[None]))(x)):
         compiled = torch.compile(function, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), function(x))
-
-
-# Many processes
-
-WORKER = """
-import json, sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from attnorm import AttentiveNorm2d
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=600))
-given = torch.load(f"{folder}/given.pt", weights_only=True)
-layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2).double()
-layer.load_state_dict(given["state"])
-model = DistributedDataParallel(layer)
-half = slice(2 * rank, 2 * rank + 2)
-for step in range(2):  # an unused parameter would make the second forward raise
-    layer.zero_grad()
-    out = model(given["x"][half], generator=torch.Generator().manual_seed(2))
-    (out * given["projection"][half]).mean().backward()
-torch.manual_seed(0)
-auto = AttentiveNorm2d(4, num_entities=3)
-for step in range(3):
-    here = 0 if step == 2 else 1  # one image here, three there; at last none here
-    auto((given["features"] * (step + 1))[slice(here) if rank == 0 else slice(here, None)])
-torch.save(auto.state_dict(), f"{folder}/auto{rank}.pt")
-torch.save({name: p.grad for name, p in layer.named_parameters()}, f"{folder}/gradients{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_have_the_gradients_and_the_features_moments_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    layer = make_layer(shared_sampling=True, temperature=0.1).double()  # shared: both processes draw the same positions
-    x, projection = (feature_map(4, 4, 4, 4, seed=seed).double() for seed in (1, 4))
-    features = feature_map(4, 4, 5, 5) + 2000  # beside whose square the variance has no digit in float32
-    given = {"state": layer.state_dict(), "x": x, "projection": projection, "features": features}
-    torch.save(given, tmp_path / "given.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
-
-    (layer(x, generator=torch.Generator().manual_seed(2)) * projection).mean().backward()
-    torch.manual_seed(0)
-    auto = AttentiveNorm2d(4, num_entities=3)
-    for step in range(3):
-        auto(features * (step + 1))
-    for rank in range(2):
-        state = torch.load(tmp_path / f"auto{rank}.pt", weights_only=True)
-        for name in ("feature_mean", "feature_var", "num_batches_tracked"):
-            torch.testing.assert_close(state[name], auto.state_dict()[name], rtol=1e-4, atol=0)
-        gradients = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
-        for name, parameter in layer.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)

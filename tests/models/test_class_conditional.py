@@ -77,40 +77,23 @@ def maps_seen(network: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> dic
 # Sizes
 
 
-@pytest.mark.parametrize(
-    ("image_size", "num_classes", "generator", "discriminator"),
-    [(128, 1000, 41_996_931, 39_443_137), (32, 10, 4_304_387, 1_055_105)],
-    ids=["imagenet128", "cifar10"],
-)
-def test_parameter_counts_are_the_published_ones(
-    image_size: int, num_classes: int, generator: int, discriminator: int
-) -> None:
-    settings: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "context": "none", "width": 64}
-    assert num_parameters(on_meta(Generator, **settings)) == generator
-    assert num_parameters(on_meta(Discriminator, **settings)) == discriminator
-
-
-def test_attentive_norm_replaces_a_norm_and_adds_its_own_parameters() -> None:
-    """256 channels, 16 entities: entities, key and query of 32, t, value, affine, rho; without one class table pair."""
-    settings: dict[str, Any] = {"image_size": 128, "num_classes": 1000, "width": 64}
-    layer = 16 * 256 + 2 * (256 * 32 + 32) + 16 + 256 * 256 + 256 + 2 * 16 * 256 + 1
-    tables = 2 * 1000 * 256
-    assert num_parameters(on_meta(Generator, **settings)) == 41_996_931 + layer - tables
-    assert num_parameters(on_meta(Generator, **settings, site="insert")) == 41_996_931 + layer
-
-
-def test_d_last_flat_is_the_block_that_can_be_dropped() -> None:
-    settings: dict[str, Any] = {"image_size": 128, "num_classes": 1000, "context": "none", "width": 64}
-    whole, shorter = on_meta(Discriminator, **settings), on_meta(Discriminator, **settings, d_last_flat=False)
-    assert (len(whole.blocks), len(shorter.blocks)) == (6, 5)
-    assert [block.downsample for block in whole.blocks] == [True] * 5 + [False]
+def test_parameter_counts_are_the_published_ones() -> None:
+    imagenet: dict[str, Any] = {"image_size": 128, "num_classes": 1000, "width": 64}
+    assert num_parameters(on_meta(Generator, **imagenet, context="none")) == 41_996_931
+    whole = on_meta(Discriminator, **imagenet, context="none")
+    assert num_parameters(whole) == 39_443_137 and [b.downsample for b in whole.blocks] == [True] * 5 + [False]
+    shorter = on_meta(Discriminator, **imagenet, context="none", d_last_flat=False)
     assert num_parameters(whole) - num_parameters(shorter) == 2 * (1024 * 1024 * 9 + 1024)
-
-
-@pytest.mark.parametrize("kind", [Generator, Discriminator])
-def test_no_classes_is_an_error(kind: type[nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"model.num_classes is 0; expected at least 1"):
-        kind(ClassConditionalConfig())
+    cifar10: dict[str, Any] = {"image_size": 32, "num_classes": 10, "width": 64, "context": "none"}
+    assert num_parameters(on_meta(Generator, **cifar10)) == 4_304_387
+    assert num_parameters(on_meta(Discriminator, **cifar10)) == 1_055_105
+    # 256 channels, 16 entities: entities, key and query of 32, t, value, affine, rho; without one class table pair.
+    layer = 16 * 256 + 2 * (256 * 32 + 32) + 16 + 256 * 256 + 256 + 2 * 16 * 256 + 1
+    assert num_parameters(on_meta(Generator, **imagenet)) == 41_996_931 + layer - 2 * 1000 * 256
+    assert num_parameters(on_meta(Generator, **imagenet, site="insert")) == 41_996_931 + layer
+    for kind in (Generator, Discriminator):
+        with pytest.raises(ValueError, match=r"model.num_classes is 0; expected at least 1"):
+            kind(ClassConditionalConfig())
 
 
 # Sites
@@ -142,28 +125,15 @@ def test_context_of_d_sees_the_first_map_or_attends_at_32x32(image_size: int) ->
     assert seen == {f"blocks.{block}.after": (channels, size, size)}
 
 
-def test_context_blocks_of_g_are_where_the_config_says() -> None:
-    generator = build(Generator, small(an_blocks=(1, 3)))
-    seen = maps_seen(generator, AttentiveNorm2d, latents(), torch.tensor([0, 1]))
+def test_sites_and_options_of_the_layer_come_from_the_config() -> None:
+    inputs = latents(), torch.tensor([0, 1])
+    seen = maps_seen(build(Generator, small(an_blocks=(1, 3))), AttentiveNorm2d, *inputs)
     assert seen == {"blocks.0.an": (16, 8, 8), "blocks.2.an": (16, 32, 32)}
-    assert not maps_seen(build(Generator, small(an_blocks=())), AttentiveNorm2d, latents(), torch.tensor([0, 1]))
-
-
-def test_options_of_the_layer_come_from_the_config() -> None:
+    assert not maps_seen(build(Generator, small(an_blocks=())), AttentiveNorm2d, *inputs)
     options = AttentiveNormConfig(
-        num_entities=5,
-        temperature=0.3,
-        affine=False,
-        value_projection=False,
-        reduction=4,
-        statistics="masked",
-        moments="batch",
-        orthogonality="raw",
-        shared_sampling=True,
-        clamp_t=True,
-        eps=1e-3,
-        impl="reference",
-    )
+        num_entities=5, temperature=0.3, affine=False, value_projection=False, reduction=4, statistics="masked",
+        moments="batch", orthogonality="raw", shared_sampling=True, clamp_t=True, eps=1e-3, impl="reference",
+    )  # fmt: skip
     for network in (build(Generator, small(an=options)), build(Discriminator, small(an=options))):
         (layer,) = (module for module in network.modules() if isinstance(module, AttentiveNorm2d))
         assert layer.extra_repr() == (
@@ -215,24 +185,17 @@ def normalized(network: nn.Module) -> set[str]:
     return {name for name, module in network.named_modules() if parametrize.is_parametrized(module)}
 
 
-def test_spectral_norm_is_in_both_networks_but_not_on_entities_nor_class_tables() -> None:
+def test_spectral_norm_is_where_it_is_said_but_not_on_entities_nor_class_tables() -> None:
     assert normalized(build(Generator, small())) == NORMALIZED_G
     assert normalized(build(Discriminator, small())) == NORMALIZED_D
-
-
-def test_spectral_norm_covers_attention_and_the_classifier() -> None:
-    config = small(context="self_attention", head="auxiliary")
+    without_an = [{name for name in names if ".an." not in name} for names in (NORMALIZED_G, NORMALIZED_D)]
     attention = {f"after.{name}" for name in ("query", "key", "value", "project")}
-    in_g = {name for name in NORMALIZED_G if ".an." not in name} | {f"blocks.2.{name}" for name in attention}
-    in_d = {name for name in NORMALIZED_D if ".an." not in name} | {f"blocks.0.{name}" for name in attention}
-    assert normalized(build(Generator, config)) == in_g
+    config = small(context="self_attention", head="auxiliary")
+    assert normalized(build(Generator, config)) == without_an[0] | {f"blocks.2.{name}" for name in attention}
+    in_d = without_an[1] | {f"blocks.0.{name}" for name in attention}
     assert normalized(build(Discriminator, config)) == in_d - {"embedding"} | {"classifier"}
-
-
-def test_spectral_norm_is_in_d_only_for_sn_gan_and_in_neither_on_request() -> None:
     sngan = small(context="none", g_spectral_norm=False)
-    assert normalized(build(Generator, sngan)) == set()
-    assert normalized(build(Discriminator, sngan)) == {name for name in NORMALIZED_D if ".an." not in name}
+    assert normalized(build(Generator, sngan)) == set() and normalized(build(Discriminator, sngan)) == without_an[1]
     assert normalized(build(Discriminator, small(d_spectral_norm=False))) == set()
 
 
@@ -246,7 +209,7 @@ def test_one_power_iteration_a_training_forward(training: bool) -> None:
         network = build(kind, small()).train(training)
         expected = {}
         for name in normalized(network):
-            norm, weight = network.get_submodule(name).parametrizations.weight[0], None
+            norm = network.get_submodule(name).parametrizations.weight[0]
             weight = network.get_submodule(name).parametrizations.weight.original.detach().flatten(1)
             with torch.no_grad():  # away from where the iterations at the start have led
                 norm._v.copy_(F.normalize(norm._v + 0.3, dim=0))
@@ -294,6 +257,3 @@ def test_auxiliary_head_classifies_and_does_not_read_the_label() -> None:
     torch.testing.assert_close(verdict.class_logits, h @ discriminator.classifier.weight.T)
     assert verdict.class_logits.shape == (3, 5)
     assert torch.equal(verdict.score, discriminator(images, torch.tensor([4, 4, 4])).score)
-
-
-# Conditions and determinism

@@ -49,21 +49,13 @@ def test_what_is_classified_is_what_the_weights_were_trained_for(networks: Any) 
     cat = torch.from_numpy(data.chelsea()[:300, 75:375].copy()).permute(2, 0, 1)[None].float()
     logits = networks[1]((cat - 127) / 128)
     assert 281 <= logits.argmax().item() <= 285  # ImageNet's domestic cats
-
-
-def test_maps_of_photographs_have_about_unit_variance(networks: Any) -> None:
-    from attnorm.data.images import load_images, to_float
-
-    images = load_images("builtin", 64).batch(torch.arange(0, 400, 20).numpy())[0]
-    for m in networks[0](to_float(images)):
+    for m in networks[0](cat / 127.5 - 1):  # DEVIATIONS are those of photographs
         assert 0.5 < m.std().item() < 2
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize(("stride", "kernel", "side"), [(1, 3, 9), (2, 3, 8), (2, 3, 9), (2, 5, 8), (2, 5, 9)])
 @pytest.mark.parametrize("depthwise", [True, False])
-@pytest.mark.parametrize("side", [8, 9])
-def test_the_gradient_of_a_fixed_convolution_is_autograds(stride: Any, kernel: Any, depthwise: Any, side: Any) -> None:
+def test_the_gradient_of_a_fixed_convolution_is_autograds(stride: Any, kernel: Any, side: Any, depthwise: Any) -> None:
     channels = 4
     convolution = nn.Conv2d(channels, channels, kernel, stride, groups=channels if depthwise else 1, bias=False)
     norm = nn.BatchNorm2d(channels).eval()

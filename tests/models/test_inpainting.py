@@ -63,29 +63,25 @@ def on_meta(kind: type[nn.Module], **settings: Any) -> Any:
 
 # Plans
 
-
-@pytest.mark.parametrize(
-    ("context", "expected"),
-    [
-        ("contextual", 3_601_542),  # DeepFill v1
-        ("none", 3_601_542),
-        ("an", 3_601_542 + 22_705),
-        ("an-wide", 3_790_263),  # the authors' released network
-        ("self_attention", 3_601_542 + 20_481),
-        ("region", 3_601_542 + 2 * 2 * 128),
-    ],
-)
-def test_parameter_counts_are_the_published_ones(context: str, expected: int) -> None:
-    assert num_parameters(on_meta(InpaintingGenerator, context=context)) == expected
+PARAMETERS = {
+    "contextual": 3_601_542,  # DeepFill v1
+    "none": 3_601_542,
+    "an": 3_601_542 + 22_705,
+    "an-wide": 3_790_263,  # the authors' released network
+    "self_attention": 3_601_542 + 20_481,
+    "region": 3_601_542 + 2 * 2 * 128,
+}
 
 
-def test_critics_have_the_published_parameters_and_follow_the_image_size() -> None:
+def test_critics_have_the_published_plan_and_parameters_and_follow_the_image_size() -> None:
     assert num_parameters(on_meta(Critic)) == 7_072_770
     # Only the linear layers know the size: 256 channels of S/16, and 512 of S/32, rounded up, squared.
     of_the_size = 256 * 16**2 + 512 * 8**2
     for image_size, inputs in ((128, 256 * 8**2 + 512 * 4**2), (64, 256 * 4**2 + 512 * 2**2), (72, 256 * 25 + 512 * 9)):
         critic = on_meta(Critic, image_size=image_size)
         assert num_parameters(critic) == 7_072_770 - of_the_size + inputs
+        assert plan(critic.whole) == "5/64/2l 5/128/2l 5/256/2l 5/256/2l Flatten Linear"
+        assert plan(critic.local) == "5/64/2l 5/128/2l 5/256/2l 5/512/2l Flatten Linear"
 
 
 def plan(layers: nn.Sequential) -> str:
@@ -115,8 +111,9 @@ WIDE = "5/32e 3/64/2e 3/64e 3/128/2e 3/128e 3/128"
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_every_arm_has_the_published_plan(context: str) -> None:
+def test_every_arm_has_the_published_plan_and_parameters(context: str) -> None:
     generator = on_meta(InpaintingGenerator, context=context)
+    assert num_parameters(generator) == PARAMETERS[context]
     is_wide = context == "an-wide"
     assert plan(generator.coarse) == f"{WIDE}e {DILATED} {DECODER}"
     narrow = "5/32e 3/32/2e 3/64e 3/64/2e 3/128e 3/128e"
@@ -130,12 +127,6 @@ def test_every_arm_has_the_published_plan(context: str) -> None:
     kinds = {"contextual": ContextualAttention, "self_attention": SelfAttention2d, "none": nn.Identity}
     kinds["region"] = RegionNorm2d
     assert type(generator.context) is kinds.get(context, AttentiveNorm2d)
-
-
-def test_critics_have_the_published_plan() -> None:
-    critic = on_meta(Critic)
-    assert plan(critic.whole) == "5/64/2l 5/128/2l 5/256/2l 5/256/2l Flatten Linear"
-    assert plan(critic.local) == "5/64/2l 5/128/2l 5/256/2l 5/512/2l Flatten Linear"
 
 
 def test_options_of_the_layer_come_from_the_config() -> None:
@@ -207,32 +198,21 @@ def test_forward_is_the_two_stages_written_out(context: str) -> None:
 # Holes and sizes
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_what_the_hole_holds_has_no_influence(context: str) -> None:
-    generator, image, mask = build(context), pictures(), holes()
+def test_what_the_hole_holds_has_no_influence_nor_have_other_images() -> None:
+    generator, image, mask = build("contextual"), pictures(), holes()
     expected = generator(image, mask)
-    for value in (0.9, float("nan")):
-        got = generator(image.masked_fill(mask, value), mask)
+    for held, missing in ((0.9, mask), (float("nan"), mask.double()), (float("nan"), mask.to(torch.uint8) * 255)):
+        got = generator(image.masked_fill(mask, held), missing)  # a mask of any type
         assert torch.equal(got.coarse, expected.coarse) and torch.equal(got.refined, expected.refined)
     moved = generator(image.masked_fill(mask.flip(2), 0.9), mask)  # what is known has
     assert not torch.allclose(moved.refined, expected.refined, atol=1e-4)
+    alone = generator(image[1:], mask[1:])
+    torch.testing.assert_close(alone.refined[0], expected.refined[1], rtol=1e-10, atol=1e-12)
+    expected.refined.square().mean().backward()  # the second stage trains the first
+    assert all(parameter.grad.abs().max() > 0 for parameter in generator.coarse.parameters())
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_batch_is_its_images_one_by_one(context: str) -> None:
-    generator, image, mask = build(context), pictures(3), holes(3)
-    together = generator(image, mask)
-    for index in range(3):
-        one = slice(index, index + 1)
-        alone = generator(image[one], mask[one])
-        torch.testing.assert_close(together.refined[one], alone.refined, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(together.coarse[one], alone.coarse, rtol=1e-10, atol=1e-12)
-    other = generator(image, mask[[1, 0, 2]])  # the masks do make a difference
-    assert (other.refined[:2] - together.refined[:2]).abs().amax((1, 2, 3)).min() > 1e-3
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("size", [(8, 8), (16, 40), (72, 24)], ids=str)
+@pytest.mark.parametrize(("context", "size"), [("contextual", (8, 8)), ("an", (8, 8)), ("region", (72, 24))])
 def test_sides_are_any_multiples_of_8(context: str, size: tuple[int, int]) -> None:
     generator = build(context, torch.float32).train()
     mask = torch.zeros(1, 1, *size, dtype=torch.bool)
@@ -245,33 +225,36 @@ def test_sides_are_any_multiples_of_8(context: str, size: tuple[int, int]) -> No
         assert (image.min(), image.max()) == (-1, 1)
 
 
-def test_the_mask_may_be_of_any_type() -> None:
-    generator, image, mask = build("contextual"), pictures(), holes()
-    expected = generator(image, mask)
-    for other in (mask.double(), mask.to(torch.uint8) * 255):
-        assert torch.equal(generator(image, other).refined, expected.refined)
-
-
 @pytest.mark.parametrize(
-    ("image", "mask", "message"),
+    ("shape", "mask_shape", "message"),
     [
-        (torch.zeros(1, 3, 12, 16), torch.zeros(1, 1, 12, 16), "got images of 12x16 pixels; expected multiples of 8"),
-        (torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), r"got torch.float32 \(1, 1, 16, 16\) for images; expe"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), "got torch.uint8 .* expected floating"),
-        (torch.zeros(3, 16, 16), torch.zeros(1, 16, 16), r"got torch.float32 \(3, 16, 16\) for images"),
-        (
-            torch.zeros(2, 3, 16, 16),
-            torch.zeros(1, 1, 16, 16),
-            r"got masks \(1, 1, 16, 16\) for images .* one mask each",
-        ),
-        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 8, 8), r"got masks \(1, 1, 8, 8\) for images"),
-        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), r"got masks \(1, 3, 16, 16\) for images"),
+        ((1, 3, 12, 16), (1, 1, 12, 16), "got images of 12x16 pixels; expected multiples of 8"),
+        ((1, 1, 16, 16), (1, 1, 16, 16), r"got torch.float32 \(1, 1, 16, 16\) for images; expected floating"),
+        ((3, 16, 16), (1, 16, 16), r"got torch.float32 \(3, 16, 16\) for images"),
+        ((2, 3, 16, 16), (1, 1, 16, 16), r"got masks \(1, 1, 16, 16\) for images .* one mask each"),
+        ((1, 3, 16, 16), (1, 1, 8, 8), r"got masks \(1, 1, 8, 8\) for images"),
+        ((1, 3, 16, 16), (1, 3, 16, 16), r"got masks \(1, 3, 16, 16\) for images"),
     ],
-    ids=["not-8", "grey", "uint8", "3-D", "one-mask-for-two", "small-mask", "colour-mask"],
+    ids=["not-8", "grey", "3-D", "one-mask-for-two", "small-mask", "colour-mask"],
 )
-def test_wrong_input_is_told_what_was_expected(image: Tensor, mask: Tensor, message: str) -> None:
+def test_wrong_input_is_told_what_was_expected(shape: Any, mask_shape: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build("none", torch.float32)(image, mask)
+        build("none", torch.float32)(torch.zeros(shape), torch.zeros(mask_shape))
+
+
+def test_wrong_crops_are_told_what_was_expected() -> None:
+    for places, side, message in (
+        (torch.zeros(1, 2, dtype=torch.int64), 8, r"got torch.int64 \(1, 2\) for 2 images; expected int64 \[2, 2\]"),
+        (torch.zeros(2, 2), 8, "got torch.float32 "),
+        (torch.zeros(2, 2, dtype=torch.int64), 33, "got side=33 for images of 32x32; expected 1 to 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            crop_around(pictures(), places, side)
+    critic, images, crops = Critic(small()).double(), pictures(), pictures(height=16, width=16)
+    message = r"got images \(.*\) and crops \(.*\); expected \[N, 3, 32, 32\] and \[N, 3, 16, 16\]"
+    for arguments in ((images, images), (crops, crops), (images, crops[:1]), (images[:, :1], crops)):
+        with pytest.raises(ValueError, match=message):
+            critic(*arguments)
 
 
 def test_paste_changes_nothing_outside_the_hole() -> None:
@@ -287,7 +270,7 @@ def test_paste_changes_nothing_outside_the_hole() -> None:
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 2)], ids=str)
+@pytest.mark.parametrize("size", [(7, 10), (1, 2)], ids=str)
 def test_strided_convolutions_pad_as_tensorflow_does(kernel: int, size: tuple[int, int]) -> None:
     """SAME: the total padding is as much as ceil(side / 2) outputs need, the larger half of it right and below."""
     torch.manual_seed(0)
@@ -307,59 +290,7 @@ def test_strided_convolutions_pad_as_tensorflow_does(kernel: int, size: tuple[in
             torch.testing.assert_close(out[0, :, i, j], total, rtol=1e-12, atol=1e-12)
 
 
-# Gradients
-
-
-def test_the_second_stage_trains_the_first() -> None:
-    generator, image, mask = build("contextual"), pictures(), holes()
-    generator(image, mask).refined.square().mean().backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in generator.coarse.parameters())
-
-
-# Critics
-
-
-def critic_and_images() -> tuple[Critic, Tensor, Tensor]:
-    torch.manual_seed(0)
-    critic = Critic(small(width=2)).double()
-    images = pictures(3)
-    return critic, images, crop_around(images, torch.tensor([[0, 0], [16, 16], [5, 9]]), 16)
-
-
-def test_critics_score_each_image_by_itself() -> None:
-    critic, images, crops = critic_and_images()
-    scores = critic(images, crops)
-    assert scores.whole.shape == scores.local.shape == (3,)
-    for index in range(3):
-        alone = critic(images[index : index + 1], crops[index : index + 1])
-        torch.testing.assert_close(scores.whole[index], alone.whole[0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(scores.local[index], alone.local[0], rtol=1e-10, atol=1e-12)
-    changed = critic(images, crops + 0.1)
-    assert torch.equal(changed.whole, scores.whole) and not torch.allclose(changed.local, scores.local, atol=1e-4)
-
-
-@pytest.mark.parametrize("critic", ["whole", "local"])
-def test_gradient_penalty_has_a_gradient(critic: str) -> None:
-    network, images, crops = critic_and_images()
-    x = (images if critic == "whole" else crops).requires_grad_()
-    (slope,) = torch.autograd.grad(getattr(network(images, crops), critic).sum(), x, create_graph=True)
-    (slope.flatten(1).norm(dim=1) - 1).square().mean().backward()
-    zero = {
-        name
-        for name, parameter in getattr(network, critic).named_parameters()
-        if parameter.grad is None or not parameter.grad.any()
-    }
-    # A leaky ReLU is linear by pieces: the biases do not move the slope either, but for moving the pieces.
-    assert zero == {name for name, _ in getattr(network, critic).named_parameters() if name.endswith("bias")}
-
-
-def test_wrong_sizes_for_the_critics_are_told_what_was_expected() -> None:
-    critic, images, crops = critic_and_images()
-    for arguments in ((images, images), (crops, crops), (images, crops[:2]), (images[:, :1], crops)):
-        with pytest.raises(
-            ValueError, match=r"got images \(.*\) and crops \(.*\); expected \[N, 3, 32, 32\] and \[N, 3,"
-        ):
-            critic(*arguments)
+# Critics and crops
 
 
 def test_crops_are_slices_and_so_is_their_gradient() -> None:
@@ -374,17 +305,3 @@ def test_crops_are_slices_and_so_is_their_gradient() -> None:
     assert torch.equal(gradient, expected_gradient)
     mask = holes(3, 20, 30)
     assert crop_around(mask, torch.tensor(places), 8)[0].equal(mask[0, :, :8, :8])
-
-
-@pytest.mark.parametrize(
-    ("places", "side", "message"),
-    [
-        (torch.zeros(1, 2, dtype=torch.int64), 8, r"got torch.int64 \(1, 2\) for 2 images; expected int64 \[2, 2\]"),
-        (torch.zeros(2, 2), 8, "got torch.float32 "),
-        (torch.zeros(2, 2, dtype=torch.int64), 33, "got side=33 for images of 32x32; expected 1 to 32"),
-    ],
-    ids=["number", "type", "side"],
-)
-def test_wrong_crops_are_told_what_was_expected(places: Tensor, side: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        crop_around(pictures(), places, side)

@@ -45,9 +45,7 @@ def test_mixing_keeps_the_variance() -> None:
 
 
 def test_images_are_enlarged_to_the_feature_size() -> None:
-    torch.manual_seed(0)
-    larger = Projector(ProjectedConfig(feature_size=64, width=4))
-    image = torch.rand(1, 3, 32, 32)
+    larger, image = Projector(ProjectedConfig(feature_size=64, width=4)), torch.rand(1, 3, 32, 32)
     for h, wanted in zip(larger(image), larger(F.interpolate(image, (64, 64), mode="bilinear")), strict=True):
         torch.testing.assert_close(h, wanted)
 

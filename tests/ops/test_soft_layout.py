@@ -10,8 +10,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from attnorm.ops import draw_positions, entity_usage, layout_entropy, sample, soft_layout
@@ -32,13 +30,13 @@ def test_layout_is_the_softmax_of_a_1x1_convolution(sets: int) -> None:
     torch.testing.assert_close(soft_layout(x, filters, offset), torch.softmax(logits, 1), rtol=1e-12, atol=1e-14)
 
 
-@settings(max_examples=25, deadline=None)
-@given(log_scale=st.floats(-3, 9))
-def test_layout_is_a_distribution_at_any_scale(log_scale: float) -> None:
+def test_layout_is_a_distribution_at_any_scale() -> None:
     x, filters, offset = normal(1, 3, 3, 3).float(), normal(1, 4, 3, seed=1).float(), normal(1, 4, seed=2).float()
-    layout = soft_layout(10**log_scale * x, filters, offset)
-    assert layout.min() >= 0 and layout.max() <= 1
-    torch.testing.assert_close(layout.sum(1), torch.ones(1, 3, 3), rtol=0, atol=1e-6)
+    for scale in (1e-3, 1.0, 1e9):
+        layout = soft_layout(scale * x, filters, offset)
+        assert layout.min() >= 0 and layout.max() <= 1
+        torch.testing.assert_close(layout.sum(1), torch.ones(1, 3, 3), rtol=0, atol=1e-6)
+    assert soft_layout(x[:0], filters, offset).shape == (0, 4, 3, 3)
 
 
 def test_low_precision_features_get_float32_logits() -> None:
@@ -47,13 +45,6 @@ def test_low_precision_features_get_float32_logits() -> None:
     assert layout.dtype == torch.float32
     exact = soft_layout(x.double(), filters.double(), offset.double())
     torch.testing.assert_close(layout.double(), exact, rtol=1e-4, atol=1e-6)  # bfloat16 logits would err by 1e-2
-
-
-def test_batch_of_zero_images_gives_zero_layouts() -> None:
-    filters = normal(1, 4, 3).requires_grad_()
-    layout = soft_layout(normal(0, 3, 4, 4), filters, torch.zeros(1, 4))
-    assert layout.shape == (0, 4, 4, 4)
-    assert not torch.autograd.grad(layout.sum(), filters)[0].any()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_wrong_argument_is_told_what_was_expected(change: dict[str, Tensor]) -> 
 # The sampled pixels
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (5, 7), (6, 4)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (3, 4)])
 def test_the_maximum_over_sampled_pixels_is_the_max_pooled_map_at_a_position(height: int, width: int) -> None:
     """And its gradient, in the same pass as that of x itself, is autograd's."""
     memory_formats = (torch.contiguous_format, torch.channels_last)
@@ -102,66 +93,40 @@ def test_the_maximum_over_sampled_pixels_is_the_max_pooled_map_at_a_position(hei
 # The draw
 
 
-def test_positions_are_distinct_where_there_are_enough() -> None:
-    x = torch.zeros(500, 1, 5, 4)  # 3 * 2 positions
-    positions = draw_positions(x, 6, generator=seeded())
-    assert positions.dtype == torch.int64
-    assert torch.equal(positions.sort(1).values, torch.arange(6).expand(500, -1))
-    assert positions.unique(dim=0).shape[0] > 100  # in any order: 720 of them
-
-
 @pytest.mark.parametrize("entities", [2, 9], ids=["without-replacement", "with-replacement"])
 def test_every_entity_draws_every_position_equally_often(entities: int) -> None:
     rows = 6000
-    positions = draw_positions(torch.zeros(rows, 1, 4, 6), entities, generator=seeded())
-    assert positions.shape == (rows, entities)
-    for i in range(entities):
-        counts = torch.bincount(positions[:, i], minlength=6).double()
-        assert counts.shape == (6,)
-        chi_square = ((counts - rows / 6) ** 2 / (rows / 6)).sum()
-        assert chi_square < 20.5  # five degrees of freedom: one draw in a thousand exceeds it
-
-
-def test_pairs_are_drawn_equally_often() -> None:
-    rows = 6000
-    positions = draw_positions(torch.zeros(rows, 1, 4, 4), 2, generator=seeded())
-    counts = torch.bincount(positions[:, 0] * 4 + positions[:, 1], minlength=16).reshape(4, 4).double()
-    assert not counts.diagonal().any()
-    chi_square = ((counts - rows / 12) ** 2 / (rows / 12)).sum() - 4 * rows / 12
-    assert chi_square < 31.3  # eleven degrees of freedom, one in a thousand
-
-
-def test_fewer_positions_than_entities_are_drawn_again() -> None:
-    positions = draw_positions(torch.zeros(50, 1, 3, 3), 5, generator=seeded())
-    assert positions.min() == 0 and positions.max() == 3
-    assert all(len(set(row)) < 5 for row in positions.tolist())
+    positions = draw_positions(torch.zeros(rows, 1, 4, 6), entities, generator=seeded())  # of 6
+    assert positions.shape == (rows, entities) and positions.dtype == torch.int64
+    for column in positions.T:
+        counts = torch.bincount(column, minlength=6).double()
+        assert len(counts) == 6
+        assert ((counts - rows / 6) ** 2 / (rows / 6)).sum() < 20.5  # chi-squared, 5 degrees of freedom: 1 in 1,000
+    pairs = torch.bincount(6 * positions[:, 0] + positions[:, 1], minlength=36).reshape(6, 6).double()
+    if entities == 2:
+        assert not pairs.diagonal().any()
+        assert ((pairs - rows / 30) ** 2 / (rows / 30)).sum() - 6 * rows / 30 < 58.3  # 29 degrees of freedom
+    else:
+        assert pairs.diagonal().all()
     assert torch.equal(draw_positions(torch.zeros(2, 1, 1, 1), 3), torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_images_draw_their_own_positions_unless_shared() -> None:
-    x = torch.zeros(8, 1, 16, 16)
-    own, shared = (draw_positions(x, 4, shared=shared, generator=seeded()) for shared in (False, True))
-    assert len(own.unique(dim=0)) == 8
-    assert shared.shape == (8, 4)
-    assert len(shared.unique(dim=0)) == 1
-
-
-def test_same_generator_state_draws_the_same_positions() -> None:
-    x = torch.zeros(2, 1, 8, 8)
-    generator = seeded()
-    first, second = (draw_positions(x, 4, generator=generator) for _ in range(2))
-    assert torch.equal(first, draw_positions(x, 4, generator=seeded()))
-    assert not torch.equal(first, second)
+def test_positions_on_large_maps_are_distinct_and_uniform() -> None:
+    """Drawn without sorting the map there (row 30): 4,096 positions, 16 of them for each of 2,000 images."""
+    x, generator = torch.empty(2000, 1, 128, 128), seeded()
+    drawn = draw_positions(x, 16, generator=generator)
+    assert drawn.shape == (2000, 16) and drawn.min() >= 0 and drawn.max() < 4096
+    assert all(len(set(row)) == 16 for row in drawn.tolist()) and len(drawn.unique(dim=0)) == 2000
+    counts = torch.bincount(drawn.flatten() // 64, minlength=64).double()  # 500 expected in each of 64 strips
+    assert ((counts - 500) ** 2 / 500).sum() < 110  # chi-squared with 63 degrees of freedom: 1 in 4,000
+    for place in (0, 15):  # a position's place among the 16 says nothing about where it is
+        assert abs(drawn[:, place].double().mean() - 2047.5) < 4 * 1182.4 / 2000**0.5
+    assert not torch.equal(drawn, draw_positions(x, 16, generator=generator))
+    assert torch.equal(drawn, draw_positions(x, 16, generator=seeded()))
+    assert len(draw_positions(x, 16, shared=True).unique(dim=0)) == 1
 
 
 # Entropy and usage
-
-
-def test_entropy_is_0_for_a_hard_layout_and_1_for_a_uniform_one() -> None:
-    hard = torch.eye(4)[torch.randint(4, (2, 3, 3), generator=seeded())].permute(0, 3, 1, 2)
-    assert layout_entropy(hard).item() == 0
-    assert layout_entropy(torch.full((2, 4, 3, 3), 0.25)).item() == pytest.approx(1, abs=1e-6)
-    assert layout_entropy(torch.ones(2, 1, 3, 3)).item() == 0  # one entity: no choice to be uncertain of
 
 
 def test_entropy_of_known_layouts() -> None:
@@ -172,6 +137,8 @@ def test_entropy_of_known_layouts() -> None:
     assert layout_entropy(two_of_four).item() == pytest.approx(0.5, abs=1e-6)
     mean_of_both = torch.cat([quarter, torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1)], 3)
     assert layout_entropy(mean_of_both).item() == pytest.approx(bits / 2, abs=1e-6)
+    assert layout_entropy(torch.full((2, 4, 3, 3), 0.25)).item() == pytest.approx(1, abs=1e-6)
+    assert layout_entropy(torch.ones(2, 1, 3, 3)).item() == 0  # one entity: no choice to be uncertain of
 
 
 def test_usage_is_the_share_of_pixels_won() -> None:
@@ -180,16 +147,3 @@ def test_usage_is_the_share_of_pixels_won() -> None:
     never_wins = torch.cat([layout, torch.zeros(1, 1, 2, 2)], 1)
     assert entity_usage(never_wins).tolist() == [0.5, 0.25, 0.25, 0]
     assert entity_usage(layout[:0]).tolist() == [0, 0, 0]
-
-
-def test_positions_on_large_maps_are_distinct_and_uniform() -> None:
-    """Drawn without sorting the map there (row 30): 4,096 positions, 16 of them for each of 2,000 images."""
-    drawn = draw_positions(torch.empty(2000, 1, 128, 128), 16, generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (2000, 16) and drawn.min() >= 0 and drawn.max() < 4096
-    assert all(len(set(row)) == 16 for row in drawn.tolist())
-    counts = torch.bincount(drawn.flatten() // 64, minlength=64).double()  # 500 expected in each of 64 strips
-    assert ((counts - 500) ** 2 / 500).sum() < 110  # chi-squared with 63 degrees of freedom: 1 in 4,000
-    for place in (0, 15):  # a position's place among the 16 says nothing about where it is
-        assert abs(drawn[:, place].double().mean() - 2047.5) < 4 * 1182.4 / 2000**0.5
-    again = draw_positions(torch.empty(2000, 1, 128, 128), 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, again)

@@ -3,9 +3,7 @@ compute is in test_kernels.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +12,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from attnorm import AttentiveNorm2d  # noqa: E402
 from attnorm.ops.dispatch import Parameters  # noqa: E402
 from attnorm.ops.regional_norm import regional_norm  # noqa: E402
 from attnorm.ops.soft_layout import soft_layout  # noqa: E402
 from attnorm.ops.triton import check, launch, plans, unsupported_reason  # noqa: E402
+from tests.ops import conftest  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = conftest.DEVICE["triton"]
 
 
 def make(n: int, c: int, k: int, h: int, w: int, mean: float = 0.3) -> tuple[Tensor, Any]:
@@ -36,14 +36,8 @@ def make(n: int, c: int, k: int, h: int, w: int, mean: float = 0.3) -> tuple[Ten
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _interpreter() -> None:
-    """Triton 3.6's interpreter cannot index with numpy 2.4 or newer: that says nothing about the kernels."""
-    if DEVICE.type == "cpu":
-        x, parameters = make(1, 16, 16, 4, 4)
-        try:
-            launch.forward(x, parameters, 1e-5)
-        except triton.runtime.errors.InterpreterError as error:
-            pytest.skip(f"Triton {triton.__version__}'s interpreter does not work beside this numpy: {error}")
+def _can_run() -> None:
+    conftest.implementation("triton")
 
 
 def plain(leaves: list[Tensor]) -> Tensor:
@@ -119,11 +113,20 @@ def test_a_plan_that_does_not_fit_is_replaced_by_a_smaller_one(monkeypatch: pyte
 
 
 def test_right_kernels_are_found_right_and_wrong_ones_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (DEVICE, torch.float32, 16, 4, True, "ieee")
+    arguments = (DEVICE, torch.float32, 16, 16, True, "ieee")
     disagreement = check.disagreement.__wrapped__
-    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):  # of whoever calls the layer first
-        assert disagreement(*arguments, side=12) is None
-        assert disagreement(*arguments, side=6, second=True) is None
+    cut, exact = plans._cut, set()
+
+    def watched(*arguments: Any) -> Any:
+        made = cut(*arguments)
+        exact.add(made.options["EXACT"])
+        return made
+
+    with monkeypatch.context() as patch, torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
+        patch.setattr(plans, "_cut", watched)
+        assert disagreement(*arguments, side=16) is None  # whoever calls the layer first, in whatever mode
+    assert exact == {True, False}  # maps of whole tiles, and others
+    assert disagreement(*arguments, side=6, second=True) is None
 
     def wrong(kernel: Any, place: int) -> Any:
         def function(*inputs: Any) -> tuple[Tensor, ...]:
@@ -132,22 +135,9 @@ def test_right_kernels_are_found_right_and_wrong_ones_wrong(monkeypatch: pytest.
         return function
 
     monkeypatch.setattr(launch, "backward", wrong(launch.backward, 1))
-    assert "the gradient of the filters is off by 1.0e-02" in str(disagreement(*arguments, side=12))
+    assert "the gradient of the filters is off by 1.0e-02" in str(disagreement(*arguments, side=6))
     monkeypatch.setattr(launch, "double_backward", wrong(launch.double_backward, 1))
     assert "the gradient of x is off by 1.0e-02" in str(disagreement(*arguments, side=6, second=True))
-
-
-def test_maps_of_whole_tiles_and_others_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, exact = plans._cut, set()
-
-    def watched(*arguments: Any) -> Any:
-        made = cut(*arguments)
-        exact.add(made.options["EXACT"])
-        return made
-
-    monkeypatch.setattr(plans, "_cut", watched)
-    assert check.disagreement.__wrapped__(DEVICE, torch.float32, 16, 16, False, "ieee", side=16) is None
-    assert exact == {True, False}
 
 
 @pytest.mark.slow
@@ -188,14 +178,7 @@ def test_why_it_cannot_run(dtype: torch.dtype, channels: int, entities: int, rea
     assert unsupported_reason(DEVICE, torch.bfloat16, 16, 16, False) is None
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    code = (
-        "import torch, attnorm\n"
-        "layer = attnorm.AttentiveNorm2d(4, impl='triton')\n"
-        "try: layer(torch.ones(1, 4, 2, 2))\n"
-        "except ValueError as error: print(error)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}
-    )
-    assert "impl='triton' cannot run: x is on cpu; it runs on CUDA devices" in run.stdout, run.stderr
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "INTERPRETED", SimpleNamespace(value=False))
+    with pytest.raises(ValueError, match="impl='triton' cannot run: x is on cpu; it runs on CUDA devices"):
+        AttentiveNorm2d(4, impl="triton")(torch.ones(1, 4, 2, 2))

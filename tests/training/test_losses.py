@@ -22,27 +22,14 @@ from attnorm.training.losses import (
 )
 
 
-def test_generator_loss_is_minus_the_mean_score() -> None:
+def test_hinge_losses_equal_the_hand_computed_numbers() -> None:
     assert hinge_generator_loss(torch.tensor([1.0, -2.0, 4.0])).item() == -1.0
-
-
-def test_discriminator_loss_equals_the_hand_computed_number() -> None:
     real = torch.tensor([2.0, 0.5, -1.0])  # hinges 0, 0.5, 2
     fake = torch.tensor([-3.0, -0.5, 1.0])  # hinges 0, 0.5, 2
     assert hinge_discriminator_loss(real, fake).item() == pytest.approx(2.5 / 3 + 2.5 / 3)
-    assert hinge_discriminator_loss(torch.zeros(4), torch.zeros(4)).item() == 2.0
     # The signs matter: scores the wrong way round cost, the right way round they do not.
     assert hinge_discriminator_loss(torch.tensor([-2.0]), torch.tensor([3.0])).item() == 7.0
     assert hinge_discriminator_loss(torch.tensor([3.0]), torch.tensor([-2.0])).item() == 0.0
-
-
-def test_hinge_has_no_gradient_beyond_the_margin() -> None:
-    real = torch.tensor([1.5, 0.5], requires_grad=True)
-    fake = torch.tensor([-1.5, -0.5], requires_grad=True)
-    hinge_discriminator_loss(real, fake).backward()
-    assert real.grad is not None and fake.grad is not None
-    assert real.grad.tolist() == [0.0, -0.5]
-    assert fake.grad.tolist() == [0.0, 0.5]
 
 
 def test_orthogonality_loss_sums_over_the_layers() -> None:
@@ -55,11 +42,7 @@ def test_orthogonality_loss_sums_over_the_layers() -> None:
         second.entities.weight.copy_(torch.tensor([[0.0, 5.0]] * 3)[:, :, None, None])
     assert orthogonality_loss(network).item() == pytest.approx(2 * 0.36 + 6, rel=1e-6)
     assert orthogonality_loss(first).item() == pytest.approx(2 * 0.36, rel=1e-6)
-
-
-def test_orthogonality_loss_is_zero_without_attentive_norm() -> None:
-    loss = orthogonality_loss(nn.Linear(3, 1))
-    assert loss.shape == () and loss.item() == 0.0
+    assert orthogonality_loss(nn.Linear(3, 1)).item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,6 +80,10 @@ def test_gradient_penalty_of_a_linear_critic_is_the_closed_form() -> None:
     assert penalty.item() == pytest.approx(16.0)
     penalty.backward()
     assert w.grad is not None and w.grad.tolist() == pytest.approx([0.0, 8 * 0.6, 8 * 0.8])
+    flat = torch.zeros(3, requires_grad=True)  # a critic without slope costs one and gives no NaN
+    penalty = gradient_penalty(images.flatten(1) @ flat, images)
+    penalty.backward()
+    assert penalty.item() == 1.0 and flat.grad.isfinite().all()
     # Inside the mask the gradient is (0, 0, 4) for one image and nothing for the other.
     mask = torch.tensor([[[[0.0, 0.0, 1.0]]], [[[0.0, 0.0, 0.0]]]])
     wide = torch.randn(2, 1, 1, 3, requires_grad=True)
@@ -114,12 +101,3 @@ def test_gradient_penalty_trains_a_critic_as_finite_differences_say() -> None:
         return gradient_penalty(F.conv2d(hidden, second).sum((1, 2, 3)), images)
 
     assert torch.autograd.gradcheck(penalty, (first, second))
-
-
-def test_a_critic_without_slope_costs_one_and_gives_no_nan() -> None:
-    w = torch.zeros(3, requires_grad=True)
-    images = torch.randn(2, 3, 1, 1, requires_grad=True)
-    penalty = gradient_penalty(images.flatten(1) @ w, images)
-    assert penalty.item() == 1.0
-    penalty.backward()
-    assert w.grad is not None and w.grad.isfinite().all()

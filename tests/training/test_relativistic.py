@@ -12,11 +12,9 @@ import torch
 from attnorm import load
 from attnorm.config import Config
 from attnorm.data.stream import Batch
-from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.presets import PRESETS
 from attnorm.settings import override
-from attnorm.training.losses import zero_centred_penalty
 from attnorm.training.relativistic import RelativisticTask
 from tests.training.conftest import check_resume
 
@@ -75,41 +73,19 @@ def test_losses_are_softplus_of_differences_and_both_penalties(monkeypatch: pyte
     scores = [task.discriminator(images, labels) for images in (real, fake)]
     penalties = []
     for images, score in zip((real, fake), scores, strict=True):
-        each = [torch.autograd.grad(s, images, retain_graph=True)[0].square().sum() for s in score]
+        each = [torch.autograd.grad(s, images, create_graph=True)[0].square().sum() for s in score]
         penalties.append(torch.stack(each).mean())
     gamma = 0.005 + (0.05 - 0.005) * (1 + math.cos(math.pi / 2)) / 2  # halfway of the schedule
     expected = torch.log1p(torch.exp(scores[1] - scores[0])).mean()
     torch.testing.assert_close(logged["discriminator/loss"], expected)
-    torch.testing.assert_close(loss, expected + gamma / 2 * (penalties[0] + penalties[1]))
+    expected = expected + gamma / 2 * (penalties[0] + penalties[1])
+    torch.testing.assert_close(loss, expected)
+    weights = [p for p in task.discriminator.parameters() if p.ndim == 4]
+    for got, wanted in zip(*(torch.autograd.grad(each, weights) for each in (loss, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
 
     g_loss, _ = generate.loss(batch())
     torch.testing.assert_close(g_loss, torch.log1p(torch.exp(scores[0] - scores[1])).mean())
-
-
-def test_the_penaltys_gradient_goes_through_an_in_the_discriminator() -> None:
-    """Against finite differences of the penalty over one weight of the layer."""
-    task = task_of(tiny("an", "relativistic.context_in_discriminator=true"))
-    layers = [m for m in task.discriminator.modules() if isinstance(m, AttentiveNorm2d)]
-    assert len(layers) == 1
-    task.discriminator.eval()  # no sampled positions
-    weight = layers[0].entities.weight
-
-    def penalty() -> torch.Tensor:
-        images = batch().images.requires_grad_()
-        return zero_centred_penalty(task.discriminator(images, batch().labels), images)
-
-    (gradient,) = torch.autograd.grad(penalty(), weight)
-    place = gradient.abs().argmax().item()
-    step = 1e-5
-    values = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight.view(-1)[place] += sign * step
-        values.append(penalty().item())
-        with torch.no_grad():
-            weight.view(-1)[place] -= sign * step
-    assert gradient.view(-1)[place].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
-    assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize(("images_seen", "share"), [(0, 1.0), (8, 0.5), (16, 0.0), (999, 0.0)])
@@ -126,9 +102,7 @@ def test_what_is_scheduled_goes_along_half_a_cosine(images_seen: int, share: flo
     assert task.average.decay == pytest.approx(0.5 ** (4 / half_life) if half_life else 0)
 
 
-@pytest.mark.parametrize(
-    "settings", [(), ("model.context=self_attention", "relativistic.context_in_discriminator=true")]
-)
-def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path) -> None:
+    settings = ("model.context=self_attention", "relativistic.context_in_discriminator=true")
     out = check_resume(functools.partial(tiny, "an", *settings), tmp_path, 8, 16)
     assert isinstance(load(out).model, RelativisticGenerator)

@@ -44,20 +44,18 @@ def test_average_follows_the_recursion_with_its_ramp() -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, 2.0)
     average = ExponentialAverage(network, decay=0.5)
+    assert not average.network.training and not average.network.weight.requires_grad
     expected = 2.0
     for number in range(1, 21):
         nn.init.constant_(network.weight, float(number))
         decay = min(0.5, number / (number + 9))  # 0.1, 2/11, ..., 0.5 from step 9 on
+        assert average.network.weight.item() == pytest.approx(expected, rel=1e-6), number  # apart from the network
         expected = decay * expected + (1 - decay) * number
         average.update(number)
-        assert average.network.weight.item() == pytest.approx(expected, rel=1e-6), number
-    # Once the ramp is over, a constant input is approached by half its distance a step.
-    before = average.network.weight.item()
-    average.update(21)
-    assert average.network.weight.item() - 20 == pytest.approx((before - 20) / 2, rel=1e-5)
+    assert average.network.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_running_moments_are_averaged_and_counters_copied() -> None:
+def test_running_moments_are_averaged_and_counters_and_singular_vectors_copied() -> None:
     network = nn.BatchNorm2d(2)
     average = ExponentialAverage(network, decay=0.9)
     with torch.no_grad():
@@ -69,8 +67,6 @@ def test_running_moments_are_averaged_and_counters_copied() -> None:
     assert average.network.running_var.tolist() == pytest.approx([2.8, 2.8])
     assert average.network.num_batches_tracked.item() == 7
 
-
-def test_singular_vectors_are_copied_and_not_averaged() -> None:
     network = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2, bias=False))
     average = ExponentialAverage(network, decay=0.9)
     with torch.no_grad():
@@ -83,18 +79,7 @@ def test_singular_vectors_are_copied_and_not_averaged() -> None:
     assert not torch.equal(before, ours._u)
 
 
-def test_average_is_apart_from_the_network_and_never_trains() -> None:
-    task = tiny_task()
-    assert not task.average.network.training
-    assert not any(parameter.requires_grad for parameter in task.average.network.parameters())
-    before = {name: tensor.clone() for name, tensor in task.average.network.state_dict().items()}
-    with torch.no_grad():
-        for parameter in task.generator.parameters():
-            parameter.add_(1.0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in task.average.network.state_dict().items())
-
-
-@pytest.mark.parametrize("settings", [(), ("run.channels_last=true",)], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("settings", [("optim.gate_lr_scale=50",), ("run.channels_last=true",)])
 def test_state_comes_back_bit_for_bit_and_goes_on_alike(settings: tuple[str, ...]) -> None:
     original, restored = tiny_task(*settings), tiny_task(*settings, seed=99)
     for number in (1, 2):
@@ -111,7 +96,7 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike(settings: tuple[str, ...
     assert not differing(original.state.tensors(), restored.state.tensors())
 
 
-def test_state_holds_networks_averages_moments_and_steps() -> None:
+def test_state_holds_networks_averages_moments_and_steps_and_refuses_less() -> None:
     task = tiny_task()
     step(task, 1)
     step(task, 2)
@@ -127,12 +112,6 @@ def test_state_holds_networks_averages_moments_and_steps() -> None:
     ema = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     assert not differing(ema, task.average.network.state_dict())
     assert differing(ema, task.generator.state_dict())
-
-
-def test_a_missing_tensor_is_refused() -> None:
-    task = tiny_task()
-    step(task, 1)
-    tensors = task.state.tensors()
     optimiser = "optimiser.generator.to_rgb.bias.exp_avg_sq"
     for name in ("generator.to_rgb.bias", "ema.to_rgb.bias", "discriminator.linear.bias", optimiser):
         with pytest.raises(RuntimeError, match="linear.bias" if "linear" in name else "to_rgb.bias"):
@@ -151,7 +130,7 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     )
 
 
-def test_gates_learn_at_their_own_rate_and_come_back_with_their_moments() -> None:
+def test_gates_learn_at_their_own_rate() -> None:
     """One step of Adam from rest is the learning rate, whatever the gradient."""
     task = tiny_task("optim.gate_lr_scale=50", "optim.g_lr=1e-3")
     gate, other = task.generator.blocks[2].an.rho, task.generator.to_rgb.bias
@@ -159,11 +138,3 @@ def test_gates_learn_at_their_own_rate_and_come_back_with_their_moments() -> Non
     step(task, 1)
     assert gate.abs().item() == pytest.approx(0.05, rel=1e-3)
     torch.testing.assert_close((other.detach() - before).abs(), torch.full_like(before, 1e-3), rtol=1e-3, atol=0)
-    resumed = tiny_task("optim.gate_lr_scale=50", "optim.g_lr=1e-3", seed=1)
-    resumed.state.load_tensors({name: tensor.clone() for name, tensor in task.state.tensors().items()})
-    for number in (2, 3):
-        for each in (task, resumed):
-            torch.manual_seed(number)
-            step(each, number)
-    tensors = resumed.state.tensors()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in task.state.tensors().items())

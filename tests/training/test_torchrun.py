@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import re
 import shlex
@@ -17,7 +15,6 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from attnorm import cli
 from attnorm.checkpoint import read_checkpoint
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
@@ -32,36 +29,18 @@ def blocks() -> list[str]:
     return re.findall(r"^```\w+\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
+def test_torchruns_commands_of_the_page_parse_and_the_script_for_slurm_is_bash(tmp_path: Path) -> None:
+    """As torchrun reads them, and with settings that there are; attnorm's: tests/test_documents.py."""
     lines = [line.removeprefix("srun ") for block in blocks() for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("attnorm ", "torchrun "))]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_page_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun and attnorm read it, and with settings that there are."""
-    words = shlex.split(command)
-    if words[0] == "torchrun":
-        given = get_args_parser().parse_args(words[1:])
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("torchrun ")]
+    assert len(commands) > 1
+    for command in commands:
+        given = get_args_parser().parse_args(command)
         assert given.module and given.training_script == "attnorm" and given.max_restarts > 0
-        words = ["attnorm", *given.training_script_args]
-    called: list[inspect.BoundArguments] = []
-    original = getattr(cli, words[1])
-
-    @functools.wraps(original)
-    def pretend(*positional: object, **named: object) -> None:
-        called.append(inspect.signature(original).bind(*positional, **named))
-
-    monkeypatch.setattr(cli, "app", cli.tyro.extras.SubcommandApp())
-    for verb in (cli.train, cli.watch):
-        cli.app.command(pretend if verb is original else verb)
-    cli.main(words[1:])
-    (found,) = called
-    if words[1] == "train":
-        override(PRESETS[found.arguments["preset"]][1], found.arguments.get("settings", ()))
-
-
-def test_the_script_for_slurm_is_bash(tmp_path: Path) -> None:
+        verb, *words = given.training_script_args
+        settings = words[words.index("--set") + 1 :] if "--set" in words else []
+        assert verb == "train"
+        override(PRESETS[words[words.index("--preset") + 1]][1], settings)
     (script,) = [block for block in blocks() if block.startswith("#!")]
     (tmp_path / "job").write_text(script)
     subprocess.run(["bash", "-n", tmp_path / "job"], check=True)
