@@ -9,7 +9,6 @@ import io
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -432,11 +431,11 @@ print("went on")
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:
-    command = (
-        f"{shlex.quote(sys.executable)} -m attnorm train --preset smoke --dry-run | head -c 1; echo ${{PIPESTATUS[0]}}"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
-    assert done.stdout in ("{0\n", "{141\n") and "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "attnorm", "train", "--preset", "smoke", "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_a_device_without_memory_is_said_in_a_line(

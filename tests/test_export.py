@@ -25,22 +25,9 @@ from attnorm.models.inpainting import InpaintingGenerator, paste
 from attnorm.presets import PRESETS
 from attnorm.registry import Loaded, load
 from attnorm.settings import override
+from tests.conftest import awake
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'attnorm[export]'")
-
-
-def awake(network: nn.Module) -> nn.Module:
-    """With every gate open and every table its own, so that no part of it goes unseen."""
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, AttentiveNorm2d):
-            nn.init.constant_(module.rho, 0.7)
-            nn.init.normal_(module.feature_mean)  # type: ignore[arg-type]
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, 1)
-    return network.eval()
 
 
 def saved(network: nn.Module, config: Config, classes: tuple[str, ...], path: Path) -> Path:

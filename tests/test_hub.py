@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import attnorm
-from attnorm import AttentiveNorm2d, Generator, InpaintingGenerator, cli, create_model, list_models, load
+from attnorm import Generator, InpaintingGenerator, cli, create_model, list_models, load
 from attnorm.checkpoint import CheckpointError, Header, find_damage, save_checkpoint
 from attnorm.config import Config, ConfigError, UserError
 from attnorm.hub import describe
@@ -27,17 +27,7 @@ from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.studio.models import available_models
 from attnorm.system.files import write_lines
-
-
-def awake(network: nn.Module) -> nn.Module:
-    """With every gate open and every norm's moments its own, so that no part of it goes unseen."""
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, AttentiveNorm2d):
-            nn.init.constant_(module.rho, 0.7)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean)
-    return network.eval()
+from tests.conftest import awake
 
 
 def config_of(task: str) -> Config:

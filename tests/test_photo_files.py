@@ -78,6 +78,9 @@ def hole(height: int = HEIGHT, width: int = WIDTH) -> Tensor:
     return mask
 
 
+MISSING = hole()[0].numpy()
+
+
 def filled(photograph: Photograph, mask: Tensor, seed: int = 7) -> Photograph:
     old = photograph.rgb()
     most = 65536 if old.dtype == torch.uint16 else 256
@@ -125,11 +128,10 @@ def test_outside_the_mask_every_sample_stays(mode: str, format: str, options: di
     photograph = read_photograph(path)
     after = decode(filled(photograph, hole()).encoded(format))
     assert (after.format, after.mode, after.size) == (format, before.mode, before.size)
-    missing = hole()[0].numpy()
     colours = "RGBA" if mode in ("P", "LA") else None
     old, new = (np.asarray(image.convert(colours) if colours else image) for image in (before, after))
-    np.testing.assert_array_equal(new[~missing], old[~missing])
-    assert (new[missing] != old[missing]).reshape(missing.sum(), -1).any(1).mean() > 0.3
+    np.testing.assert_array_equal(new[~MISSING], old[~MISSING])
+    assert (new[MISSING] != old[MISSING]).reshape(MISSING.sum(), -1).any(1).mean() > 0.3
     if "A" in (colours or mode):
         np.testing.assert_array_equal(new[..., -1], old[..., -1])
 
@@ -147,9 +149,9 @@ def test_sixteen_bits_of_colour_stay_sixteen(colour_type: int, channels: int, tm
     assert unpack_png(data)[b"IHDR"] == unpack_png(path.read_bytes())[b"IHDR"]
     again = tmp_path / "again.png"
     again.write_bytes(data)
-    new, missing = read_photograph(again).samples, hole()[0].numpy()
-    np.testing.assert_array_equal(new[~missing], samples[~missing])
-    assert (new[missing] != samples[missing]).mean() > 0.4
+    new = read_photograph(again).samples
+    np.testing.assert_array_equal(new[~MISSING], samples[~MISSING])
+    assert (new[MISSING] != samples[MISSING]).mean() > 0.4
     if channels != 3:
         np.testing.assert_array_equal(new[..., -1], samples[..., -1])
 
@@ -164,9 +166,8 @@ def test_png_of_few_bits_keeps_its_depth(depth: int, colour_type: int, tmp_path:
     data = filled(read_photograph(path), hole()).encoded("PNG")
     assert unpack_png(data)[b"IHDR"] == unpack_png(path.read_bytes())[b"IHDR"]
     old, new = (np.asarray(decode(file).convert("RGB")) for file in (path.read_bytes(), data))
-    missing = hole()[0].numpy()
-    np.testing.assert_array_equal(new[~missing], old[~missing])
-    assert (new[missing] != old[missing]).any()
+    np.testing.assert_array_equal(new[~MISSING], old[~MISSING])
+    assert (new[MISSING] != old[MISSING]).any()
 
 
 def test_all_but_the_pixels_of_a_png_is_copied(tmp_path: Path) -> None:
@@ -294,15 +295,10 @@ def test_turned_photographs_are_seen_upright_and_stay_as_stored(orientation: int
 def test_colours_become_what_the_mode_can_hold(tmp_path: Path) -> None:
     colour = torch.tensor([200, 30, 90], dtype=torch.uint8)[:, None, None].expand(3, HEIGHT, WIDTH)
     grey = round(0.299 * 200 + 0.587 * 30 + 0.114 * 90)
-    for mode, expected in {
-        **{
-            "L": [grey],
-            "LA": [grey],
-            "1": [grey >= 128],
-            "I;16": [round(257 * (0.299 * 200 + 0.587 * 30 + 0.114 * 90))],
-        },
-        **{"RGB": [200, 30, 90], "RGBA": [200, 30, 90], "CMYK": [55, 225, 165, 0]},
-    }.items():
+    deep = round(257 * (0.299 * 200 + 0.587 * 30 + 0.114 * 90))
+    of_grey = {"L": [grey], "LA": [grey], "1": [grey >= 128], "I;16": [deep]}
+    of_colour = {"RGB": [200, 30, 90], "RGBA": [200, 30, 90], "CMYK": [55, 225, 165, 0]}
+    for mode, expected in (of_grey | of_colour).items():
         picture(mode).save(tmp_path / "x.tif")
         photograph = read_photograph(tmp_path / "x.tif")
         given = colour.to(torch.int32) * 257 if mode == "I;16" else colour
@@ -367,8 +363,7 @@ def test_deep_grey_of_a_tiff_is_seen_and_kept_as_it_is_shown(white: int, tmp_pat
     np.testing.assert_array_equal(photograph.rgb()[0].numpy(), shown)
     again = decode(filled(photograph, hole()).encoded("TIFF"))
     assert again.tag_v2[262] == 1  # type: ignore[attr-defined]
-    missing = hole()[0].numpy()
-    np.testing.assert_array_equal(np.asarray(again)[~missing], shown[~missing])
+    np.testing.assert_array_equal(np.asarray(again)[~MISSING], shown[~MISSING])
 
 
 def test_integers_of_32_bits_up_to_255_are_eight_bits(tmp_path: Path) -> None:
@@ -377,9 +372,8 @@ def test_integers_of_32_bits_up_to_255_are_eight_bits(tmp_path: Path) -> None:
     photograph = read_photograph(tmp_path / "x.tif")
     assert photograph.rgb().dtype == torch.uint8 and photograph.note == "its integers are kept with 8 bits"
     np.testing.assert_array_equal(photograph.rgb()[2].numpy(), grey)
-    missing = hole()[0].numpy()
     again = np.asarray(decode(filled(photograph, hole()).encoded("TIFF")))
-    np.testing.assert_array_equal(again[~missing], grey[~missing])
+    np.testing.assert_array_equal(again[~MISSING], grey[~MISSING])
 
 
 @pytest.mark.parametrize(
@@ -454,21 +448,13 @@ def save_mask(path: Path, mask: np.ndarray) -> Path:
     return path
 
 
-def test_a_photograph_comes_with_its_mask(tmp_path: Path) -> None:
-    picture("RGB").save(tmp_path / "x.png")
-    mask = save_mask(tmp_path / "mask.png", hole()[0].numpy())
-    for invert in (False, True):
-        photograph, missing = read_with_mask(tmp_path / "x.png", mask, invert=invert)
-        assert photograph.mode == "RGB" and torch.equal(missing, hole() != invert)
-
-
 def test_a_mask_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     picture("RGB").save(tmp_path / "x.png")
     picture("RGB").save(tmp_path / "turned.jpg", exif=exif(6))
     full = np.ones((HEIGHT, WIDTH), bool)
     masks = {
         name: save_mask(tmp_path / f"{name}.png", mask)
-        for name, mask in {"empty": ~full, "full": full, "lying": full.T, "fine": hole()[0].numpy()}.items()
+        for name, mask in {"empty": ~full, "full": full, "lying": full.T, "fine": MISSING}.items()
     }
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     for image, mask, message in (

@@ -142,7 +142,7 @@ def export(loaded: Loaded, out: Path, format: Format = "onnx") -> float:
         except ImportError as error:
             raise ExportError(f"{error.name} is not installed; ONNX needs: pip install 'attnorm[export]'") from error
     files = {"attnorm.json": json.dumps(metadata)}
-    difference = _difference(program, lambda *inputs: exported.module()(*inputs))
+    difference = _difference(program, exported.module())
     write_atomically(out, lambda temporary: torch.export.save(exported, temporary, extra_files=files))
     return difference
 

@@ -400,13 +400,10 @@ def test_a_disconnect_and_a_cancel_end_the_work(runs: Path) -> None:
 
 
 def test_too_much_at_once_and_what_takes_too_long_are_refused_with_the_reason(runs: Path) -> None:
-    class Refusing(Service):
-        def generate(self, *arguments: Any) -> Any:
-            raise TooBusy("the queue is full") if arguments[2] else TooLong("after 0.1 seconds")
-
-    with serving(Refusing([runs])) as address:
-        answer = post(f"{address}/api/generate", json=ASKED | {"seed": 1})
-        assert "the queue is full" in said(answer, 503) and answer.headers["retry-after"] == "5"
+    with serving(SlowService(runs, waiting=0)) as address:
+        answer = post(f"{address}/api/generate", json=ASKED)
+        assert "the queue is full, 0 waiting" in said(answer, 503) and answer.headers["retry-after"] == "5"
+    with serving(SlowService(runs, seconds=0.1)) as address:
         assert "0.1 seconds" in said(post(f"{address}/api/generate", json=ASKED), 504)
 
 
