@@ -163,7 +163,7 @@ def test_intervals_are_students_and_differences_are_paired_by_seed() -> None:
     difference = results.difference("none", BASE)  # of the two seeds that both have
     assert difference.mean == pytest.approx((0.3 + 0.29) / 2) and difference.num == 2
     assert difference.half == pytest.approx(12.706205 * np.std([0.3, 0.29], ddof=1) / math.sqrt(2))
-    assert report.conclusions(results) == ["none: AN is better at K = 8."]
+    assert report.conclusions(results) == ["none: AN is better at K = 8."] and results.counts() == [3, 3]
     worse = report.Results([row("an", 0, 0.4), row("an", 1, 0.41), row("none", 0, 0.3), row("none", 1, 0.31)])
     assert report.conclusions(worse) == ["none: AN is worse at K = 8."]
     alone = report.Results([row("an", 0, 0.4), row("none", 0, 0.3)])

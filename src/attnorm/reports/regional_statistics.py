@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class Results:
     def by_seed(self, arm: str, setting: Setting, value: Callable[[dict[str, Any]], float]) -> dict[int, float]:
         found = {seed: self.rows.get((arm, setting, seed)) for seed in self.seeds}
         return {seed: value(row) for seed, row in found.items() if row is not None}
+
+    def counts(self) -> list[int]:
+        """How many seeds each arm has at each setting."""
+        return list(Counter((arm, setting) for arm, setting, _ in self.rows).values())
 
     def mean(self, arm: str, setting: Setting, value: Callable[[dict[str, Any]], float]) -> Mean | None:
         values = list(self.by_seed(arm, setting, value).values())
@@ -109,7 +114,8 @@ def make_document(
         f"Cells of {CELL} pixels with one of K textures; in some of them colour and contrast are hidden and to be "
         "predicted. What tells them are cells of the same texture, at least d cells away; the convolutions reach "
         f"{REACH} pixels. Error: mean absolute difference over the hidden pixels, of colours in [-1, 1]; mean ± 95% "
-        f"interval (Student's) over {len(results.seeds)} seeds. Of differences, what stands out leaves out 0."
+        f"interval (Student's) over the seeds that are done, {_range(results.counts())} of {protocol['seeds']}; one "
+        "seed has no interval. Of differences, what stands out leaves out 0."
     )
     how = (
         f"attnorm experiment regional-statistics --out DIR --scale {protocol['scale']}: {len(results.rows)} "
@@ -134,12 +140,13 @@ def make_document(
 
 def _base(results: Results, sizes: Sequence[int]) -> Section:
     header = (
-        *("block", *(f"error at {size}" for size in sizes)),
+        *("block", "seeds", *(f"error at {size}" for size in sizes)),
         *("minus AN's, paired", "still falling by", "parameters", "learning rate"),
     )
     rows = tuple(
         (
             ARMS[arm].title,
+            str(len(results.by_seed(arm, BASE, _one))),
             *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
             "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
             _show(results.mean(arm, BASE, still_falling)),
@@ -326,6 +333,11 @@ def predictions_figure(strips: dict[str, Path]) -> Figure:
 
 def _one(row: dict[str, Any]) -> float:
     return 1.0
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _show(found: Mean | None) -> str:
