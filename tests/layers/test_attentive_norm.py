@@ -37,25 +37,19 @@ class Literal(NamedTuple):
     var: Tensor
 
 
-def literal_attentive_norm(
-    p: Mapping[str, Tensor],
-    x: Tensor,
-    positions: Tensor | None,
-    *,
-    temperature: float,
-    statistics: str = "weighted",
-    moments: str = "instance",
-    clamp_t: bool = False,
-    eps: float = 1e-5,
-    running: tuple[Tensor, Tensor] | None = None,
-) -> Literal:
-    """Eq. 2 to 6, image by image, entity by entity, pixel by pixel; only channels are vectors.
+def literal(layer: AttentiveNorm2d, p: Mapping[str, Tensor], x: Tensor) -> Literal:
+    """Eq. 2 to 6, image by image, entity by entity, pixel by pixel; only channels are vectors. With the switches of
+    `layer`, and the positions that it draws from `seeded()`.
 
     Args:
         p: Parameters by their names in the layer's state_dict; what is missing is switched off.
-        positions: Sampled positions of the pooled map, [N, K]; None without self-sampling (t = 0).
-        running: Mean and variance to use, [K, C] each, in place of the region's own.
     """
+    positions = None  # of the pooled map, [N, K]; without self-sampling t = 0
+    if layer.self_sampling and layer.training:
+        positions = draw_positions(x, layer.num_entities, shared=layer.shared_sampling, generator=seeded())
+    running = None  # mean and variance, [K, C] each, in place of the region's own
+    if layer.moments == "batch" and not layer.training:
+        running = (layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype))
     num_images, _, height, width = x.shape
     num_entities = len(p["entities.weight"])
     pixels = [(row, column) for row in range(height) for column in range(width)]
@@ -84,13 +78,13 @@ def literal_attentive_norm(
                     key = pooled[int(positions[image, i])]
                     f_ij = torch.dot(key, translated("query", image, row, column))  # Eq. 2
                     t = p["t"][i]
-                    if clamp_t and not 0 < t.item() < 1:  # a constant from there on
+                    if layer.clamp_t and not 0 < t.item() < 1:  # a constant from there on
                         t = torch.tensor(min(max(t.item(), 0.0), 1.0), dtype=t.dtype)
                     activation = t * f_ij + activation  # Eq. 3
                 raw.append(activation)
-            total = sum(torch.exp(temperature * activation) for activation in raw)
+            total = sum(torch.exp(layer.temperature * activation) for activation in raw)
             for i, activation in enumerate(raw):
-                layout[image, i, row, column] = torch.exp(temperature * activation) / total  # Eq. 4
+                layout[image, i, row, column] = torch.exp(layer.temperature * activation) / total  # Eq. 4
 
     v = {
         (image, row, column): translated("value", image, row, column)
@@ -99,7 +93,7 @@ def literal_attentive_norm(
         for image in range(num_images)
         for row, column in pixels
     }
-    groups = [[image] for image in range(num_images)] if moments == "instance" else [list(range(num_images))]
+    groups = [[image] for image in range(num_images)] if layer.moments == "instance" else [list(range(num_images))]
     x_bar = {key: torch.zeros_like(vector) for key, vector in v.items()}
     means, variances = [], []
     for group in groups:
@@ -110,10 +104,10 @@ def literal_attentive_norm(
             area = sum(s for s, _ in points)
             if running is not None:
                 mean, var = running[0][i], running[1][i]
-            elif statistics == "weighted":
+            elif layer.statistics == "weighted":
                 mean = sum(s * point for s, point in points) / area
                 var = sum(s * (point - mean) ** 2 for s, point in points) / area
-            elif statistics == "masked":
+            elif layer.statistics == "masked":
                 mean = sum(s * point for s, point in points) / len(points)
                 var = sum((s * point - mean) ** 2 for s, point in points) / len(points)
             else:  # released: the mean over positions divided by the area once more, and S squared in the variance
@@ -121,7 +115,7 @@ def literal_attentive_norm(
                 var = sum((s * point - mean) ** 2 for s, point in points) / area
             means.append(mean)
             variances.append(var)
-            sigma = torch.sqrt(var + eps) if statistics == "weighted" else torch.sqrt(var) + eps
+            sigma = torch.sqrt(var + layer.eps) if layer.statistics == "weighted" else torch.sqrt(var) + layer.eps
             for image in group:
                 for row, column in pixels:
                     normalized = (v[image, row, column] - mean) / sigma
@@ -142,27 +136,6 @@ def literal_attentive_norm(
 # Building a layer and comparing it
 
 
-def run_literal(layer: AttentiveNorm2d, parameters: Mapping[str, Tensor], x: Tensor) -> Literal:
-    """The reference on the positions that `layer` draws from `seeded()`."""
-    positions = None
-    if layer.self_sampling and layer.training:
-        positions = draw_positions(x, layer.num_entities, shared=layer.shared_sampling, generator=seeded())
-    running = None
-    if layer.moments == "batch" and not layer.training:
-        running = (layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype))
-    return literal_attentive_norm(
-        parameters,
-        x,
-        positions,
-        temperature=layer.temperature,
-        statistics=layer.statistics,
-        moments=layer.moments,
-        clamp_t=layer.clamp_t,
-        eps=layer.eps,
-        running=running,
-    )
-
-
 def with_gradients(out: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The output and the gradient of a random projection of it with respect to each input."""
     projection = torch.randn(out.shape, generator=seeded(5), dtype=torch.float64).to(out.dtype)
@@ -180,7 +153,7 @@ def literal_results(layer: AttentiveNorm2d, x: Tensor) -> dict[str, Tensor]:
     """In float64, from the values that the layer has."""
     x = x.detach().double().requires_grad_()
     parameters = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
-    return with_gradients(run_literal(layer, parameters, x).out, {"x": x, **parameters})
+    return with_gradients(literal(layer, parameters, x).out, {"x": x, **parameters})
 
 
 def assert_all_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -249,14 +222,14 @@ def test_every_switch_equals_the_equations(switches: dict[str, Any], training: b
         if name not in zero_by_mathematics(layer):
             assert value.abs().max() > 1e-4, f"the reference gradient of {name} vanishes"
     assert_all_close(layer_results(layer, x), expected)
-    literal = run_literal(layer, dict(layer.named_parameters()), x)
+    wanted = literal(layer, dict(layer.named_parameters()), x)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     _, layout = layer(x, return_layout=True, generator=seeded())
-    torch.testing.assert_close(layout, literal.layout, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layout, wanted.layout, rtol=1e-10, atol=1e-12)
     # Training moves running moments a tenth of the way; evaluation leaves them alone.
     share = 0.1 if layer.training else 0
     for name, buffer in layer.named_buffers():
-        moment = (literal.mean if name == "running_mean" else literal.var)[0]
+        moment = (wanted.mean if name == "running_mean" else wanted.var)[0]
         torch.testing.assert_close(buffer, before[name].lerp(moment, share), rtol=1e-9, atol=1e-11)
 
 

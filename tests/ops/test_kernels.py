@@ -165,21 +165,19 @@ def threads(count: int) -> Iterator[None]:
 # than one block (512 pixels), split between threads (1 and 3 images) or not (2), kept between the passes or not.
 NATIVE = [
     (1, 1, 1, 1, 1, True, F32, PLAIN, 1),
-    (3, 1, 16, 5, 7, False, F32, LAST, 2),
+    (3, 1, 16, 5, 7, False, F32, LAST, 1),
     (1, 3, 5, 1, 2, True, F32, PLAIN, 1),
     (3, 3, 33, 37, 21, False, F32, PLAIN, 2),
     (3, 3, 1, 16, 16, True, BF16, LAST, 1),
     (1, 32, 16, 67, 65, True, F32, LAST, 2),
-    (1, 32, 16, 64, 64, False, F32, PLAIN, 2),
     (3, 32, 5, 23, 37, False, BF16, PLAIN, 2),
     (2, 32, 16, 32, 32, True, F32, PLAIN, 2),
-    (3, 33, 16, 23, 37, True, F32, PLAIN, 2),
     (3, 33, 5, 23, 37, False, F32, LAST, 1),
-    (1, 33, 33, 9, 13, True, BF16, LAST, 2),
-    (1, 64, 16, 33, 33, True, F32, PLAIN, 2),
-    (3, 64, 33, 16, 16, False, F32, LAST, 2),
+    (1, 33, 33, 9, 13, True, BF16, LAST, 1),
+    (1, 64, 16, 33, 33, True, F32, PLAIN, 1),
+    (3, 64, 33, 16, 16, False, F32, LAST, 1),
     (3, 256, 16, 8, 16, False, F32, PLAIN, 2),
-    (1, 256, 5, 17, 33, True, F32, LAST, 2),
+    (1, 256, 5, 17, 33, True, F32, LAST, 1),
     (3, 256, 33, 7, 9, True, BF16, PLAIN, 1),
 ]
 # For the interpreter, which is slow. Exact tiles and filters of their own; odd everything; a border that is no
@@ -191,7 +189,7 @@ TRITON = [
     (1, 1, 1, 1, 1, True, F32, LAST, 1),
     (1, 3, 32, 5, 4, True, F32, PLAIN, 1),
     (2, 17, 5, 7, 9, False, BF16, LAST, 1),
-    (2, 33, 5, 9, 11, False, F16, PLAIN, 1),
+    (1, 33, 5, 9, 11, False, F16, PLAIN, 1),
 ]
 CASES = [
     pytest.param(impl, case, id=f"{impl}-N{case[0]}-C{case[1]}-K{case[2]}-{case[3]}x{case[4]}-{number}")
@@ -312,7 +310,7 @@ def test_no_pixels_give_empty_maps_and_zero_gradients(native: Kernels, shape: tu
     assert all((got[name] == 0).all() for name in NAMES[5:] + TWICE[2:])
 
 
-@pytest.mark.parametrize(("images", "count"), [(1, 2), (2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("images", "count"), [(1, 2), (2, 3), (3, 2)])
 def test_results_repeat_to_the_last_bit_with_torchs_threads_and_threads_of_our_own(
     native: Kernels, images: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
