@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import attnorm
-from attnorm import Generator, InpaintingGenerator, cli, create_model, list_models, load
+from attnorm import AttentiveNorm2d, Generator, InpaintingGenerator, cli, create_model, list_models, load
 from attnorm.checkpoint import CheckpointError, Header, find_damage, save_checkpoint
 from attnorm.config import Config, ConfigError, UserError
 from attnorm.hub import describe
@@ -172,6 +172,22 @@ def test_a_model_goes_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.Mo
     assert written == {"README.md", "config.json", "model.safetensors"}
     assert torch.equal(pictures(Generator.from_pretrained("me/birds")), pictures(network))
     assert torch.equal(pictures(create_model("me/birds", pretrained=True)), pictures(network))
+
+
+def test_a_network_of_ones_own_with_the_layer_goes_through_huggingfaces_mixin(tmp_path: Path) -> None:
+    class Network(nn.Module, huggingface_hub.PyTorchModelHubMixin):
+        def __init__(self, channels: int = 4) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, channels, 3), AttentiveNorm2d(channels, num_entities=3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    network = Network(channels=6)
+    network(torch.randn(2, 3, 8, 8))  # the layer's running moments are part of what is saved
+    awake(network).save_pretrained(tmp_path)
+    x = torch.randn(1, 3, 9, 7)
+    assert torch.equal(Network.from_pretrained(tmp_path)(x), network(x))
 
 
 def test_models_are_listed_and_made_by_name() -> None:

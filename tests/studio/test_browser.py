@@ -29,6 +29,7 @@ from tests.studio.test_api import SlowService, decoded, encoded, fill, photograp
 expect.set_options(timeout=20_000)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESK, TELEPHONE = (1280, 800), (390, 780)
+BOTH = [(DESK, "light"), (TELEPHONE, "dark")]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,11 @@ def downloaded(page: Page, button: Locator) -> bytes:
     return Path(waiting.value.path()).read_bytes()
 
 
-def test_someone_picks_classes_generates_enlarges_and_gets_the_same_again(browser: Browser, address: str) -> None:
-    with Visit(browser, address, TELEPHONE, "dark") as page:
+@pytest.mark.parametrize(("size", "scheme"), BOTH)
+def test_someone_picks_classes_generates_enlarges_and_gets_the_same_again(
+    browser: Browser, address: str, size: tuple[int, int], scheme: str
+) -> None:
+    with Visit(browser, address, size, scheme) as page:
         panel = page.locator("#generate")
         assert panel.locator("[data-classes]").inner_text().split("\n")[0] == CLASSES[0]  # as text, not in bold
         expect(panel.locator("[data-classes] b")).to_have_count(0)
@@ -232,9 +236,12 @@ def mask_of(page: Page) -> np.ndarray:
     return decoded(downloaded(page, page.get_by_role("button", name="Save mask")))[..., 0] > 0
 
 
-def test_someone_drops_a_photograph_paints_fills_and_downloads(browser: Browser, address: str) -> None:
+@pytest.mark.parametrize(("size", "scheme"), BOTH)
+def test_someone_drops_a_photograph_paints_fills_and_downloads(
+    browser: Browser, address: str, size: tuple[int, int], scheme: str
+) -> None:
     pixels = photograph(64, 64)
-    with Visit(browser, address, TELEPHONE, "dark") as page:
+    with Visit(browser, address, size, scheme) as page:
         page.get_by_role("tab", name="Fill holes").click()
         panel = page.locator("#holes")
         page.dispatch_event(
