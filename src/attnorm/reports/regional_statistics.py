@@ -301,6 +301,8 @@ def sweep_figure(results: Results) -> Figure:
             linestyle="-" if "attention" in arm or arm == REFERENCE else "--",
         )
     axes.set_xscale("log", base=2)
+    counts = [setting.num_textures for setting in SWEEPS["num_textures"]]
+    axes.set_xticks(counts, list(map(str, counts)))
     axes.set_ylim(bottom=0)
     axes.axvline(BASE.num_entities, color="0.8", linewidth=1, zorder=0)
     axes.set_xlabel("K, textures (grey: n of AN)")
