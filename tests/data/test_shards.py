@@ -156,11 +156,13 @@ def test_an_image_that_kills_its_process_is_named_and_the_next_is_decoded() -> N
 
 
 DECODE = """
-import sys
+import sys, time
 from pathlib import Path
 from attnorm.data import decode_cache
 decode_cache._MANY = 100
-say = lambda done, total: print(done, flush=True)
+def say(done, total):
+    print(done, flush=True)
+    time.sleep(float(sys.argv[4]))
 decode_cache.load_decoded(sys.argv[1], int(sys.argv[2]), "square", Path(sys.argv[3]), 0, say)
 print(*[line.strip() for line in open("/proc/self/status") if line.startswith("VmHWM")])
 print("torch" in sys.modules)
@@ -168,9 +170,10 @@ print("torch" in sys.modules)
 
 
 @contextlib.contextmanager
-def decoding(source: Path, size: int, cache: Path) -> Iterator[subprocess.Popen[str]]:
+def decoding(source: Path, size: int, cache: Path, pause: float = 0) -> Iterator[subprocess.Popen[str]]:
+    """Seconds of `pause` after each image."""
     with subprocess.Popen(
-        [sys.executable, "-c", DECODE, source, str(size), cache],
+        [sys.executable, "-c", DECODE, source, str(size), cache, str(pause)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -194,7 +197,7 @@ def lives(process: int) -> bool:
 def test_processes_end_with_the_one_that_asks_and_a_build_begins_anew(tmp_path: Path, number: signal.Signals) -> None:
     path, image = tmp_path / "s.tar", png(1, 64)
     shard(path, {f"{i}.png": image for i in range(1000)})
-    with decoding(path, 64, tmp_path / "cache") as process:
+    with decoding(path, 64, tmp_path / "cache", pause=600) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"
         workers = children_of(process.pid)
