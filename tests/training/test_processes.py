@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from attnorm.checkpoint import read_checkpoint
 from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch, Stream, parts_of_batch
-from attnorm.layers.batch_norm import BatchNorm2d, share_moments
+from attnorm.layers.batch_norm import BatchNorm2d
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
@@ -128,20 +129,23 @@ def r1(group: ProcessGroup) -> dict[str, Tensor]:
     return gradients
 
 
-def batch_norm(group: ProcessGroup) -> dict[str, Tensor]:
-    """Output, first and second derivatives, and running moments, of channels far from zero."""
+def batch_norm(group: ProcessGroup, size: int = 0) -> dict[str, Tensor]:
+    """Output, first and second derivatives, and running moments, of channels far from zero; in groups of so many."""
     whole = 30 + torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     own = whole.chunk(group.count)[group.rank].clone().requires_grad_()
     norm = BatchNorm2d(2)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.5, 2.0]))
     if group.count > 1:
-        share_moments(norm, None)
-    y = norm(own)
+        task: Any = SimpleNamespace(state=SimpleNamespace(networks={"generator": norm}))
+        share_batch_norm(override(Config(), [f"run.batch_norm_group={size}"]), task, group)
+    y = torch.cat([norm(part) for part in own.chunk(2)]) if size and group.count == 1 else norm(own)
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), own, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), own)
     parts = {"y": y.detach(), "gradient": gradient.detach(), "second": second}
     gathered = {name: torch.cat(all_of(part, group)) for name, part in parts.items()}
+    if size:  # each group has running moments of its own
+        return gathered
     return gathered | {f"running.{name}": buffer for name, buffer in norm.named_buffers()}
 
 
@@ -186,12 +190,13 @@ EXACT: dict[str, Callable[[ProcessGroup], dict[str, Tensor]]] = {
     "inpainting in parts": lambda group: gradients_of_two_steps(inpainting(*IN_PARTS), group),
     "r1": r1,
     "batch norm": batch_norm,
+    "batch norm in pairs": lambda group: batch_norm(group, size=2),
     "DistributedDataParallel": parallel,
     "moments of features": features,
 }
 CHECKED = {
-    2: [name for name in EXACT if name != "class-conditional"],
-    4: ["class-conditional", "inpainting", "batch norm"],
+    2: [name for name in EXACT if name not in ("class-conditional", "batch norm in pairs")],
+    4: ["class-conditional", "inpainting", "batch norm", "batch norm in pairs"],
 }
 ONE: dict[str, Callable[[ProcessGroup], dict[str, Tensor]]] = EXACT | {
     "inpainting in parts": lambda group: gradients_of_two_steps(inpainting(*IN_PARTS, "run.accumulate=1"), group),
@@ -263,12 +268,14 @@ def work(folder: Path) -> None:
         text = "\n".join(f"{name}: {value}" for name, value in errors(group).items())
         (folder / f"errors{group.rank}").write_text(text)
         (folder / f"validation{group.rank}").write_text(json.dumps(validation(group)))
-        if group.count > 2:
-            return
-        said = run(folder / "whole", group) + run(folder / "parts", group, "run.duration_images=8")
+        settings = () if group.count == 2 else ("run.batch_norm_group=2",)
+        said = run(folder / "whole", group, *settings)
+        said += run(folder / "parts", group, "run.duration_images=8", *settings)
         if group.rank == 0:
             shutil.copytree(folder / "parts", folder / "begun")
-        (folder / f"said{group.rank}").write_text(said + run(folder / "parts", group))
+        (folder / f"said{group.rank}").write_text(said + run(folder / "parts", group, *settings))
+        if group.count > 2:
+            return
         run(folder / "own", group, "run.batch_norm_group=1", "run.duration_images=8")
 
 
@@ -362,11 +369,13 @@ def tensors_of(out: Path, images_seen: int) -> dict[str, Tensor]:
     return read_checkpoint(RunDirectory(out).checkpoint_file(images_seen))[0]
 
 
-def test_a_run_of_processes_is_resumed_bit_for_bit(made: Path) -> None:
-    whole, parts = (tensors_of(made / "2" / name, 16) for name in ("whole", "parts"))
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_of_processes_is_resumed_bit_for_bit(made: Path, count: int) -> None:
+    folder = made / f"{count}"
+    whole, parts = (tensors_of(folder / name, 16) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-    assert read_checkpoint(RunDirectory(made / "2" / "whole").checkpoint_file(16))[1].processes == 2
-    assert "went so far" not in (made / "2" / "said0").read_text() and (made / "2" / "said1").read_text() == ""
+    assert read_checkpoint(RunDirectory(folder / "whole").checkpoint_file(16))[1].processes == count
+    assert "went so far" not in (folder / "said0").read_text() and (folder / "said1").read_text() == ""
 
 
 def test_a_run_goes_on_in_another_number_of_processes(made: Path, tmp_path: Path) -> None:
