@@ -156,9 +156,10 @@ def test_an_image_that_kills_its_process_is_named_and_the_next_is_decoded() -> N
 
 
 DECODE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from attnorm.data import decode_cache
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 decode_cache._MANY = 100
 def say(done, total):
     print(done, flush=True)
@@ -197,7 +198,7 @@ def lives(process: int) -> bool:
 def test_processes_end_with_the_one_that_asks_and_a_build_begins_anew(tmp_path: Path, number: signal.Signals) -> None:
     path, image = tmp_path / "s.tar", png(1, 64)
     shard(path, {f"{i}.png": image for i in range(1000)})
-    with decoding(path, 64, tmp_path / "cache", pause=600) as process:
+    with decoding(path, 64, tmp_path / "cache", pause=50) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"
         workers = children_of(process.pid)
