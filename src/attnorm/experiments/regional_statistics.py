@@ -368,9 +368,7 @@ def run(
             seconds = time.monotonic() - started
             taken[job.arm] = taken[""] = seconds
             result = {
-                "arm": job.arm,
-                "setting": asdict(job.setting),
-                "seed": job.seed,
+                **{"arm": job.arm, "setting": asdict(job.setting), "seed": job.seed},
                 "is_tuning": bool(job.lr),
                 **training,
                 **tested,
@@ -414,7 +412,6 @@ def _about(scale: str) -> dict[str, Any]:
 
 
 def _job_of(row: Mapping[str, Any]) -> Job:
-    """The training that says this of itself."""
     return Job(row["arm"], Setting(**row["setting"]), row["seed"], row["lr"] if row["is_tuning"] else 0.0)
 
 
