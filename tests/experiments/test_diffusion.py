@@ -83,7 +83,7 @@ def test_arms_of_a_seed_start_as_the_same_function_with_a_block_at_16_pixels() -
 def test_the_command_trains_what_is_missing_and_reports(
     data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnorm.cli.terminal.read_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("attnorm.cli.experiments.read_images", lambda *args, **kwargs: data)
     command = ["experiment", "diffusion", "--data", "noise", "--out", str(tmp_path), "--scale", "smoke"]
     cli.main(command)
     trainings = tmp_path / "trainings.jsonl"

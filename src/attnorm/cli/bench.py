@@ -7,25 +7,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli.terminal import Names, Overwrite, console, one_bar, print_table, progress_bar, require_free
+from attnorm.cli.terminal import Flag, Names, Settings, console, one_bar, print_table, progress_bar, require_free
 
 
 def bench(
     part: Annotated[Literal["layer", "train"], tyro.conf.Positional, tyro.conf.arg(metavar="PART")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     preset: Annotated[str, tyro.conf.arg(metavar="P")] = "cifar10-an",
-    settings: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
-    ] = (),
+    settings: Settings = (),
     cases: Names = "",
     implementations: Names = "",
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    tf32: Overwrite = False,
+    tf32: Flag = False,
     seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 1.0,
     threads: Annotated[int, tyro.conf.arg(metavar="T")] = 0,
-    retain_memory: Overwrite = False,
-    overwrite: Overwrite = False,
+    retain_memory: Flag = False,
+    overwrite: Flag = False,
 ) -> None:
     """Time the layer, its implementations and what stands beside it, after checking each; Table 5 of the paper.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, console, require_free
+from attnorm.cli.terminal import Flag, console, require_free
 from attnorm.config import ConfigError
 
 
@@ -15,7 +15,7 @@ def convert(
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Make a folder that stands wherever a run is taken from the weights of another project's generator: of
     torch-mimicry (SNGAN, SAGAN, cGAN-PD and others), BigGAN-PyTorch, or DeepFill v1 (TensorFlow's, or its port).

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from attnorm.cli.terminal import (
+    Flag,
     Names,
-    Overwrite,
     Seed,
     console,
     one_bar_each,
@@ -41,13 +41,13 @@ def evaluate_generators(
     fakes_per_class: Annotated[int, tyro.conf.arg(metavar="N")] = 5_000,
     classes: Names = "",
     subset: Annotated[int, tyro.conf.arg(metavar="K")] = 0,
-    intervals: Overwrite = False,
+    intervals: Flag = False,
     checkpoints: Literal["latest", "all"] = "latest",
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 50,
     seed: Seed = 0,
-    raw_weights: Overwrite = False,
+    raw_weights: Flag = False,
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Measure class-conditional generators by FID and other scores of their images.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from attnorm.cli.evaluate_generators import print_scores
-from attnorm.cli.terminal import Names, Overwrite, Seed, one_bar_each, progress_bar, require_writable, split_names
+from attnorm.cli.terminal import Flag, Names, Seed, one_bar_each, progress_bar, require_writable, split_names
 from attnorm.config import ConfigError, require_seed
 
 
@@ -19,7 +19,7 @@ def evaluate_images(
     size: Annotated[int, tyro.conf.arg(metavar="S")] = 0,
     extractor: Annotated[str, tyro.conf.arg(metavar="E")] = "inception",
     inception_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
-    intervals: Overwrite = False,
+    intervals: Flag = False,
     save_statistics: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 50,

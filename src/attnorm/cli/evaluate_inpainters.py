@@ -8,7 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, Seed, one_bar, progress_bar, read_images, require_free, require_outside
+from attnorm.cli.terminal import (
+    Flag,
+    Seed,
+    one_bar,
+    progress_bar,
+    read_images,
+    require_free,
+    require_outside,
+    split_names,
+)
 from attnorm.config import ConfigError, require_seed
 from attnorm.settings import override
 
@@ -23,9 +32,9 @@ def evaluate_inpainters(
     lpips_weights: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")] = (),
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     seed: Seed = 0,
-    raw_weights: Overwrite = False,
+    raw_weights: Flag = False,
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Measure inpainters by PSNR, SSIM and MAE beside each other (Table 3, Figure 9), and by cost.
 
@@ -121,12 +130,11 @@ def _measure_latency(runs: Sequence[Path], sizes: str, out: Path, device: str) -
     from attnorm.evaluation.latency import measure_latency
     from attnorm.reports.inpainting import write_latency
 
-    texts = [text.strip() for text in sizes.split(",") if text.strip()]
+    texts = split_names(sizes)
     if not texts or not all(text.isdecimal() for text in texts):
         raise ConfigError(f"--cost is {sizes!r}; expected sides in pixels with commas between, for example 256,512")
     with progress_bar() as progress:
-        cells = measure_latency(
-            name_runs(runs), [int(text) for text in texts], device=device, progress=one_bar(progress, "timing")
-        )
+        tell = one_bar(progress, "timing")
+        cells = measure_latency(name_runs(runs), list(map(int, texts)), device=device, progress=tell)
     for path in write_latency(cells, device, out):
         print(path)

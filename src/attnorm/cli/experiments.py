@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli import terminal
-from attnorm.cli.terminal import Names, console, counted, require_one_process
+from attnorm.cli.terminal import Names, console, counted, read_images, require_one_process, split_names
 from attnorm.system.progress import humanize
 
 
@@ -47,11 +46,11 @@ def experiment(
         left = f", {humanize(seconds_left)} left" if seconds_left else ""
         console.print(f"{done} of {counted(total, 'training')} done{left}: {what}")
 
-    named = tuple(arm.strip() for arm in arms.split(",") if arm.strip())
+    named = split_names(arms)
     if name == "diffusion":
         if data is None:
             raise ConfigError("diffusion needs --data: images to learn")
-        images = terminal.read_images(
+        images = read_images(
             Config(model=ClassConditionalConfig(image_size=diffusion.IMAGE_SIZE), data=DataConfig(source=data))
         )
         written = diffusion.run(out, images, diffusion_report.write_report, scale=scale, arms=named, progress=tell)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, Run, console, require_free
+from attnorm.cli.terminal import Flag, Run, console, require_free
 
 
 def export(
@@ -15,8 +15,8 @@ def export(
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
     format: Literal["onnx", "torch-export", "web"] = "onnx",
     onnxruntime_web: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
-    raw_weights: Overwrite = False,
-    overwrite: Overwrite = False,
+    raw_weights: Flag = False,
+    overwrite: Flag = False,
 ) -> None:
     """Write a trained generator as one file for other runtimes, with batch, height and width left free.
 

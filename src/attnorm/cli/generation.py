@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.progress import track
 
-from attnorm.cli.terminal import Names, Overwrite, Run, Seed, console, counted, require_free, require_png
+from attnorm.cli.terminal import Flag, Names, Run, Seed, console, counted, require_free, require_png, split_names
 from attnorm.config import ConfigError, require_seed
 
 MOST_IMAGES_OF_A_WALK = 500  # side by side: a picture has at most 65,536 columns of pixels
@@ -30,9 +30,9 @@ def sample(
     num: Annotated[int, tyro.conf.arg(metavar="N")] = 64,
     seed: Seed = 0,
     classes: Names = "",
-    raw_weights: Overwrite = False,
+    raw_weights: Flag = False,
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Write images of a trained generator as PNG files, one folder a class.
 
@@ -105,7 +105,7 @@ def interpolate(
     seed: Seed = 0,
     entity: Annotated[int | None, tyro.conf.arg(metavar="K")] = None,
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Walk from one class to another with the latent fixed (Figure 8), with one entity's map under each image.
 
@@ -129,8 +129,7 @@ def interpolate(
     require_seed("--seed", seed)
     require_png(out)
     sampler = _sampler(run, device=device)
-    middle = [name for name in via.split(",") if name]
-    walk = [sampler.class_index(name) for name in (start, *middle, end)]
+    walk = [sampler.class_index(name) for name in (start, *split_names(via), end)]
     require_free(out, overwrite, is_picture=True)
     num_images = (len(walk) - 1) * (steps - 1) + 1
     if num_images > MOST_IMAGES_OF_A_WALK:
@@ -147,7 +146,7 @@ def layout(
     classes: Names = "",
     seed: Seed = 0,
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Draw what the AN layer sees: image, winning entity, every entity's map (Figure 5); region statistics (Figure 4).
 
@@ -169,7 +168,7 @@ def layout(
 
     require_seed("--seed", seed)
     sampler = _sampler(run, device=device)
-    chosen = _classes(sampler, classes)[:10] if not classes else _classes(sampler, classes)
+    chosen = _classes(sampler, classes)[: None if classes else 10]
     require_free(out, overwrite)
     written = write_layouts(sampler, chosen, seed, out)
     latents = sampler.latents(range(seed, seed + len(chosen))).to(sampler.device)
@@ -183,7 +182,7 @@ def page(
     run: Run,
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Write a web page about a run: samples by class, layouts, an interpolation, the training curves.
 
@@ -203,7 +202,7 @@ def page(
 def curves(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: Annotated[Path, tyro.conf.arg(metavar="PNG")],
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Plot losses, scores, layouts and Fréchet distances of one or several runs against images seen, and against hours.
 
@@ -232,7 +231,7 @@ def _sampler(run: Path, *, ema: bool = True, device: str = "auto") -> Sampler:
 def _classes(sampler: Sampler, names: str) -> list[int]:
     if not names:
         return list(range(len(sampler.classes)))
-    chosen = list(dict.fromkeys(sampler.class_index(name.strip()) for name in names.split(",") if name.strip()))
+    chosen = list(dict.fromkeys(map(sampler.class_index, split_names(names))))
     if not chosen:
         raise ConfigError(f"--classes is {names!r}; expected names or numbers with commas between, or none for all")
     return chosen

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, Run, console, one_bar_each, progress_bar, require_free
+from attnorm.cli.terminal import Flag, Run, console, one_bar_each, progress_bar, require_free
 from attnorm.config import ConfigError, UserError, printable
 
 if TYPE_CHECKING:
@@ -28,15 +28,15 @@ def inpaint(
     mask: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None,
     images: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     masks: Annotated[Path | None, tyro.conf.arg(metavar="DIR|FILE")] = None,
-    invert: Overwrite = False,
+    invert: Flag = False,
     threshold: Annotated[int | None, tyro.conf.arg(metavar="T")] = None,
     max_pixels: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     layout: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None,
-    lossless: Overwrite = False,
-    raw_weights: Overwrite = False,
+    lossless: Flag = False,
+    raw_weights: Flag = False,
     device: str = "auto",
-    dry_run: Overwrite = False,
-    overwrite: Overwrite = False,
+    dry_run: Flag = False,
+    overwrite: Flag = False,
 ) -> None:
     """Fill the holes of photographs: of IMAGE where MASK is white, or of every image of a folder.
 

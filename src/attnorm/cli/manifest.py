@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, Seed, read_images, require_free, require_outside
+from attnorm.cli.terminal import Flag, Seed, read_images, require_free, require_outside
 from attnorm.config import Config, ConfigError, DataConfig, require_seed
 
 
@@ -21,7 +21,7 @@ def manifest(
     masks: Literal["centre", "rectangle", "free-form"] = "centre",
     seed: Seed = 0,
     every: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Freeze a test set for inpainting: images by their hashes, each with a mask drawn once; see evaluate.
 

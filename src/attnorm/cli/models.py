@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, require_free, screen
+from attnorm.cli.terminal import Flag, require_free, screen
 from attnorm.config import ConfigError, did_you_mean
 
 
 def models(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = "",
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """List the models that come with the package, whose names stand wherever a run is taken; or show one's card.
 

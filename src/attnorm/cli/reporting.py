@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, progress_bar, require_free
+from attnorm.cli.terminal import Flag, one_bar, progress_bar, require_free
 from attnorm.config import ConfigError
 
 
@@ -17,7 +17,7 @@ def report(
     inpainting: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = (),
     bench: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = (),
     device: str = "auto",
-    overwrite: Overwrite = False,
+    overwrite: Flag = False,
 ) -> None:
     """Lay out Tables 1 to 5 and Figures 4, 5 and 7 to 9 as the paper does, measured beside printed.
 
@@ -40,12 +40,6 @@ def report(
     built = build_report(runs, inpainting, bench)
     require_free(out, overwrite)
     with progress_bar() as progress:
-        bar = progress.add_task("drawing")
-        paths = write_report(
-            built,
-            out,
-            device=device,
-            progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
-        )
+        paths = write_report(built, out, device=device, progress=one_bar(progress, "drawing"))
     for path in paths:
         print(path)

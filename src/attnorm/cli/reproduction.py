@@ -11,7 +11,9 @@ import tyro
 from rich.table import Table
 
 from attnorm.cli.terminal import (
+    Flag,
     Names,
+    Settings,
     console,
     one_bar,
     one_bar_each,
@@ -21,6 +23,7 @@ from attnorm.cli.terminal import (
     require_outside,
     require_writable,
     screen,
+    split_names,
 )
 from attnorm.config import ConfigError
 from attnorm.system.progress import humanize
@@ -45,11 +48,9 @@ def reproduce(
     inception_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     num: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     device: str = "auto",
-    settings: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
-    ] = (),
+    settings: Settings = (),
     checkpoints: Literal["latest", "all"] = "latest",
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    dry_run: Flag = False,
 ) -> None:
     """Make a table of the paper: train what is missing, measure it, report; the same command goes on where it stopped.
 
@@ -78,13 +79,12 @@ def reproduce(
 
     require_one_process("reproduce")
     require_outside(out, data)
-    names = tuple(name.strip() for name in rows.split(",") if name.strip())
     plan = planning.make_plan(
         table,
         scale,
         out,
         data=data,
-        rows=names,
+        rows=split_names(rows),
         seeds=seeds,
         extractor=extractor,
         num=num,

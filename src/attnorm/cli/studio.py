@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from attnorm.cli.terminal import Overwrite, console
+from attnorm.cli.terminal import Flag, console
 from attnorm.config import ConfigError
 
 
@@ -17,7 +17,7 @@ def studio(
     port: Annotated[int, tyro.conf.arg(metavar="N")] = 8420,
     token: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "",
     device: str = "auto",
-    no_open: Overwrite = False,
+    no_open: Flag = False,
 ) -> None:
     """Open the studio in the browser: generate, morph, see what the layer sees, fill holes, watch runs.
 

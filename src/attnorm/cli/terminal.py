@@ -61,8 +61,9 @@ def split_names(names: str) -> list[str]:
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Seed = Annotated[int, tyro.conf.arg(metavar="S")]
-Overwrite = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Names = Annotated[str, tyro.conf.arg(metavar="NAME,...")]
+Settings = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
 
 
 def read_images(config: Config) -> ImageSet:
@@ -170,9 +171,8 @@ def out_of_memory(error: BaseException) -> str:
     """What is said of an error that means too little memory, with what was asked for; "" of any other one."""
     text = str(error)
     found = re.search(r"llocate (?:memory: you tried to allocate )?([\d.]+) ?(bytes|[KMGTPE]?i?B)", text)
-    is_meant = (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    )  # torch's: it is not imported
+    # The latter is torch's, which is not imported.
+    is_meant = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not (is_meant or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text))):
         return ""
     asked = f" for {float(found[1]):,.15g} {found[2]} more" if found else ""

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from attnorm.cli.terminal import (
+    Flag,
+    Settings,
     console,
     describe_os_error,
     one_bar,
+    print_table,
     progress_bar,
     read_images,
     require_outside,
@@ -32,10 +35,8 @@ def train(
     preset: Annotated[str, tyro.conf.arg(metavar="P")],
     out: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None,
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "",
-    settings: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
-    ] = (),
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    settings: Settings = (),
+    dry_run: Flag = False,
 ) -> None:
     """Train a generator; the same command goes on where an earlier one stopped.
 
@@ -173,7 +174,6 @@ def bench_training(
 ) -> None:
     """`attnorm bench train`, of one process or of several together."""
     import torch
-    from rich.table import Table
 
     from attnorm.benchmark.training_speed import measure_processes, measure_speed
     from attnorm.reports.training_speed import table, write_speeds
@@ -190,10 +190,7 @@ def bench_training(
             speeds = measure_speed(config, found, seconds=seconds, progress=bar)
     if group.rank:
         return
-    shown = Table(*table(speeds).header, title=table(speeds).title, title_justify="left", box=None, pad_edge=False)
-    for row in table(speeds).rows:
-        shown.add_row(*row)
-    screen().print(shown)
+    print_table(table(speeds))
     for path in write_speeds(speeds, config, found, out, processes=group.count):
         print(path)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from attnorm.cli.terminal import Run, screen
+from attnorm.cli.terminal import Flag, Run, screen
 from attnorm.config import printable
 from attnorm.system.progress import clock
 
@@ -25,7 +25,7 @@ FEW = 6  # of the newest lines whose pace counts
 def watch(
     run: Run,
     every: Annotated[float, tyro.conf.arg(metavar="S")] = 2.0,
-    once: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    once: Flag = False,
 ) -> None:
     """Watch a training: how far it is, at what pace, its losses, layouts and checkpoints. Nothing is changed.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,7 @@ def run(
     write_report: Callable[[Path], list[Path]],
     *,
     scale: str = "full",
-    arms: tuple[str, ...] = (),
+    arms: Sequence[str] = (),
     progress: Progress = lambda done, total, name, left: None,
 ) -> list[Path]:
     """Trains what `out` does not hold yet, and writes the report after each seed; returns what it wrote.
