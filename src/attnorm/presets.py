@@ -279,23 +279,24 @@ def small32_relativistic() -> Config:
     )
 
 
-def _model(**changes: object) -> Callable[[Config], Config]:
+Change = Callable[[Config], Config]
+Rows = dict[str, tuple[str, Change]]  # by name: what it is, and how it differs from the first
+
+
+def _model(**changes: object) -> Change:
     return lambda config: replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
 
 
-def _an(**changes: object) -> Callable[[Config], Config]:
-    return lambda config: replace(
-        config,
-        model=replace(config.model, an=replace(config.model.an, **changes)),  # type: ignore[arg-type]
-    )
+def _an(**changes: object) -> Change:
+    return lambda config: _model(an=replace(config.model.an, **changes))(config)  # type: ignore[arg-type]
 
 
-def _then(first: Callable[[Config], Config], second: Callable[[Config], Config]) -> Callable[[Config], Config]:
+def _then(first: Change, second: Change) -> Change:
     return lambda config: second(first(config))
 
 
 # The rows of Table 1, then those of Table 4 that are not among them.
-ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
+ROWS: Rows = {
     "an": ("Attentive Normalization, n = 16 (Tables 1 and 4)", lambda config: config),
     "sagan": ("self-attention, spectral norm in G and D (Table 1)", _model(context="self_attention")),
     "sngan": ("no context block, spectral norm in D only (Table 1)", _model(context="none", g_spectral_norm=False)),
@@ -322,7 +323,7 @@ AUTO = {
 }
 FIXED = {"an-fixed": ("AN with the paper's tau, scaled with the width (ledger, row 7)", _an(temperature=None))}
 # The rows of Table 3, and the other blocks for context.
-INPAINTING_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
+INPAINTING_ROWS: Rows = {
     "an": ("Attentive Normalization in place of contextual attention (Table 3)", lambda config: config),
     "an-wide": ("AN in the authors' released layout, whose encoders are wider", _model(context="an-wide")),
     "contextual": ("DeepFill v1's contextual attention (Table 3)", _model(context="contextual")),
@@ -340,7 +341,7 @@ INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
     "inpaint-smoke": (inpaint_smoke, ("an", "contextual", "none")),
 }
 # The context blocks at equal budgets, of a recipe of today.
-CONTEXT_ROWS: dict[str, tuple[str, Callable[[Config], Config]]] = {
+CONTEXT_ROWS: Rows = {
     "an": ("Attentive Normalization", lambda config: config),
     "self_attention": ("self-attention", _model(context="self_attention")),
     "none": ("no context block", _model(context="none")),
@@ -360,28 +361,28 @@ FAMILIES: dict[str, Callable[[], Config]] = {
 }
 
 
-def rows_of(family: str) -> dict[str, tuple[str, Callable[[Config], Config]]]:
+def rows_of(family: str) -> Rows:
     """The rows of a class-conditional family: of Tables 1 and 4, and AN with the other choice of tau."""
     return ROWS | (AUTO if family.startswith("paper-") else FIXED)
 
 
 def _build() -> dict[str, tuple[str, Config]]:
-    presets = {}
-    for family, base in FAMILIES.items():
-        for row, (description, change) in rows_of(family).items():
-            name = f"{family}-{row}"
-            presets[name] = (description, replace(change(base()), preset=name, family=family, row=row))
-    for family, base in RECIPES.items():
-        for row, (description, change) in CONTEXT_ROWS.items():
+    presets: dict[str, tuple[str, Config]] = {}
+
+    def add(family: str, base: Callable[[], Config], rows: Rows) -> None:
+        for row, (description, change) in rows.items():
             config = replace(change(base()), preset=f"{family}-{row}", family=family, row=row)
-            presets[config.preset] = (f"recipe {config.recipe}: {description}", config)
-    for family, (base, rows) in INPAINTING_FAMILIES.items():
-        for row in rows:
-            description, change = INPAINTING_ROWS[row]
-            presets[f"{family}-{row}"] = (
-                f"inpainting: {description}",
-                replace(change(base()), preset=f"{family}-{row}", family=family, row=row),
+            kind = (
+                "inpainting: " if config.inpainting else "" if config.recipe == "paper" else f"recipe {config.recipe}: "
             )
+            presets[config.preset] = (f"{kind}{description}", config)
+
+    for family, base in FAMILIES.items():
+        add(family, base, rows_of(family))
+    for family, base in RECIPES.items():
+        add(family, base, CONTEXT_ROWS)
+    for family, (base, rows) in INPAINTING_FAMILIES.items():
+        add(family, base, {row: INPAINTING_ROWS[row] for row in rows})
     for single in (demo, smoke, inpaint_smoke):
         name = single.__name__.replace("_", "-")
         description = (single.__doc__ or "").strip().rstrip(".")
