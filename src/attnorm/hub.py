@@ -132,7 +132,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by `save_pretrained`, which makes the folder before and the card after."""
-        header = (self.header or _header_of(self.config)).public()
+        header = (self.header or header_of(self.config)).public()
         values = {"architectures": [type(self).__name__], "inference": describe(header)}
         save_weights(save_directory / WEIGHTS, self.state_dict())
         write_json(save_directory / CONFIG, values | header.to_dict())
@@ -141,7 +141,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """The card of a loaded model, or what can be said of any; with the Hub's metadata before it."""
         from huggingface_hub import ModelCard, ModelCardData
 
-        header = (self.header or _header_of(self.config)).public()
+        header = (self.header or header_of(self.config)).public()
         is_inpainter = header.config.task == "inpainting"
         tags = ["attentive-normalization", "gan", "inpainting" if is_inpainter else "class-conditional"]
         data = ModelCardData(library_name="attnorm", tags=tags, pipeline_tag="image-to-image" if is_inpainter else None)
@@ -201,11 +201,14 @@ def describe(header: Header) -> dict[str, str]:
     }
 
 
-def _header_of(model: ClassConditionalConfig | InpaintingConfig) -> Header:
-    """Of a network that nothing else is known of: its classes have numbers for names."""
+def header_of(
+    model: ClassConditionalConfig | InpaintingConfig, classes: tuple[str, ...] = (), note: str = ""
+) -> Header:
+    """Of a network that was not trained here: classes without names have numbers for these."""
     if isinstance(model, ClassConditionalConfig):
-        return Header(Config(model=model), tuple(map(str, range(model.num_classes))), 0, 0.0)
-    return Header(Config(task="inpainting", model=model, inpainting=InpaintingTaskConfig()), (), 0, 0.0)
+        names = classes or tuple(map(str, range(model.num_classes)))
+        return Header(Config(model=model), names, 0, 0.0, note)
+    return Header(Config(task="inpainting", model=model, inpainting=InpaintingTaskConfig()), (), 0, 0.0, note)
 
 
 def _card_of(file: Path) -> str:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnorm.checkpoint import Header
-from attnorm.config import ClassConditionalConfig, Config, InpaintingConfig, InpaintingTaskConfig, UserError
+from attnorm.config import ClassConditionalConfig, InpaintingConfig, UserError
+from attnorm.hub import header_of
 from attnorm.models.class_conditional import Generator
 from attnorm.models.inpainting import InpaintingGenerator
 from attnorm.registry import build_generator
@@ -128,15 +128,10 @@ def convert(file: Path, classes: tuple[str, ...] = ()) -> Generator | Inpainting
         network.load_state_dict(ours)
     except RuntimeError as error:
         raise MigrationError(f"{file} is not of the shapes of {what}'s generator: {error}") from error
-    note = f"weights converted from {what}'s; the file says nothing of the data"
-    if isinstance(settings, InpaintingConfig):
-        config = Config(task="inpainting", model=settings, inpainting=InpaintingTaskConfig())
-        network.header = Header(config, (), 0, 0.0, note)
-        return network.eval()
-    if classes and len(classes) != settings.num_classes:
+    if isinstance(settings, ClassConditionalConfig) and classes and len(classes) != settings.num_classes:
         raise MigrationError(f"{len(classes)} names of classes for a network of {settings.num_classes}; name each once")
-    names = classes or tuple(map(str, range(settings.num_classes)))
-    network.header = Header(Config(model=settings), names, 0, 0.0, note)
+    note = f"weights converted from {what}'s; the file says nothing of the data"
+    network.header = header_of(settings, classes, note)
     return network.eval()
 
 
