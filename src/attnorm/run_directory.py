@@ -131,6 +131,9 @@ class RunDirectory:
         files = [file for file in folder.iterdir() if CHECKPOINT_NAME.fullmatch(file.name)] if folder.is_dir() else []
         return sorted(files, key=lambda file: int(file.stem))
 
+    def sound_checkpoints(self) -> list[Path]:
+        return [file for file in self.checkpoints() if not find_damage(file)]
+
     def latest(self) -> Path | None:
         """The newest checkpoint that is not damaged, or None without any; damaged newer ones are named in the log.
 

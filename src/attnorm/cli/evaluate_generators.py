@@ -143,6 +143,7 @@ def _evaluate(
     from attnorm.evaluation.generators import evaluate_generator
     from attnorm.evaluation.scores import read_scores
     from attnorm.metrics.features import load_extractor
+    from attnorm.run_directory import RunDirectory
     from attnorm.system.process_group import find_own_device, process_group
 
     find_own_device(device)
@@ -158,7 +159,7 @@ def _evaluate(
                 console.quiet = False
             if not data:
                 _require_same_data(run, read[key])
-            kept = _checkpoints(run) if all_checkpoints and run.is_dir() else [run]
+            kept = RunDirectory(run).sound_checkpoints() if all_checkpoints and run.is_dir() else [run]
             for checkpoint in map(Path, group.text_of_first("\n".join(map(str, kept))).split("\n")):
                 before = read_scores(files[run])
                 with progress_bar() as progress:
@@ -169,13 +170,6 @@ def _evaluate(
                 if group.rank == 0:
                     _print_scores(checkpoint, scores, [score for score in scores if score in before])
                     print(files[run])
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    from attnorm.checkpoint import find_damage
-    from attnorm.run_directory import RunDirectory
-
-    return [file for file in RunDirectory(run).checkpoints() if not find_damage(file)]
 
 
 def _require_same_data(run: Path, images: ImageSet) -> None:

@@ -13,33 +13,22 @@ from typing import NamedTuple
 import torch
 
 from attnorm.benchmark.timing import seconds_of
-from attnorm.config import (
-    ClassConditionalConfig,
-    Config,
-    ConfigError,
-)
+from attnorm.benchmark.training_step import measured_step
+from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.data.images import ImageSet, held_out_indices
-from attnorm.data.stream import Stream
 from attnorm.evaluation.classes import TABLE_2_CLASSES
 from attnorm.evaluation.feature_stats import FRECHET_RESAMPLES
 from attnorm.evaluation.protocol import LAYOUT_IMAGES
 from attnorm.metrics.features import Extractor
 from attnorm.metrics.generative import Gaussian, frechet_distance, frechet_interval
-from attnorm.reproduce.plan import (
-    METRICS,
-    Plan,
-    Progress,
-    images_seen,
-    is_measured,
-    is_trained,
-    read_failed,
-)
+from attnorm.reproduce.plan import METRICS, Plan, Progress, images_seen, is_measured, is_trained, read_failed
 from attnorm.settings import flatten
-from attnorm.system.devices import device_name, find_device, find_precision, set_tf32
+from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import write_json
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.inpainting import InpaintingTask
-from attnorm.training.trainer import resolve, run_phase
+from attnorm.training.task import Task
+from attnorm.training.trainer import resolve
 
 # A step is timed on as many images as have so many pixels together, at least two.
 TIMED_PIXELS = {"cpu": 16 * 32**2, "cuda": 64 * 128**2}
@@ -162,21 +151,15 @@ def _time_run(config: Config, images: ImageSet, device: torch.device) -> dict[st
     set_tf32(config.run.tf32)
     size = config.model.image_size
     count = min(config.run.batch_size, max(2, TIMED_PIXELS.get(device.type, TIMED_PIXELS["cpu"]) // size**2))
-    precision = find_precision(config.run.precision, device)
-    config = replace(config, run=replace(config.run, batch_size=count))
     torch.manual_seed(config.run.seed)
-    stream = Stream(config, images, device)
 
-    def step(task: ClassConditionalTask | InpaintingTask, seen: int) -> None:
-        for index, phase in enumerate(task.phases(seen)):
-            run_phase(phase, task.state, stream.batch(seen + index * count), precision=precision)
-        task.state.finish_step(count)
+    def seconds_an_image(task: Task, seen: int) -> float:
+        return _time(measured_step(task, config, images, count, seen, device), device) / count
 
     if config.inpainting is not None:
         switched = replace(config, inpainting=replace(config.inpainting, switch_images=count))
         inpainter = InpaintingTask(switched, device)
-        first, second = (_time(partial(step, inpainter, seen), device) / count for seen in (0, count))
-        return {"first": first, "step": second}
+        return {"first": seconds_an_image(inpainter, 0), "step": seconds_an_image(inpainter, count)}
     task = ClassConditionalTask(config, device)
     assert isinstance(config.model, ClassConditionalConfig)
     latents = torch.randn(count, config.model.latent_dim, device=device)
@@ -186,7 +169,7 @@ def _time_run(config: Config, images: ImageSet, device: torch.device) -> dict[st
     def sample() -> None:
         task.average.network(latents, labels)
 
-    return {"step": _time(partial(step, task, 0), device) / count, "sample": _time(sample, device) / count}
+    return {"step": seconds_an_image(task, 0), "sample": _time(sample, device) / count}
 
 
 def _time_scores(plan: Plan, images: ImageSet, extractor: Extractor, device: torch.device) -> dict[str, float]:

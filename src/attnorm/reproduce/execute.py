@@ -14,10 +14,7 @@ from rich.console import Console
 
 from attnorm.benchmark import run as bench_run
 from attnorm.benchmark.results import read_results
-from attnorm.checkpoint import find_damage
-from attnorm.config import (
-    InpaintingConfig,
-)
+from attnorm.config import InpaintingConfig
 from attnorm.data.images import ImageSet
 from attnorm.evaluation import inpainters
 from attnorm.evaluation.generators import evaluate_generator
@@ -27,16 +24,7 @@ from attnorm.reports.benchmark import write_report
 from attnorm.reports.inpainting import write_scores_document
 from attnorm.reports.pictures import IMAGE_GRIDS
 from attnorm.reproduce.estimate import Estimate
-from attnorm.reproduce.plan import (
-    METRICS,
-    Bar,
-    Job,
-    Plan,
-    Progress,
-    is_measured,
-    is_trained,
-    read_failed,
-)
+from attnorm.reproduce.plan import METRICS, Bar, Job, Plan, Progress, is_measured, is_trained, read_failed
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.system.files import hash_file, write_json
 from attnorm.system.progress import humanize
@@ -135,7 +123,7 @@ def _measure(plan: Plan, job: Job, images: ImageSet, extractor: Extractor, progr
 
     measure(job.path, METRICS[plan.table], job.name, intervals=plan.scale.intervals)
     if plan.all_checkpoints:
-        for checkpoint in [file for file in RunDirectory(job.path).checkpoints() if not find_damage(file)][:-1]:
+        for checkpoint in RunDirectory(job.path).sound_checkpoints()[:-1]:
             measure(checkpoint, ("frechet",), f"{job.name} at {int(checkpoint.stem):,}", intervals=False)
 
 

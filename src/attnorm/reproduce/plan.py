@@ -11,14 +11,10 @@ from typing import Literal
 
 import torch
 
-from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES
+from attnorm.benchmark.cases import CASES, IMPLEMENTATIONS, MODES, find_named
 from attnorm.benchmark.results import read_results
 from attnorm.checkpoint import read_header
-from attnorm.config import (
-    Config,
-    ConfigError,
-    did_you_mean,
-)
+from attnorm.config import Config, ConfigError, did_you_mean
 from attnorm.data.images import ImageSet
 from attnorm.evaluation.feature_stats import SPLITS
 from attnorm.evaluation.protocol import scores_file
@@ -290,8 +286,6 @@ def is_measured(plan: Plan, job: Job) -> bool:
 
 def describe_table5(plan: Plan) -> tuple[str, int, float]:
     """Names of the input sizes, how many measurements they take, and the seconds that these will have at least."""
-    groups = plan.scale.cases.split(",")
-    names = [case.name for case in CASES]
-    cases = [name for name in names if any(name == group or name.startswith(f"{group}-") for group in groups)]
+    cases = [case.name for case in find_named("case", plan.scale.cases, CASES)]
     cells = len(cases) * len(IMPLEMENTATIONS) * len(MODES)
     return ", ".join(cases), cells, cells * plan.scale.seconds

@@ -59,9 +59,7 @@ def memory_of(device: torch.device) -> int:
 
 def usable_memory(device: torch.device) -> int:
     """Bytes that one measurement may take: half of the machine's memory, nine tenths of a GPU's."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int((0.9 if device.type == "cuda" else 0.5) * memory_of(device))
 
 
 def set_tf32(allowed: bool) -> None:
