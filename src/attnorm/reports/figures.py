@@ -56,13 +56,8 @@ def layout_figure(images: Tensor, observation: Observation, row_titles: Sequence
 
     `images` are uint8 [N, 3, S, S]; the observation is of the same N images.
     """
-    layout = observation.layout
-    cells = []
-    for image, maps in zip(images, layout, strict=True):
-        winners = ENTITY_COLOURS(maps.argmax(0).numpy() % 20)[..., :3]
-        row = [(_to_array(image), "image"), (winners, "argmax")]
-        row += [(_heat(entity), f"{k}") for k, entity in enumerate(maps)]
-        cells.append(row)
+    pairs = zip(images, observation.layout, strict=True)
+    cells = [[(_to_array(image), "image"), *_maps(layout)] for image, layout in pairs]
     return _table(cells, row_titles=row_titles, titles_on_first_row_only=True)
 
 
@@ -74,11 +69,14 @@ def holes_figure(views: Sequence[View]) -> Figure:
     for view in views:
         if view.layout is None:
             raise ValueError("a view has no layout; fill with with_layouts=True")
-        winners = ENTITY_COLOURS(view.layout.argmax(0).numpy() % 20)[..., :3]
-        row = [(_to_array(view.given), "given"), (_to_array(view.filled), "filled"), (winners, "argmax")]
-        row += [(_heat(entity), f"{k}") for k, entity in enumerate(view.layout)]
-        cells.append(row)
+        cells.append([(_to_array(view.given), "given"), (_to_array(view.filled), "filled"), *_maps(view.layout)])
     return _table(cells, titles_on_first_row_only=True)
+
+
+def _maps(layout: Tensor) -> list[tuple[np.ndarray, str]]:
+    """Of one image, [K, H, W]: the entity that wins each pixel, and the map of every entity."""
+    winners = ENTITY_COLOURS(layout.argmax(0).numpy() % 20)[..., :3]
+    return [(winners, "argmax"), *((_heat(entity), f"{k}") for k, entity in enumerate(layout))]
 
 
 def region_statistics(observation: Observation) -> list[dict[str, Any]]:
@@ -373,8 +371,6 @@ def _heat(map: Tensor, low: float | None = None, high: float | None = None) -> n
 
 def _smooth(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """A running mean over a fiftieth of the points."""
-    if not points:
-        return np.empty(0), np.empty(0)
     x, y = np.array(points, dtype=float).T
     window = max(len(y) // 50, 1)
     return x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid")

@@ -104,10 +104,7 @@ def section_3(inpainting: Mapping[str, InpaintingScores]) -> Section:
             f"manifest {used.sha256[:12]}"
         )
         tables.append(table_3(scores, title))
-        rows = [
-            (f"{first} - {second}", *cells[:-1], cells[-1])
-            for (first, second), cells in ((pair, _difference_cells(scores, pair, "pasted")) for pair in _pairs(scores))
-        ]
+        rows = [(" - ".join(pair), *_difference_cells(scores, pair)) for pair in _pairs(scores)]
         if rows:
             bootstrap = scores.bootstrap
             title = (
@@ -133,17 +130,28 @@ def _compared(scores: InpaintingScores) -> tuple[str, ...]:
     return (*COMPARED, "lpips") if any(found.score == "lpips_pasted" for found in scores.differences) else COMPARED
 
 
-def _difference_cells(scores: InpaintingScores, pair: tuple[str, str], region: str) -> list[str]:
-    """A cell a metric, and what they say in words."""
-    found = {d.score: d for d in scores.differences if (d.first, d.second) == pair}
-    cells, words = [], []
+def _difference_cells(scores: InpaintingScores, pair: tuple[str, str]) -> list[str]:
+    """A cell a metric of the whole image, and what they say in words."""
+    found, cells, words = _of_pair(scores, pair), [], []
     for key in _compared(scores):
-        difference = found.get(f"{key}_{region}")
+        difference = found.get(f"{key}_pasted")
         cells.append(_show(difference, METRICS[key].digits))
         if difference is not None:
-            winner = pair[0] if (difference.mean < 0) == METRICS[key].is_less_better else pair[1]
-            words.append(f"{key.upper()}: {f'{winner} is better' if difference.is_supported else 'undecided'}")
+            better = _better(difference)
+            words.append(f"{key.upper()}: {f'{better} is better' if better else 'undecided'}")
     return [*cells, "; ".join(words)]
+
+
+def _of_pair(scores: InpaintingScores, pair: tuple[str, str]) -> dict[str, Difference]:
+    return {found.score: found for found in scores.differences if (found.first, found.second) == pair}
+
+
+def _better(difference: Difference) -> str:
+    """Which of the two is, "" where that is undecided."""
+    if not difference.is_supported:
+        return ""
+    is_less_better = METRICS[difference.score.partition("_")[0]].is_less_better
+    return difference.first if (difference.mean < 0) == is_less_better else difference.second
 
 
 def _show(difference: Difference | None, digits: int) -> str:
@@ -183,9 +191,9 @@ def make_document(scores: InpaintingScores) -> Document:
         PRINTED,
     )
     by_region = tuple(
-        (f"{first} - {second}", region, *cells)
-        for (first, second), region in itertools.product(_pairs(scores), REGIONS)
-        if set(cells := _region_cells(scores, (first, second), region)) != {"-"}
+        (" - ".join(pair), region, *cells)
+        for pair, region in itertools.product(_pairs(scores), REGIONS)
+        if set(cells := _region_cells(scores, pair, region)) != {"-"}
     )
     how = (
         f"First minus second, mean over images, with the {bootstrap.confidence:.0%} interval of the paired bootstrap "
@@ -219,18 +227,17 @@ def write_scores_document(scores: InpaintingScores, out: Path) -> list[Path]:
 
 
 def _region_cells(scores: InpaintingScores, pair: tuple[str, str], region: str) -> list[str]:
-    found = {d.score: d for d in scores.differences if (d.first, d.second) == pair}
+    found = _of_pair(scores, pair)
     return [_strong(found.get(f"{key}_{region}"), METRICS[key].digits) for key in _compared(scores)]
 
 
 def _words(scores: InpaintingScores, pair: tuple[str, str]) -> str:
     """Which of the two the intervals favour, in what."""
     favoured: dict[str, list[str]] = {pair[0]: [], pair[1]: [], "undecided": []}
-    for difference in scores.differences:
-        key, _, region = difference.score.partition("_")
-        if (difference.first, difference.second) == pair and region in REGIONS:
-            winner = pair[0] if (difference.mean < 0) == METRICS[key].is_less_better else pair[1]
-            favoured[winner if difference.is_supported else "undecided"].append(f"{key.upper()} {region}")
+    for score, difference in _of_pair(scores, pair).items():
+        key, _, region = score.partition("_")
+        if region in REGIONS:
+            favoured[_better(difference) or "undecided"].append(f"{key.upper()} {region}")
     texts = [f"{name} is better in {', '.join(favoured[name])}" for name in pair if favoured[name]]
     if favoured["undecided"]:
         texts.append(f"undecided: {', '.join(favoured['undecided'])}")
@@ -244,10 +251,9 @@ def _distance_tables(scores: InpaintingScores) -> tuple[Table, ...]:
     for name, method in (*scores.models.items(), *scores.baselines.items()):
         means = (method.means.get(score) for score in DISTANCE_SCORES)
         rows.append((name, *("-" if mean is None else f"{mean:.2f}" for mean in means)))
-    found = {(d.first, d.second, d.score): d for d in scores.differences}
     differences = tuple(
-        (f"{first} - {second}", *(_strong(found.get((first, second, name)), 2) for name in DISTANCE_SCORES))
-        for first, second in _pairs(scores)
+        (" - ".join(pair), *(_strong(_of_pair(scores, pair).get(name), 2) for name in DISTANCE_SCORES))
+        for pair in _pairs(scores)
     )
     tables = (Table("", header, tuple(rows)), Table("", header, differences))
     return tables if differences else tables[:1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -95,20 +94,17 @@ def layout_sections(sampler: Sampler, classes: list[int], out: Path) -> list[Sec
         f"{effective_entities(numbers['usage']):.1f} of {len(numbers['usage'])} entities are in use, as the "
         "exponential of the usage's entropy."
     )
-    lower = _share_of_lower_std(numbers["images"])
+    images = numbers["images"]
+    lower = [region["std"] < image["whole"]["std"] for image in images for region in image["regions"].values()]
     statistics = (
         "Mean and standard deviation of the feature map, on the whole and on the pixels that an entity wins. "
-        f"The standard deviation of a region is below that of the whole map in {lower:.0%} of the regions."
+        "The standard deviation of a region is below that of the whole map in "
+        f"{sum(lower) / max(len(lower), 1):.0%} of the regions."
     )
     return [
         _pictured("What Attentive Normalization sees", files[0].name, layouts),
         _pictured("Statistics of the regions", files[1].name, statistics),
     ]
-
-
-def _share_of_lower_std(images: list[dict[str, Any]]) -> float:
-    comparisons = [region["std"] < image["whole"]["std"] for image in images for region in image["regions"].values()]
-    return sum(comparisons) / max(len(comparisons), 1)
 
 
 def walk_section(sampler: Sampler, classes: list[int], out: Path) -> Section:

@@ -53,6 +53,10 @@ class Results:
         """How many seeds each arm has at each setting."""
         return list(Counter((arm, setting) for arm, setting, _ in self.rows).values())
 
+    def count(self, arm: str, setting: Setting) -> int:
+        """How many seeds the arm has at the setting."""
+        return sum(key[:2] == (arm, setting) for key in self.rows)
+
     def mean(self, arm: str, setting: Setting, value: Callable[[dict[str, Any]], float]) -> Mean | None:
         values = list(self.by_seed(arm, setting, value).values())
         return mean_of(values) if values else None
@@ -110,11 +114,13 @@ def make_document(
 ) -> Document:
     """The tables, what they support, and how they came about."""
     protocol = about["protocol"]
+    counts = sorted(results.counts())
+    done = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     task = (
         f"Cells of {CELL} pixels with one of K textures; in some of them colour and contrast are hidden and to be "
         "predicted. What tells them are cells of the same texture, at least d cells away; the convolutions reach "
         f"{REACH} pixels. Error: mean absolute difference over the hidden pixels, of colours in [-1, 1]; mean ± 95% "
-        f"interval (Student's) over the seeds that are done, {_range(results.counts())} of {protocol['seeds']}; one "
+        f"interval (Student's) over the seeds that are done, {done} of {protocol['seeds']}; one "
         "seed has no interval. Of differences, what stands out leaves out 0."
     )
     how = (
@@ -146,7 +152,7 @@ def _base(results: Results, sizes: Sequence[int]) -> Section:
     rows = tuple(
         (
             ARMS[arm].title,
-            str(len(results.by_seed(arm, BASE, _one))),
+            str(results.count(arm, BASE)),
             *(_show(results.mean(arm, BASE, error_at(size))) for size in sizes),
             "" if arm == REFERENCE else _signed(results.difference(arm, BASE)),
             _show(results.mean(arm, BASE, still_falling)),
@@ -167,9 +173,7 @@ def _base(results: Results, sizes: Sequence[int]) -> Section:
 
 
 def _sweep(field: str, results: Results) -> Section | None:
-    settings = [
-        setting for setting in SWEEPS[field] if any(results.by_seed(arm, setting, _one) for arm in results.arms)
-    ]
+    settings = [setting for setting in SWEEPS[field] if any(results.count(arm, setting) for arm in results.arms)]
     arms = [arm for arm in ([REFERENCE] if field == "num_entities" else results.arms) if arm in results.arms]
     if len(settings) < 2 or not arms:
         return None
@@ -195,7 +199,7 @@ def _layouts(results: Results) -> Section | None:
     rows = []
     for arm in ("an_fixed", "an"):
         for setting in dict.fromkeys(setting for sweep in SWEEPS.values() for setting in sweep):
-            if results.by_seed(arm, setting, _one):
+            if results.count(arm, setting):
                 values = (
                     results.mean(arm, setting, lambda row, key=key: abs(float(row[key])))  # type: ignore[misc]
                     for key in ("entropy", "entities_in_use", "rho")
@@ -331,15 +335,6 @@ def predictions_figure(strips: dict[str, Path]) -> Figure:
         grid[0, j].set_title(title.replace(" (", "\n(").replace(", ", ",\n"), fontsize=8)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
     return figure
-
-
-def _one(row: dict[str, Any]) -> float:
-    return 1.0
-
-
-def _range(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
 
 
 def _show(found: Mean | None) -> str:

@@ -70,11 +70,11 @@ def build_report(
     if unknown := set(tables) - set(ALL_TABLES):
         raise ConfigError(f"there is no table {min(unknown)}; the paper has tables 1 to 5")
     failed = failed or {}
-    found = [read_run(name, path, failed.get(path, "")) for name, path in _named(runs).items()]
-    folders = _named(inpainting)
+    found = [read_run(name, path, failed.get(path, "")) for name, path in name_runs(runs).items()]
+    folders = name_runs(inpainting)
     scores = {name: read_scores(path) for name, path in folders.items()}
     measured = {
-        name: read_results(path if path.is_file() else path / "bench.json") for name, path in _named(benches).items()
+        name: read_results(path if path.is_file() else path / "bench.json") for name, path in name_runs(benches).items()
     }
     configurations = training_configurations(found)
     builders: dict[int, Callable[[], Section]] = {
@@ -94,10 +94,6 @@ def build_report(
         sections += particulars(configurations)
     comparisons = tuple(itertools.chain(*compared.values()))
     return Report(tuple(sections), tuple(found), comparisons, scores, folders, measured)
-
-
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    return name_runs(paths) if paths else {}
 
 
 def _section_5(benches: Mapping[str, BenchReport]) -> Section:
