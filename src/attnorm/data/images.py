@@ -90,6 +90,18 @@ def held_out_indices(num_images: int, every: int) -> np.ndarray:
     return np.arange(every - 1, num_images, every) if every else np.empty(0, np.int64)
 
 
+def trained_indices(num_images: int, every: int) -> np.ndarray:
+    """All others (int64)."""
+    return np.delete(np.arange(num_images), held_out_indices(num_images, every))
+
+
+def spread(indices: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the indices (0: all), spread evenly."""
+    if not 0 < most < len(indices):
+        return indices
+    return indices[np.unique(np.linspace(0, len(indices) - 1, most).astype(np.int64))]
+
+
 def shuffled_indices(num_images: int, start: int, count: int, *, seed: int) -> np.ndarray:
     """Positions `start` .. `start + count - 1` of the endless stream of shuffled epochs.
 

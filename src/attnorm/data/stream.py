@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attnorm.config import Config, ConfigError
-from attnorm.data.images import ImageSet, cut_squares, held_out_indices, shuffled_indices, to_float
+from attnorm.data.images import ImageSet, cut_squares, shuffled_indices, to_float, trained_indices
 from attnorm.system.randomness import BatchPart, seed_of
 
 
@@ -53,8 +52,7 @@ class Stream:
 
     def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
         self.config, self.images, self.device = config, images, device
-        everything = np.arange(len(images))
-        self.indices = np.delete(everything, held_out_indices(len(images), config.data.held_out_every))
+        self.indices = trained_indices(len(images), config.data.held_out_every)
 
     def batch(self, position: int, part: BatchPart | None = None) -> Batch:
         """The batch that begins at `position`, or a part of it; what is drawn at random is drawn for all of it."""

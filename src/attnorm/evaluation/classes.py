@@ -61,10 +61,3 @@ def fake_labels(num: int, counts: np.ndarray) -> np.ndarray:
     labels = np.repeat(np.arange(len(counts)), quotas)
     places = np.concatenate([(np.arange(quota) + 0.5) / max(quota, 1) for quota in quotas])
     return labels[np.argsort(places, kind="stable")]
-
-
-def spread(indices: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the indices (0: all), spread evenly."""
-    if not 0 < most < len(indices):
-        return indices
-    return indices[np.unique(np.linspace(0, len(indices) - 1, most).astype(np.int64))]

@@ -149,6 +149,12 @@ class FeatureStats(NamedTuple):
     logits: Tensor | None = None  # float32 [N, L], on the CPU
     score: InceptionScore | None = None
 
+    @property
+    def num(self) -> int:
+        """N, where any of the first three was asked for."""
+        rows = next((part for part in (self.pooled, self.logits) if part is not None), None)
+        return len(rows) if rows is not None else self.moments.count if self.moments else 0
+
     def gaussian(self) -> Gaussian:
         """From the features where they were kept: of fewer than D that is exact."""
         if self.pooled is not None:

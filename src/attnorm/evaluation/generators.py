@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from attnorm import __version__
-from attnorm.data.images import ImageSet
-from attnorm.evaluation.classes import spread
+from attnorm.data.images import ImageSet, spread
 from attnorm.evaluation.feature_stats import (
     OF_FEATURES,
     FeatureRequest,

@@ -27,9 +27,8 @@ from torch import Tensor
 from attnorm import __version__
 from attnorm.checkpoint import write_tensors
 from attnorm.config import ConfigError, UserError
-from attnorm.data.images import load_images
+from attnorm.data.images import load_images, spread
 from attnorm.data.sources import Contents, find_source
-from attnorm.evaluation.classes import spread
 from attnorm.evaluation.feature_stats import (
     NEIGHBOURS,
     OF_FEATURES,
@@ -119,7 +118,7 @@ def evaluate_images(
     request = request_for(found, 0, extractor.dimensions, intervals=intervals)
     images = _open(fakes, size, batch_size, _teller(progress, "generated images"))
     stats = stats_of_batches(images.batches, extractor, request._replace(logits="is" in found, score=False))
-    used, num = images.describe(), _count(stats.pooled, stats.logits)
+    used, num = images.describe(), stats.num
     least = SPLITS if "is" in found else NEIGHBOURS + 1
     if num < least:
         raise UserError(f"{fakes} has {num} images that can be read; expected at least {least} for these metrics")
@@ -167,10 +166,6 @@ def _against(metric: str, reals: Statistics, num: int) -> Gaussian | Tensor:
         return reals.law
     assert reals.pooled is not None
     return reals.pooled[spread(np.arange(len(reals.pooled)), num)]
-
-
-def _count(*features: Tensor | None) -> int:
-    return next((len(rows) for rows in features if rows is not None), 0)
 
 
 def _teller(progress: Progress, what: str) -> Callable[[int, int], None]:
@@ -269,11 +264,10 @@ def make_statistics(
     """Of a folder or zip of real images; with `keep`, their features too."""
     images = _open(path, size, batch_size, progress)
     stats = stats_of_batches(images.batches, extractor, FeatureRequest(moments=not keep, pooled=keep))
-    count = len(stats.pooled) if stats.pooled is not None else stats.moments.count if stats.moments else 0
-    if count <= NEIGHBOURS:
-        raise UserError(f"{path} has {count} images to measure against; expected at least {NEIGHBOURS + 1}")
+    if stats.num <= NEIGHBOURS:
+        raise UserError(f"{path} has {stats.num} images to measure against; expected at least {NEIGHBOURS + 1}")
     protocol = StatisticsProtocol(
-        extractor=UsedExtractor.of(extractor), size=size, data=images.describe(), num_images=count
+        extractor=UsedExtractor.of(extractor), size=size, data=images.describe(), num_images=stats.num
     )
     return Statistics(stats.gaussian(), stats.pooled, protocol)
 

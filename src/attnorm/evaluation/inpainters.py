@@ -22,7 +22,7 @@ from torch import Tensor
 from attnorm import __version__
 from attnorm.checkpoint import CheckpointError, Header
 from attnorm.config import ConfigError, UserError, require_seed
-from attnorm.data.images import to_float, to_uint8
+from attnorm.data.images import spread, to_float, to_uint8
 from attnorm.evaluation.baselines import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.test_set import Examples, Manifest
 from attnorm.inference import Inpainter
@@ -176,7 +176,7 @@ def evaluate_inpainters(
         _require_unseen(manifest, inpainter.path, inpainter.header)
     fills: dict[str, Fill] = {"mean fill": mean_fill, "Telea": telea_fill} if with_baselines else {}
     total = len(examples.images) * (len(named) + len(fills))
-    shown = np.unique(np.linspace(0, len(examples.images) - 1, GRID_ROWS).astype(np.int64))
+    shown = spread(np.arange(len(examples.images)), GRID_ROWS)
     grid = ImageGrid(examples.images[shown], examples.masks[shown], {})
     by_image: dict[str, dict[str, np.ndarray]] = {}
 

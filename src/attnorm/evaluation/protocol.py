@@ -15,8 +15,8 @@ import torch
 from attnorm import __version__
 from attnorm.checkpoint import Header
 from attnorm.config import ClassConditionalConfig, ConfigError, require_seed
-from attnorm.data.images import ImageSet, held_out_indices
-from attnorm.evaluation.classes import fake_labels, find_classes, spread
+from attnorm.data.images import ImageSet, spread, trained_indices
+from attnorm.evaluation.classes import fake_labels, find_classes
 from attnorm.evaluation.feature_stats import NEIGHBOURS, SPLITS, named_scores, short
 from attnorm.evaluation.scores import Score, UsedData, UsedExtractor
 from attnorm.inference import Sampler
@@ -161,7 +161,7 @@ class Protocol:
     @cached_property
     def real(self) -> np.ndarray:
         """Indices of all real images."""
-        return np.delete(np.arange(len(self.images)), held_out_indices(len(self.images), self.held_out_every))
+        return trained_indices(len(self.images), self.held_out_every)
 
     @cached_property
     def measured_against(self) -> np.ndarray:

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attnorm import __version__
 from attnorm.config import ConfigError
-from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float
+from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float, trained_indices
 from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
@@ -193,14 +193,14 @@ def train(arm: str, seed: int, scale: Scale, data: ImageSet, precision: str) -> 
     optimiser = torch.optim.Adam(network.parameters(), lr=scale.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 100, 1))
     held_out = held_out_indices(len(data), HELD_OUT_EVERY)
-    seen = [i for i in range(len(data)) if (i + 1) % HELD_OUT_EVERY]
+    seen = trained_indices(len(data), HELD_OUT_EVERY)
     tested = to_float(data.batch(held_out[: scale.test_images])[0]).contiguous(memory_format=torch.channels_last)
     blocks = [module for module in network.modules() if isinstance(module, AttentiveNorm2d)]
     curve, cpu_seconds = [], 0.0
     for step in range(scale.steps):
         generator = torch.Generator().manual_seed((seed << 32) + step)  # an arm that draws by itself disturbs no other
         places = shuffled_indices(len(seen), step * scale.batch_size, scale.batch_size, seed=seed)
-        images = to_float(data.batch(torch.tensor(seen)[places].numpy())[0])
+        images = to_float(data.batch(seen[places])[0])
         flipped = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         images = images.contiguous(memory_format=torch.channels_last)

@@ -8,12 +8,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attnorm.config import Config, ConfigError, InpaintingConfig, InpaintingTaskConfig
-from attnorm.data.images import ImageSet, cut_centres, held_out_indices, to_float
+from attnorm.data.images import ImageSet, cut_centres, held_out_indices, spread, to_float
 from attnorm.data.masks import DrawnMask, free_form_mask, rectangle_mask
 from attnorm.data.stream import Batch
 from attnorm.layers.observe import observe_layouts
@@ -121,8 +120,8 @@ class InpaintingTask:
                 f"data.held_out_every is {config.data.held_out_every}: of the {len(images)} images of {images.source} "
                 "none is held out to validate on; give more images, or a smaller number from 2 on"
             )
-        spread = np.unique(np.linspace(0, len(indices) - 1, config.inpainting.validation_images).astype(np.int64))
-        squares = cut_centres(images.batch(indices[spread])[0], config.model.image_size)
+        chosen = spread(indices, config.inpainting.validation_images)
+        squares = cut_centres(images.batch(chosen)[0], config.model.image_size)
         return cls(config, device, squares.clone())
 
     def _is_adversarial(self, images_seen: int) -> bool:
