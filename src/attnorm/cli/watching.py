@@ -111,10 +111,10 @@ def sparkline(values: list[float], width: int = WIDTH) -> str:
 
 
 def warnings_of(rows: list[dict[str, Any]]) -> list[str]:
-    from attnorm.training.signs import collapse, layout_is_uniform
+    from attnorm.training.signs import UNIFORM_LAYOUT, collapse
 
     newest = {name: row[name] for row in rows for name in row}
-    uniform = [name for name, value in newest.items() if name.endswith("/entropy") and layout_is_uniform(value)]
+    uniform = [name for name, value in newest.items() if name.endswith("/entropy") and value > UNIFORM_LAYOUT]
     found = [f"{name} is {newest[name]:.3f}: the layout is uniform" for name in uniform]
     return found + ([text] if (text := collapse(rows)) else [])
 

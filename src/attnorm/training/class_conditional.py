@@ -88,6 +88,9 @@ class ClassConditionalTask:
             len(labels), lambda count: torch.randn(count, self.model.latent_dim, device=labels.device)
         )
 
+    def _fixed_latents(self, count: int) -> Tensor:
+        return torch.randn(count, self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             fake = self.generator(self._latents(batch.labels), batch.labels)
@@ -137,7 +140,7 @@ class ClassConditionalTask:
         """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, a fixed latent a column."""
         device = next(self.generator.parameters()).device
         rows = min(rows, self.model.num_classes)
-        latents = torch.randn(columns, self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        latents = self._fixed_latents(columns)
         labels = torch.arange(rows).repeat_interleave(columns).to(device)
         return self.average.network(latents.repeat(rows, 1).to(device), labels).float()
 
@@ -147,17 +150,17 @@ class ClassConditionalTask:
 
         The averaged generator is observed on fixed latents with the batch's labels, the discriminator on its images.
         """
-        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
+        statistics = self._generator_layouts(batch)
         self.discriminator.eval()
-        with observe_layouts(self.average.network) as seen_by_g:
-            self.average.network(latents.to(batch.labels.device), batch.labels)
-        with observe_layouts(self.discriminator) as seen_by_d:
+        with observe_layouts(self.discriminator) as seen:
             self.discriminator(batch.images, batch.labels)
         self.discriminator.train()
-        return {
-            **describe_layouts("generator", self.average.network, seen_by_g),
-            **describe_layouts("discriminator", self.discriminator, seen_by_d),
-        }
+        return statistics | describe_layouts("discriminator", self.discriminator, seen)
+
+    def _generator_layouts(self, batch: Batch) -> dict[str, float | list[float]]:
+        with observe_layouts(self.average.network) as seen:
+            self.average.network(self._fixed_latents(len(batch.labels)).to(batch.labels.device), batch.labels)
+        return describe_layouts("generator", self.average.network, seen)
 
     def validate(self, images_seen: int, group: ProcessGroup) -> dict[str, float]:
         """Nothing: samples are judged by scores, which take far more images."""

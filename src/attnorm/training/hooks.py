@@ -19,7 +19,7 @@ from attnorm.run_directory import RunDirectory
 from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step
 from attnorm.training.logger import Logger
-from attnorm.training.signs import UNIFORM_LAYOUT, collapse, layout_is_uniform
+from attnorm.training.signs import UNIFORM_LAYOUT, collapse
 from attnorm.training.task import Task
 
 COLUMNS = 8  # of a picture of samples
@@ -135,7 +135,7 @@ def log_layouts(training: Training) -> None:
     for key, value in statistics.items():
         if not (key.endswith("/entropy") and isinstance(value, float)):
             continue
-        training.uniform_for[key] = training.uniform_for[key] + 1 if layout_is_uniform(value) else 0
+        training.uniform_for[key] = training.uniform_for[key] + 1 if value > UNIFORM_LAYOUT else 0
         if training.uniform_for[key] == 3:
             training.logger.warn(
                 f"{key} stays above {UNIFORM_LAYOUT} ({value:.3f}): the layout is uniform and AN is instance "

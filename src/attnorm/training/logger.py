@@ -144,8 +144,5 @@ def _drop_rows_after(path: Path, images_seen: int) -> None:
     """Also drops a last line that a kill cut short."""
     if not path.exists():
         return
-    write_lines(path, [row for row in read_lines(path) if _is_by(row, images_seen)], allow_nan=True)
-
-
-def _is_by(row: dict[str, Any], images_seen: int) -> bool:
-    return isinstance(row.get("images_seen"), int) and row["images_seen"] <= images_seen
+    rows = [row for row in read_lines(path) if isinstance(row.get("images_seen"), int)]
+    write_lines(path, [row for row in rows if row["images_seen"] <= images_seen], allow_nan=True)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from attnorm.config import Config
 from attnorm.data.stream import Batch
-from attnorm.layers.observe import observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.models.projected import ProjectedDiscriminator
 from attnorm.system.devices import find_precision
 from attnorm.training.augmentation import augment
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.losses import hinge_discriminator_loss, hinge_generator_loss, orthogonality_loss
-from attnorm.training.task import Phase, describe_layouts
+from attnorm.training.task import Phase
 
 
 class ProjectedTask(ClassConditionalTask):
@@ -76,7 +75,4 @@ class ProjectedTask(ClassConditionalTask):
     @torch.no_grad()
     def layout_statistics(self, batch: Batch) -> dict[str, float | list[float]]:
         """Of the averaged generator's AttentiveNorm2d, on fixed latents with the batch's labels."""
-        latents = torch.randn(len(batch.labels), self.model.latent_dim, generator=torch.Generator().manual_seed(0))
-        with observe_layouts(self.average.network) as seen:
-            self.average.network(latents.to(batch.labels.device), batch.labels)
-        return describe_layouts("generator", self.average.network, seen)
+        return self._generator_layouts(batch)

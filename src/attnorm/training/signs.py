@@ -12,10 +12,6 @@ FLAT, FALLEN = 0.05, 0.2
 WON, ROWS = 0.05, 5  # a hinge loss of the discriminator that leaves the generator nothing, in so many logs in a row
 
 
-def layout_is_uniform(entropy: float) -> bool:
-    return entropy > UNIFORM_LAYOUT
-
-
 def collapse(rows: Sequence[dict[str, Any]]) -> str:
     """What is to be said of the newest rows of `metrics.jsonl`, or nothing: generated images that are all alike, or a
     discriminator that is never wrong.
