@@ -60,13 +60,13 @@ def least_bytes(shape: Shape, mode: Mode, element: int) -> int:
     return {"forward": 3, "training": 8}[mode] * math.prod(shape) * element
 
 
-def least_operations(shape: Shape, mode: Mode, num_entities: int = NUM_ENTITIES) -> int:
+def least_operations(shape: Shape, mode: Mode) -> int:
     """What AN must compute, a pixel: in each of the two forward passes v(X) and the layout, 2 C^2 + 6 K C; backward
     2 C^2 + 6 K C in the first pass and 6 C^2 + 20 K C in the second.
     """
     n, c, h, w = shape
     squares, products = {"forward": (4, 12), "training": (4 + 8, 12 + 26)}[mode]
-    return n * h * w * (squares * c * c + products * num_entities * c)
+    return n * h * w * (squares * c * c + products * NUM_ENTITIES * c)
 
 
 def retain_memory() -> None:

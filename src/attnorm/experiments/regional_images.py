@@ -40,16 +40,16 @@ class Examples(NamedTuple):
 
 
 @cache
-def texture_bank(num: int = 64) -> Tensor:
-    """[num, CELL, CELL]: halves of 1 and -1, so mean 0 and variance 1; any two differ in at least 4 of 16 pixels."""
+def texture_bank() -> Tensor:
+    """[64, CELL, CELL]: halves of 1 and -1, so mean 0 and variance 1; any two differ in at least 4 of 16 pixels."""
     generator = torch.Generator().manual_seed(0)
     bank: list[Tensor] = []
-    while len(bank) < num:
+    while len(bank) < 64:
         texture = torch.ones(CELL**2)
         texture[torch.randperm(CELL**2, generator=generator)[: CELL**2 // 2]] = -1
         if all((texture != other).sum() >= 4 for other in bank):
             bank.append(texture)
-    return torch.stack(bank).view(num, CELL, CELL)
+    return torch.stack(bank).view(-1, CELL, CELL)
 
 
 def draw_cells(num_images: int, side: int, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor]:

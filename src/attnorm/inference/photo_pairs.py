@@ -27,12 +27,12 @@ def read_with_mask(
 
 
 def decode_with_mask(
-    image: bytes, mask: bytes, *, image_name: str, mask_name: str = "mask", max_pixels: int, invert: bool = False
+    image: bytes, mask: bytes, *, image_name: str, max_pixels: int, invert: bool = False
 ) -> tuple[Photograph, Tensor]:
     """`read_with_mask` of the files' contents, such as someone sends: nothing of more than `max_pixels` is decoded."""
     photograph = decode_photograph(Path(image_name), image, max_pixels=max_pixels)
-    read = decode_mask_file(Path(mask_name), mask, None, invert, max_pixels=max_pixels)
-    return _fitting(photograph, photograph.path, read, Path(mask_name), None)
+    read = decode_mask_file("mask", mask, None, invert, max_pixels=max_pixels)
+    return _fitting(photograph, photograph.path, read, Path("mask"), None)
 
 
 def _fitting(

@@ -93,12 +93,12 @@ def strip(walk: Walk) -> bytes:
     return png(grid(rows, columns))
 
 
-def gif(walk: Walk, *, milliseconds: int = 80) -> bytes:
+def gif(walk: Walk) -> bytes:
     """An endless animation of a walk, there and back."""
     frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in walk.images]
     frames += frames[-2:0:-1]
     stream = io.BytesIO()
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=80, loop=0)
     return stream.getvalue()
 
 
@@ -111,10 +111,10 @@ def _heat(walk: Walk) -> Tensor:
     return (maps * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def preview(rgb: Tensor, side: int = 2048) -> bytes:
-    """A PNG file of an image as `Photograph.rgb` gives it, reduced to at most `side` pixels a side."""
+def preview(rgb: Tensor) -> bytes:
+    """A PNG file of an image as `Photograph.rgb` gives it, reduced to at most 2048 pixels a side."""
     image = Image.fromarray(shallow(rgb).permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((side, side), Image.Resampling.BOX)
+    image.thumbnail((2048, 2048), Image.Resampling.BOX)
     return png(np.asarray(image))
 
 
