@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -165,18 +165,27 @@ class FeatureStats(NamedTuple):
 
 def stats_of_batches(batches: Iterable[Tensor], extractor: Extractor, request: FeatureRequest) -> FeatureStats:
     """Of images uint8 [n, 3, H, W], batch after batch, in this process alone; `request.score` is not for these."""
-    moments = Moments(extractor.dimensions) if request.moments else None
+    return _collect(((0, extractor(images)) for images in batches), extractor.dimensions, request)
+
+
+def _collect(
+    parts: Iterable[tuple[int, Features]], dimensions: int, request: FeatureRequest, total: int = 0
+) -> FeatureStats:
+    """Of features that come in parts, each after the number of its first image of `total`."""
+    moments = Moments(dimensions) if request.moments else None
+    score = InceptionScore(total, SPLITS) if request.score else None
     pooled: list[Tensor] = []
     logits: list[Tensor] = []
-    for images in batches:
-        features = extractor(images)
+    for start, features in parts:
         if moments is not None:
             moments.add(features.pooled)
+        if score is not None:
+            score.add(features.logits, start)
         if request.pooled:
             pooled.append(features.pooled.cpu())
         if request.logits:
             logits.append(features.logits.cpu())
-    return FeatureStats(moments, torch.cat(pooled) if pooled else None, torch.cat(logits) if logits else None)
+    return FeatureStats(moments, torch.cat(pooled) if pooled else None, torch.cat(logits) if logits else None, score)
 
 
 def extract_features(
@@ -193,24 +202,16 @@ def extract_features(
     be smaller, and no image is left out. Batches, and so features, are the same for any number of processes.
     """
     batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-    moments = Moments(dimensions) if request.moments else None
-    score = InceptionScore(total, SPLITS) if request.score else None
-    pooled: list[Tensor] = []
-    logits: list[Tensor] = []
-    for numbers in batches[group.rank :: group.count]:
-        features = features_of(numbers)
-        if moments is not None:
-            moments.add(features.pooled)
-        if score is not None:
-            score.add(features.logits, numbers.start)
-        if request.pooled:
-            pooled.append(features.pooled.cpu())
-        if request.logits:
-            logits.append(features.logits.cpu())
-        progress(min(numbers.stop + (group.count - 1 - group.rank) * batch_size, total), total)
 
-    def in_order(parts: list[Tensor]) -> Tensor | None:
-        gathered = group.gather(torch.cat(parts) if parts else torch.empty(0, 0))
+    def own_parts() -> Iterator[tuple[int, Features]]:
+        for numbers in batches[group.rank :: group.count]:
+            yield numbers.start, features_of(numbers)
+            progress(min(numbers.stop + (group.count - 1 - group.rank) * batch_size, total), total)
+
+    own = _collect(own_parts(), dimensions, request, total)
+
+    def in_order(rows_here: Tensor | None) -> Tensor | None:
+        gathered = group.gather(torch.empty(0, 0) if rows_here is None else rows_here)
         if group.rank:
             return None
         rows = torch.empty(total, gathered[0].shape[1])
@@ -221,10 +222,10 @@ def extract_features(
         return rows
 
     return FeatureStats(
-        _merged(moments, group) if moments is not None else None,
-        in_order(pooled) if request.pooled else None,
-        in_order(logits) if request.logits else None,
-        _merged(score, group) if score is not None else None,
+        _merged(own.moments, group) if own.moments is not None else None,
+        in_order(own.pooled) if request.pooled else None,
+        in_order(own.logits) if request.logits else None,
+        _merged(own.score, group) if own.score is not None else None,
     )
 
 
