@@ -218,9 +218,9 @@ def test_the_grid_shows_a_class_a_row_and_a_latent_a_column() -> None:
         for name, parameter in task.average.network.named_parameters():
             if "gamma" in name or "beta" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    grid = task.sample_grid(rows=10, columns=4)  # there are three classes only
+    grid = task.sample_grid(columns=4)  # there are three classes only
     assert grid.shape == (12, 3, 32, 32)
-    assert torch.equal(grid, task.sample_grid(rows=10, columns=4))
+    assert torch.equal(grid, task.sample_grid(columns=4))
     latents = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = task.average.network(latents[2:3], torch.tensor([1]))[0]

@@ -20,9 +20,9 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def seed_step(seed: int, images_seen: int, rank: int = 0) -> None:
-    """Makes every random number of a step a function of (seed, images seen, rank): nothing else need be stored."""
-    torch.manual_seed(seed_of(seed, images_seen, rank))
+def seed_step(seed: int, images_seen: int) -> None:
+    """Makes every random number of a step a function of (seed, images seen): nothing else need be stored."""
+    torch.manual_seed(seed_of(seed, images_seen, 0))
 
 
 class BatchPart(NamedTuple):

@@ -136,10 +136,12 @@ class ClassConditionalTask:
         return loss, logged
 
     @torch.no_grad()
-    def sample_grid(self, *, rows: int = 10, columns: int = 8) -> Tensor:
-        """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, a fixed latent a column."""
+    def sample_grid(self, *, columns: int = 8) -> Tensor:
+        """Images of the averaged generator, float [rows * columns, 3, S, S]: a class a row, ten at most, a fixed latent
+        a column.
+        """
         device = next(self.generator.parameters()).device
-        rows = min(rows, self.model.num_classes)
+        rows = min(10, self.model.num_classes)
         latents = self._fixed_latents(columns)
         labels = torch.arange(rows).repeat_interleave(columns).to(device)
         return self.average.network(latents.repeat(rows, 1).to(device), labels).float()
