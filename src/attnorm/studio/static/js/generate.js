@@ -1,7 +1,7 @@
 // Pictures by class: a grid, and each of them enlarged with its layout, its recipe and more.
 
 import { work } from "./api.js";
-import { bitmapOf, el, part, percent, pngBlob, pngUrl, save, saveJson, seconds, toast } from "./dom.js";
+import { el, part, percent, pngBlob, pngUrl, save, saveJson, seconds, toast } from "./dom.js";
 import { Maps, drawWinners } from "./maps.js";
 import { dice, known, modelOf } from "./models.js";
 

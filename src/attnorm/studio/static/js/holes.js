@@ -1,6 +1,6 @@
 // Fill holes: a photograph, its mask, the methods, and what they made of it.
 
-import { ApiError, call, work } from "./api.js";
+import { call, work } from "./api.js";
 import { bitmapOf, el, part, percent, pngBlob, save, saveJson, seconds, toast } from "./dom.js";
 import { describe, known } from "./models.js";
 import { Mask } from "./mask.js";

@@ -5,7 +5,7 @@ import { Maps, colourOf, glow } from "./maps.js";
 
 export class Matches {
   constructor(panel, view) {
-    Object.assign(this, { panel, view, views: [], times: [] });
+    Object.assign(this, { panel, view, views: [] });
     this.box = part(panel, "layout");
     this.box.addEventListener("change", () => this.point(this.at ?? null));
     this.point = framed((at) => this.draw(at));
@@ -37,7 +37,6 @@ export class Matches {
   }
 
   draw(at) {
-    const begun = performance.now();
     this.at = at;
     const said = part(this.panel, "matched");
     if (!this.box.checked || !this.views.length) {
@@ -59,6 +58,5 @@ export class Matches {
       return [swatch, `entity ${k} ${percent(weights[k])}  `];
     });
     said.replaceChildren(isPoint ? "Under the brush: " : "The hole: ", ...parts, "(lit up: what has the same entities)");
-    this.times.push(performance.now() - begun);
   }
 }
