@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_someone_lights_up_a_region_and_edits_entities(browser: Browser, address
         np.testing.assert_array_equal(
             picture(panel.locator("[data-edited]"))[..., :3], decoded(exchanged["edited_png"])
         )
+
+
+def test_a_tap_lights_up_a_region_until_the_next_one(browser: Browser, address: str) -> None:
+    with Visit(browser, address, TELEPHONE) as page:
+        page.get_by_role("tab", name="See the layer").click()
+        panel = page.locator("#layer")
+        panel.get_by_role("button", name="Look").click()
+        expect(panel.locator("[data-readout]")).to_contain_text("Point at the image")
+        panel.locator("[data-image]").tap()
+        expect(panel.locator("[data-readout]")).to_contain_text("Entity")
+        page.wait_for_timeout(200)  # the finger is gone
+        expect(panel.locator("[data-readout]")).to_contain_text("Entity")
 
 
 def transfer(page: Page, name: str, data: bytes) -> Any:
@@ -404,6 +417,96 @@ def test_one_finger_paints_two_zoom_about_what_is_between_them_and_three_do_noth
         rows, columns = np.nonzero(mask_of(page) & ~painted)
         assert rows.mean() + 0.5 == pytest.approx(32, abs=1) and columns.mean() + 0.5 == pytest.approx(32, abs=1)
 
+        page.route("**/api/inpaint?*", lambda route: (time.sleep(0.5), route.continue_()))  # progress is shown, below
+        page.get_by_role("button", name="Fill", exact=True).tap()  # the photograph, which comes into view again
+        expect(page.locator("#holes [data-results] button")).to_have_count(2)
+        expect(view).to_be_in_viewport(ratio=1)
+
+
+def test_a_large_photograph_is_sharp_for_who_zooms_in_and_so_is_what_fills_it(browser: Browser, address: str) -> None:
+    stripes = np.tile(np.array([0, 255], np.uint8), (64, 2048))[..., None].repeat(3, 2)  # grey in what is reduced
+    with Visit(browser, address) as page:
+        page.keyboard.press("4")
+        photo = {"name": "p.png", "mimeType": "image/png", "buffer": encoded(stripes)}
+        page.get_by_label("Open a photograph").set_input_files(photo)
+        view = page.locator("#holes [data-view]")
+        expect(page.locator("#holes [data-status]")).to_contain_text("4096")
+        for _ in range(200):
+            if page.evaluate("!!document.getElementById('holes').studio.view.fine"):
+                break
+            page.wait_for_timeout(50)
+        for _ in range(12):
+            page.keyboard.press("+")
+
+        def middle() -> np.ndarray:
+            shown = picture(view)[..., :3].astype(int)
+            row, column = shown.shape[0] // 2, shown.shape[1] // 2
+            return shown[row, column - 100 : column + 100]
+
+        assert middle().min() < 10 and middle().max() > 245
+        view.focus()
+        for key in ("[",) * 26 + ("Enter", "Enter"):  # a dot in the middle
+            page.keyboard.press(key)
+        page.get_by_label("Mean colour").check()
+        page.get_by_label("Telea").uncheck()
+        page.locator("[name=method][value=inpainter]").uncheck()
+        page.keyboard.press("Shift+Enter")
+        expect(page.locator("#holes [data-results] button")).to_have_count(1)
+        page.get_by_role("slider", name="Before and after").press("Home")
+        page.mouse.move(0, 0)
+        assert abs(middle()[90] - 127).max() < 5 and middle().min() < 10 and middle().max() > 245
+
+
+def test_a_model_without_the_layer_says_that_it_has_no_layout(browser: Browser, tmp_path: Path) -> None:
+    make_run(tmp_path / "attention", PRESETS["inpaint-smoke-contextual"][1])
+    with serving(Service([tmp_path])) as address, Visit(browser, address) as page:
+        page.keyboard.press("4")
+        photo = {"name": "p.png", "mimeType": "image/png", "buffer": encoded(photograph(64, 64))}
+        page.get_by_label("Open a photograph").set_input_files(photo)
+        expect(page.locator("#holes [data-status]")).to_contain_text("nothing is marked yet")
+        view = page.locator("#holes [data-view]")
+        stroke(page, view, (0.45, 0.5), (0.55, 0.5))
+        page.locator("#holes [name=method][value=telea]").check()
+        page.get_by_role("button", name="Fill", exact=True).click()
+        said = page.locator("#holes [data-matched]")
+        expect(page.locator("#holes [data-results] button")).to_have_count(2)
+        page.locator("#holes [data-results] button").first.click()
+        view.hover(position={"x": 50, "y": 50})
+        expect(said).to_have_text("attention has no layout to show: the layer is not in it (contextual).")
+        expect(page.locator("#holes [data-layout]")).to_be_hidden()
+        page.locator("#holes [data-results] button").last.click()
+        expect(said).to_be_empty()
+
+
+def test_a_file_beside_the_editor_opens_and_history_outlives_a_studio_that_does_not_answer(
+    browser: Browser, address: str
+) -> None:
+    drop = """(dataTransfer) => document.querySelector("header").dispatchEvent(
+        new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }))"""
+    with (visit := Visit(browser, address)) as page:
+        files = transfer(page, "holiday.png", encoded(photograph(32, 32)))
+        assert page.evaluate(drop, files) is False  # prevented: the browser would leave the page
+        page.keyboard.press("4")
+        panel = page.locator("#holes")
+        assert panel.locator("[data-empty]").is_visible()
+        page.evaluate(drop, files)
+        expect(panel.locator("[data-status]")).to_contain_text("holiday.png")
+        stroke(page, panel.locator("[data-view]"), (0.45, 0.5), (0.55, 0.5))
+        panel.get_by_role("button", name="Fill", exact=True).click()
+        expect(panel.locator("[data-results] button")).to_have_count(2)
+        panel.get_by_role("button", name="Go on with it").click()
+        history = panel.locator("[data-history] button")
+        expect(history).to_have_text("1: holiday.png")
+        page.route("**/api/photograph", lambda route: route.abort())
+        history.click()
+        expect(panel.get_by_role("alert")).to_contain_text("The studio does not answer")
+        expect(history).to_have_text("1: holiday.png")
+        page.unroute("**/api/photograph")
+        history.click()
+        expect(history).to_have_text("1: holiday-filled.png")
+        expect(panel.locator("[data-status]")).to_contain_text("holiday.png")
+        visit.faults.clear()
+
 
 def test_someone_watches_a_run_train(browser: Browser, tmp_path: Path) -> None:
     make_run(tmp_path / "run", PRESETS["smoke"][1])
@@ -424,6 +527,39 @@ def test_someone_watches_a_run_train(browser: Browser, tmp_path: Path) -> None:
         expect(panel.locator("article")).to_contain_text("Samples at 240 images seen")
 
 
+def test_a_first_checkpoint_is_there_at_the_next_tab_and_what_was_chosen_stays(
+    browser: Browser, tmp_path: Path
+) -> None:
+    for name in ("early", "late"):
+        make_run(tmp_path / name, PRESETS["smoke"][1])
+    checkpoints = tmp_path / "late" / "checkpoints"
+    checkpoints.rename(tmp_path / "kept")
+    with serving(Service([tmp_path])) as address, Visit(browser, address) as page:
+        panel = page.locator("#generate")
+        late = panel.locator("[name=model] option[value=late]")
+        expect(late).to_be_disabled()
+        panel.get_by_label("tench").uncheck()
+        (tmp_path / "kept").rename(checkpoints)
+        page.keyboard.press("4")
+        page.get_by_label("Mean colour").check()
+        page.keyboard.press("1")
+        expect(late).to_be_enabled()
+        expect(panel.get_by_label("tench")).not_to_be_checked()
+        page.keyboard.press("4")
+        expect(page.get_by_label("Mean colour")).to_be_checked()
+        expect(page.locator("#holes [name=example] option", has_text="cat")).to_have_count(1)
+
+
+def test_runs_are_watched_again_after_a_studio_has_refused_them(browser: Browser, address: str) -> None:
+    with (visit := Visit(browser, address)) as page:
+        page.route("**/api/runs/events*", lambda route: route.fulfill(status=404, json={"error": "no such run"}))
+        page.keyboard.press("5")
+        expect(page.locator("#runs [data-live]")).to_contain_text("trying again")
+        page.unroute("**/api/runs/events*")
+        expect(page.locator("#runs [data-live]")).to_contain_text("Live: gan has seen 80 images.")
+        visit.faults.clear()
+
+
 def test_what_takes_long_can_be_cancelled_and_errors_are_told(browser: Browser, runs: Path) -> None:
     service = SlowService(runs)
     with serving(service) as address, (visit := Visit(browser, address)) as page:
@@ -433,6 +569,8 @@ def test_what_takes_long_can_be_cancelled_and_errors_are_told(browser: Browser, 
         panel.get_by_role("button", name="Cancel").click()
         expect(panel.locator("[data-work]")).to_have_text("Cancelled.")
         assert service.ended.acquire(timeout=10)
+        expect(panel.locator("[data-results]")).to_be_empty()
+        expect(panel.locator("[data-empty]")).to_be_visible()
         expect(panel.get_by_role("button", name="Generate")).to_be_enabled()
         page.keyboard.press("4")
         broken = {"name": "<i>x</i>.png", "mimeType": "image/png", "buffer": b"nonsense"}

@@ -162,9 +162,10 @@ class Photograph:
     def largest_change(self, data: bytes, mask: Tensor) -> int:
         """By how many levels the file `data` differs from this photograph, at most, where `mask` is False."""
         with Image.open(io.BytesIO(data)) as image:
-            decoded = np.asarray(image).astype(int)
-        apart = np.abs(decoded - self.samples)[~_stored(mask[0].numpy(), self.orientation)]
-        return int(apart.max(initial=0))
+            apart = np.asarray(image).astype(np.int16)
+        apart -= self.samples
+        apart[_stored(mask[0].numpy(), self.orientation)] = 0
+        return int(np.abs(apart, out=apart).max())
 
     def _palette(self) -> np.ndarray:
         """uint8 [256, 4], red, green, blue, alpha."""

@@ -43,7 +43,7 @@ class Limits:
     """What one request may ask for; more is refused with a message that names the limit."""
 
     upload_bytes: int = 32 * 2**20  # a photograph and its mask together
-    pixels: int = 24_000_000  # of a photograph, before it is decoded
+    pixels: int = 50_000_000  # of a photograph, before it is decoded: a telephone's 48 megapixels
     images: int = 64
     steps: int = 121  # images of a walk
     waiting: int = 16  # requests in the queue

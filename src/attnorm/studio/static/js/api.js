@@ -52,6 +52,7 @@ export async function work(place, what, task) {
   };
   const show = setTimeout(() => {
     place.replaceChildren(el("div", { class: "work" }, text, cancel, bar));
+    place.scrollIntoView({ block: "nearest" });
     look();
   }, DELAY);
   place.replaceChildren();
@@ -73,6 +74,7 @@ export async function work(place, what, task) {
     const known = error instanceof ApiError;
     if (!known) console.error(error);
     place.replaceChildren(el("p", { class: "problem", role: "alert" }, known ? error.message : `This failed in the page: ${error.message}`));
+    place.scrollIntoView({ block: "nearest" });
   } finally {
     clearTimeout(show);
     clearTimeout(timer);

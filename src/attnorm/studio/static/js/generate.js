@@ -73,6 +73,8 @@ export function initGenerate(panel, open) {
       return { recipe: { ...made.recipe, request: { ...asked, format: "json" } }, busy };
     });
     for (const cell of results.querySelectorAll(".waiting")) cell.remove();
+    if (!images.length) results.replaceChildren(); // no headings of nothing
+    part(panel, "empty").hidden = images.length > 0;
     if (!done) return;
     shown = { images, recipe: done.recipe };
     part(panel, "bar").hidden = false;

@@ -2,7 +2,7 @@
 
 import { call, work } from "./api.js";
 import { bitmapOf, el, part, percent, pngBlob, save, saveJson, seconds, toast } from "./dom.js";
-import { describe, known } from "./models.js";
+import { describe, known, modelOf } from "./models.js";
 import { Mask } from "./mask.js";
 import { Matches } from "./matches.js";
 import { Pens } from "./pens.js";
@@ -28,7 +28,7 @@ export function initHoles(panel) {
   async function open(blob, name, said = "") {
     if (blob.size > known.limits.upload_bytes)
       return void toast(`${name} has ${Math.ceil(blob.size / 2 ** 20)} MiB; ${known.limits.upload_bytes / 2 ** 20} MiB is the most.`);
-    await work(place, "Reading", async (ask) => {
+    return work(place, "Reading", async (ask) => {
       const body = new FormData();
       body.append("image", blob, name);
       const read = await ask("/api/photograph", { form: body });
@@ -41,7 +41,21 @@ export function initHoles(panel) {
       matches.show(null);
       changed();
       status(said);
+      sharpen(photograph);
+      editor.scrollIntoView({ block: "nearest" });
+      return true;
     });
+  }
+
+  // The preview is reduced: for who zooms in, all pixels of a large photograph, where the browser reads them as the
+  // studio does.
+  async function sharpen(opened) {
+    const { blob, bitmap, width, height, mode } = opened;
+    if (bitmap.width === width || !["RGB", "L"].includes(mode)) return;
+    const fine = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => null);
+    if (fine?.width !== width || fine.height !== height || photograph !== opened) return;
+    view.fine = fine;
+    view.draw();
   }
 
   const openFile = (file) => file && open(file, file.name || "pasted.png");
@@ -54,24 +68,28 @@ export function initHoles(panel) {
     if (answer) open(await answer.blob(), `${name}.png`);
   });
   addEventListener("models", () => {
-    fields.example.append(...known.examples.map((name) => el("option", {}, name)));
+    fields.example.replaceChildren(fields.example.options[0], ...known.examples.map((name) => el("option", {}, name)));
+    const boxes = [...part(panel, "methods").querySelectorAll("input")];
+    const isTicked = (value, isFirst) => (boxes.length ? boxes.some((box) => box.checked && box.value === value) : isFirst);
     const models = known.models.filter((model) => model.task === "inpainting");
     const choice = (value, title, said, checked, disabled) =>
       el("label", {}, el("input", { type: "checkbox", name: "method", value, checked, disabled }), el("span", {}, title, el("small", {}, said)));
     const first = models.find((model) => !model.problem);
     part(panel, "methods").replaceChildren(
-      ...models.map((model) => choice(model.id, model.id, model.problem || `${describe(model)}, ${model.context}`, model === first, !!model.problem)),
-      ...Object.entries(known.methods).map(([name, title]) => choice(name, title, "needs no model", name === "telea", false)));
+      ...models.map((model) => choice(model.id, model.id, model.problem || `${describe(model)}, ${model.context}`, isTicked(model.id, model === first), !!model.problem)),
+      ...Object.entries(known.methods).map(([name, title]) => choice(name, title, "needs no model", isTicked(name, name === "telea"), false)));
   });
   addEventListener("paste", (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
     if (file && !panel.hidden) openFile(file);
   });
+  // Anywhere in the window: a browser would leave the page for a file that misses the editor.
   for (const name of ["dragover", "dragleave", "drop"])
-    panel.addEventListener(name, (event) => {
+    addEventListener(name, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
       event.preventDefault();
       editor.classList.toggle("over", name === "dragover");
-      if (name === "drop") openFile(event.dataTransfer.files[0]);
+      if (name === "drop" && !panel.hidden) openFile(event.dataTransfer.files[0]);
     });
 
   // The mask
@@ -132,7 +150,7 @@ export function initHoles(panel) {
   function status(said = "") {
     const { width, height, format, note, name } = photograph;
     const share = view.mask.share;
-    const missing = share === 0 ? "nothing is marked yet" : share === 1 ? "everything is marked: leave something known" : `${percent(share)} is marked`;
+    const missing = share === 0 ? "nothing is marked yet" : share === 1 ? "everything is marked: leave something known" : `${share < 0.0005 ? "less than 0.1%" : percent(share)} is marked`;
     part(panel, "status").textContent = [said, `${name}, ${width} × ${height}, ${format}: ${missing}`, note].filter(Boolean).join("; ");
   }
 
@@ -168,6 +186,7 @@ export function initHoles(panel) {
       filled.push(result);
       show(filled);
     }
+    if (filled.length === methods.length) editor.scrollIntoView({ block: "nearest" });
   });
 
   async function fill(ask, method, mask, format) {
@@ -175,15 +194,12 @@ export function initHoles(panel) {
     body.append("image", photograph.blob, photograph.name);
     body.append("mask", mask, "mask.png");
     const asked = new URLSearchParams({ method, format, layouts: "true", scores: String(fields.scores.checked) });
-    const begun = performance.now();
     const result = await ask(`/api/inpaint?${asked}`, { form: body });
-    const after = new OffscreenCanvas(photograph.bitmap.width, photograph.bitmap.height);
-    const context = after.getContext("2d");
-    context.drawImage(photograph.bitmap, 0, 0);
-    const [t, l, b, r] = result.box;
-    const [sx, sy] = [after.width / photograph.width, after.height / photograph.height];
-    context.drawImage(await bitmapOf(result.patch), l * sx, t * sy, (r - l) * sx, (b - t) * sy);
-    return { ...result, mask, after, waited: (performance.now() - begun) / 1000, photograph };
+    const [t, l, b, r] = result.box; // as a picture without transparency: scaled, its edges show nothing of the hole
+    const context = new OffscreenCanvas(r - l, b - t).getContext("2d");
+    context.drawImage(view.fine ?? photograph.bitmap, -l, -t, photograph.width, photograph.height);
+    context.drawImage(await bitmapOf(result.patch), 0, 0);
+    return { ...result, mask, patch: context.canvas.transferToImageBitmap(), photograph };
   }
 
   const titleOf = (result) => known.methods[result.method] ?? result.method;
@@ -193,7 +209,7 @@ export function initHoles(panel) {
     part(panel, "left").replaceChildren(el("option", { value: "" }, "as it was"), ...results.map((result, at) => el("option", { value: String(at) }, titleOf(result))));
     part(panel, "results").replaceChildren(...results.map((result, at) => {
       const canvas = el("canvas", { role: "img", "aria-label": `Filled with ${titleOf(result)}` });
-      crop(canvas, result.after, result.box);
+      crop(canvas, result);
       const { psnr_hole: psnr, ssim_whole: ssim } = result.scores;
       const scores = psnr === undefined ? "" : `; hole ${psnr.toFixed(1)} dB${ssim === undefined ? "" : `, SSIM ${ssim.toFixed(3)}`}`;
       return el("li", {}, el("button", { type: "button", onclick: () => select(at) }, canvas, el("b", {}, titleOf(result)), el("small", {}, seconds(result.seconds) + scores)));
@@ -203,26 +219,31 @@ export function initHoles(panel) {
   }
 
   // Twice the hole's box, as far as the picture goes.
-  function crop(canvas, picture, [t, l, b, r]) {
-    const [sx, sy] = [picture.width / photograph.width, picture.height / photograph.height];
-    const side = Math.min(Math.max(2 * Math.max((r - l) * sx, (b - t) * sy), 32), picture.width, picture.height);
-    const clip = (middle, size) => Math.min(Math.max(middle - side / 2, 0), size - side);
+  function crop(canvas, { patch, box: [t, l, b, r] }) {
+    const { bitmap, width, height } = photograph;
+    const side = Math.min(Math.max(2 * Math.max(r - l, b - t), (32 * width) / bitmap.width), width, height);
+    const start = (middle, size) => Math.min(Math.max(middle - side / 2, 0), size - side);
+    const [x, y, zoom] = [start((l + r) / 2, width), start((t + b) / 2, height), 160 / side];
     canvas.width = canvas.height = 160;
-    canvas.getContext("2d").drawImage(picture, clip(((l + r) / 2) * sx, picture.width), clip(((t + b) / 2) * sy, picture.height), side, side, 0, 0, 160, 160);
+    const context = canvas.getContext("2d");
+    context.setTransform(zoom, 0, 0, zoom, -x * zoom, -y * zoom);
+    context.drawImage(bitmap, 0, 0, width, height);
+    context.drawImage(patch, l, t);
   }
 
   function select(at) {
     selected = results[at];
-    view.after = selected.after;
+    view.after = selected;
     view.hidesMask = true;
     [...part(panel, "results").querySelectorAll("button")].forEach((button, number) => button.setAttribute("aria-pressed", String(number === at)));
-    matches.show(selected);
+    const model = modelOf(selected.method);
+    matches.show(selected, model && !model.entities ? `${model.id} has no layout to show: the layer is not in it (${model.context}).` : "");
     status([`Filled with ${titleOf(selected)} in ${seconds(selected.seconds)}`, selected.note].filter(Boolean).join("; "));
     view.draw();
   }
 
   part(panel, "left").addEventListener("change", (event) => {
-    view.left = event.target.value === "" ? null : results[event.target.value].after;
+    view.left = event.target.value === "" ? null : results[event.target.value];
     view.draw();
   });
   const setDivide = (share) => {
@@ -259,10 +280,10 @@ export function initHoles(panel) {
   part(panel, "recipe").addEventListener("click", () => saveJson(selected.recipe, "recipe.json"));
 
   part(panel, "adopt").addEventListener("click", async () => {
-    const result = selected;
-    past.push(photograph);
+    const [result, before] = [selected, photograph];
+    if (!(await open(pngBlob(result.file, result.media_type), nameOf(result), `Filled with ${titleOf(result)}`))) return;
+    past.push(before);
     drawHistory();
-    await open(pngBlob(result.file, result.media_type), nameOf(result), `Filled with ${titleOf(result)}`);
   });
   function drawHistory() {
     part(panel, "history-box").hidden = !past.length;
@@ -275,9 +296,10 @@ export function initHoles(panel) {
       return el("li", {}, el("button", { type: "button", onclick: () => back(at) }, canvas, el("small", {}, `${at + 1}: ${earlier.name}`)));
     }));
   }
-  function back(at) {
-    const [earlier] = past.splice(at, 1, photograph);
+  async function back(at) {
+    const [earlier, before] = [past[at], photograph];
+    if (!(await open(earlier.blob, earlier.name))) return;
+    past[at] = before;
     drawHistory();
-    open(earlier.blob, earlier.name);
   }
 }

@@ -135,13 +135,14 @@ export function initLayer(panel) {
 
   for (const name of ["image", "winners", "edited", "edited-winners"]) {
     const canvas = part(panel, name);
-    canvas.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const maps = name.startsWith("edited") ? seen.editedMaps : seen.maps;
       const box = canvas.getBoundingClientRect();
       const k = maps.winners[maps.at((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height)];
       if (k !== lit) light(k);
-    });
-    canvas.addEventListener("pointerleave", () => light(null));
+    };
+    for (const kind of ["pointerdown", "pointermove"]) canvas.addEventListener(kind, point);
+    canvas.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") light(null); }); // a tap stays
   }
 }
 

@@ -26,6 +26,7 @@ export function open(name, { focus = false } = {}) {
     if (panel.hidden !== (other !== name)) panel.dispatchEvent(new CustomEvent(other === name ? "opened" : "closed"));
     panel.hidden = other !== name;
   }
+  if ("ready" in document.body.dataset) loadModels().catch(() => {}); // what is asked for next says what is wrong
   if (location.hash !== `#/${name}`) history.replaceState(null, "", `#/${name}`); // no element's id: nothing is scrolled to
 }
 
@@ -68,7 +69,6 @@ initRuns(panels.runs);
 open(asked());
 try {
   await loadModels();
-  dispatchEvent(new Event("models"));
 } catch (error) {
   if (!(error instanceof ApiError)) throw error;
   document.getElementById("main").prepend(el("p", { class: "problem", role: "alert" }, error.message));

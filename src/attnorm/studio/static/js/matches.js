@@ -11,8 +11,9 @@ export class Matches {
     this.point = framed((at) => this.draw(at));
   }
 
-  // The layouts that came with a result, or none.
-  show(result) {
+  // The layouts that came with a result, or none, and why.
+  show(result, why = "") {
+    this.why = why;
     this.views = (result?.views ?? []).map((view) => ({ box: view.box, maps: new Maps(view.maps) }));
     this.photograph = result?.photograph;
     part(this.panel, "layout-label").hidden = !this.views.length;
@@ -41,7 +42,7 @@ export class Matches {
     const said = part(this.panel, "matched");
     if (!this.box.checked || !this.views.length) {
       if (this.view.over) { this.view.over = null; this.view.draw(); }
-      return void said.replaceChildren();
+      return void said.replaceChildren(this.why);
     }
     const inside = ({ box: [top, left, bottom, right] }) => at && at[0] >= left && at[0] < right && at[1] >= top && at[1] < bottom;
     const number = Math.max(this.views.findIndex(inside), 0);

@@ -5,9 +5,13 @@ import { el, part } from "./dom.js";
 
 export const known = { models: [], methods: {}, examples: [], limits: {} };
 
+// What is at hand now: runs get checkpoints, and there are new ones.
 export async function loadModels() {
+  const before = JSON.stringify(known);
   Object.assign(known, await call("/api/models"));
+  if (JSON.stringify(known) === before) return;
   for (const select of document.querySelectorAll("select[data-task]")) fillModels(select);
+  dispatchEvent(new Event("models"));
 }
 
 export const modelOf = (name) => known.models.find((model) => model.id === name);
@@ -34,7 +38,7 @@ function fillModels(select) {
   const about = form.querySelector("[data-about]") ?? el("p", { class: "note", "data-about": "" });
   select.parentElement.after(about);
   select.onchange = () => (about.textContent = modelOf(select.value)?.about ?? "");
-  select.dispatchEvent(new Event("change"));
+  if (!chosen || select.value !== chosen) select.dispatchEvent(new Event("change")); // else classes stay as chosen
 }
 
 export function fillClasses(select, model, chosen = select.value) {

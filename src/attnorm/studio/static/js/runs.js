@@ -26,13 +26,18 @@ export function initRuns(panel) {
   let source = null;
   let plots = [];
   let wanted = 0;
+  let again = 0; // a timer
 
   const chosen = () => [...list.querySelectorAll(":checked")].map((box) => box.value);
   const colourOf = (name) => COLOURS[[...list.querySelectorAll("input")].findIndex((box) => box.value === name) % COLOURS.length];
 
   panel.addEventListener("opened", async () => {
-    const listed = await call("/api/runs").catch((error) => void toast(error.message));
-    if (!listed) return;
+    clearTimeout(again);
+    const listed = await call("/api/runs").catch((error) => {
+      part(panel, "live").textContent = error.message;
+      later();
+    });
+    if (!listed || panel.hidden) return;
     const before = list.children.length ? chosen() : Object.keys(listed).filter((name) => !listed[name].problem).slice(0, 1);
     list.replaceChildren(...Object.entries(listed).map(([name, status], number) => {
       const swatch = el("i");
@@ -43,10 +48,12 @@ export function initRuns(panel) {
     if (!list.children.length) list.append(el("p", { class: "note" }, "The studio was started without runs: attnorm studio RUN"));
     watch();
   });
-  panel.addEventListener("closed", () => { source?.close(); source = null; });
+  panel.addEventListener("closed", () => { clearTimeout(again); source?.close(); source = null; });
   list.addEventListener("change", watch);
   form.addEventListener("input", (event) => { if (!list.contains(event.target)) redraw(); });
   addEventListener("theme", redraw);
+
+  const later = () => { if (!panel.hidden) again = setTimeout(() => panel.dispatchEvent(new CustomEvent("opened")), 3000); };
 
   const progress = ({ checkpoint, duration_images: all, seconds_since_change: age }) =>
     `${checkpoint === null ? "no checkpoint yet" : `checkpoint at ${checkpoint.toLocaleString("en")} of ${all.toLocaleString("en")} images`}${age !== undefined && age !== null && age < 90 ? ", training" : ""}`;
@@ -80,7 +87,11 @@ export function initRuns(panel) {
     });
     source.addEventListener("problem", (event) => toast(JSON.parse(event.data).problem));
     source.onopen = () => { for (const name of names) runs.get(name).rows = []; };
-    source.onerror = () => (part(panel, "live").textContent = "The connection was lost; trying again …");
+    source.onerror = () => {
+      part(panel, "live").textContent = "The connection was lost; trying again …";
+      // Refused, as by a studio that was started with other runs: the browser does not try again.
+      if (source.readyState === EventSource.CLOSED) later();
+    };
   }
 
   // Samples and layout of a run

@@ -16,9 +16,10 @@ export class View {
     new ResizeObserver(() => { this.resize(); }).observe(canvas);
   }
 
-  // `before` is the photograph as shown, perhaps reduced; the mask is of the photograph's own size.
+  // `before` is the photograph as shown, perhaps reduced; the mask is of the photograph's own size. Later may come `fine`,
+  // not reduced; and `after` and `left`, each with a `patch` and its `box`: top, left, bottom, right.
   show(before, mask) {
-    Object.assign(this, { before, mask, after: null, left: null, over: null, cursor: null });
+    Object.assign(this, { before, mask, fine: null, after: null, left: null, over: null, cursor: null });
     this.overlay = new OffscreenCanvas(before.width, before.height);
     this.tinted = this.overlay.getContext("2d");
     this.tint();
@@ -92,21 +93,22 @@ export class View {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.wide, this.high);
     if (!mask) return;
-    const [wide, high] = [mask.width * this.scale, mask.height * this.scale];
-    context.imageSmoothingEnabled = this.scale * (mask.width / this.before.width) < 3;
-    const place = (picture) => context.drawImage(picture, this.x, this.y, wide, high);
-    const showsAfter = this.after && !this.isPeeking;
-    if (!showsAfter) place(this.before);
-    else {
+    const wide = mask.width * this.scale;
+    const photograph = this.fine && wide * ratio > this.before.width ? this.fine : this.before;
+    context.imageSmoothingEnabled = this.scale * (mask.width / photograph.width) < 3;
+    context.imageSmoothingQuality = "medium"; // with less, what is much reduced is ragged
+    const place = (picture, [top, left, bottom, right] = [0, 0, mask.height, mask.width]) =>
+      context.drawImage(picture, this.x + left * this.scale, this.y + top * this.scale, (right - left) * this.scale, (bottom - top) * this.scale);
+    place(photograph);
+    if (this.after && !this.isPeeking) {
       const cut = this.wide * this.divide;
-      this.clipped(0, cut, () => place(this.left ?? this.before));
-      this.clipped(cut, this.wide, () => place(this.after));
+      if (this.left) this.clipped(0, cut, () => place(this.left.patch, this.left.box));
+      this.clipped(cut, this.wide, () => place(this.after.patch, this.after.box));
     }
     if (!this.hidesMask && !this.isPeeking) place(this.overlay);
     if (this.over && !this.isPeeking) {
-      const [top, left, bottom, right] = this.over.box;
       context.imageSmoothingEnabled = true;
-      context.drawImage(this.over.canvas, this.x + left * this.scale, this.y + top * this.scale, (right - left) * this.scale, (bottom - top) * this.scale);
+      place(this.over.canvas, this.over.box);
     }
     this.drawTools();
     this.times.push(performance.now() - begun);
