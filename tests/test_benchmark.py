@@ -119,7 +119,7 @@ def test_the_plain_form_is_one_graph_and_right(monkeypatch: pytest.MonkeyPatch) 
     """Traced as for inductor but not compiled, which takes half a minute and is checked at every run of the benchmark.
     A break in the graph would be an error.
     """
-    monkeypatch.setattr(cases, "unsupported_reason", lambda: "")
+    monkeypatch.setattr(cases, "why_not_compiled", lambda: "")
     original = nn.Module.compile
 
     def traced(self: nn.Module, **settings: Any) -> None:

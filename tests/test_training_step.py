@@ -11,21 +11,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from attnorm import cli
 from attnorm.benchmark import training_step
 from attnorm.benchmark.peers import PEERS
 from attnorm.benchmark.timing import peak_bytes
-from attnorm.benchmark.training_speed import Speed, switches_of
+from attnorm.benchmark.training_speed import SWITCHES, Speed, switches_of
 from attnorm.benchmark.training_step import estimate, kinds_of_steps, measured_step, random_images
 from attnorm.cli.watching import progress_of, render, sparkline
-from attnorm.config import Config
+from attnorm.config import Config, ConfigError
 from attnorm.data.stream import Stream
 from attnorm.presets import PRESETS
 from attnorm.reports.training_speed import table
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.system.randomness import seed_step
+from attnorm.training import trainer
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.signs import collapse
 from attnorm.training.trainer import make_task, resolve, run_phase
@@ -99,6 +101,7 @@ def test_every_block_and_switch_has_its_turn_and_so_have_the_steps_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("attnorm.benchmark.training_speed.FEWEST_ROUNDS", 2)
+    monkeypatch.setattr(nn.Module, "compile", lambda network: None)  # it would take a minute
     cli.main([*BENCH, "--out", str(tmp_path), *SMALL])
     found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
     names = {(speed["context"], speed["switch"]) for speed in found["speeds"]}
@@ -113,6 +116,36 @@ def test_two_processes_are_measured_together(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
     assert found["environment"]["processes"] == 2
     assert {speed["switch"] for speed in found["speeds"]} == {"2 processes"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [
+        ("smoke", ["generator", "discriminator"]),
+        ("small32-relativistic-an", ["generator"]),
+        ("inpaint-smoke", ["generator"]),
+    ],
+)
+def test_critics_under_a_gradient_penalty_are_not_compiled(
+    preset: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = list[nn.Module]()
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))  # tracing a step takes a minute
+    monkeypatch.setattr(trainer, "why_not_compiled", lambda: "")
+    config = override(PRESETS[preset][1], ["run.compile=true", "model.width=2"])
+    images = random_images(config)
+    networks = make_task(resolve(config, images), images, CPU).state.networks
+    assert compiled == [networks[name] for name in names]
+
+
+def test_where_nothing_can_be_compiled_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "why_not_compiled", lambda: "no g++")
+    config = override(PRESETS["smoke"][1], ["run.compile=true"])
+    with pytest.raises(ConfigError, match=r"run\.compile: no g\+\+"):
+        make_task(resolve(config, random_images(config)), random_images(config), CPU)
+    assert "torch.compile" in SWITCHES
+    monkeypatch.setattr("attnorm.benchmark.training_speed.why_not_compiled", lambda: "no g++")
+    assert "torch.compile" not in switches_of(CPU)
 
 
 @pytest.mark.parametrize("name", PEERS)

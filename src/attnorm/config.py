@@ -326,6 +326,8 @@ class RunConfig:
     foreach_ema: bool = field(default=True, metadata=_FREE)  # of the average, likewise
     # The paper's D sees real and generated images in one pass, not in two: so do the running moments of AN in it.
     joint_pass: bool = field(default=True, metadata=_FREE)
+    # torch.compile of the networks that are differentiated once: of all but critics under a gradient penalty.
+    compile: bool = field(default=False, metadata=_FREE)
     prefetch: bool = field(default=True, metadata=_REPORTING)  # a thread makes the next batch while a step runs
     # A batch is made in so many parts, one after another, in every process: the gradient is the whole batch's, with the
     # memory of a part. Batch norm and AN's running moments see a part at a time.

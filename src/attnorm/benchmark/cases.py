@@ -18,6 +18,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
+from attnorm.system.devices import why_not_compiled
 
 Shape = tuple[int, int, int, int]  # N, C, H, W
 Mode = Literal["forward", "training"]  # evaluation without gradients; forward and backward in training mode
@@ -114,27 +115,13 @@ def _attentive_norm(impl: str, *, self_sampling: bool = True) -> Implementation:
 
 def _compiled(channels: int) -> nn.Module:
     """The plain form through torch.compile: one graph, compiled for the shape at hand."""
-    if reason := unsupported_reason():
+    if reason := why_not_compiled():
         raise ValueError(f"an-inductor cannot run: {reason}")
     layer = _builder("fused", True)(channels)
     # Positions are drawn as without the compiler, so that they can be checked; nothing comes from a cache on disk, so
     # that the time to compile is one.
     layer.compile(fullgraph=True, dynamic=False, options={"fallback_random": True, "fx_graph_cache": False})
     return layer
-
-
-def unsupported_reason() -> str:
-    """Why torch.compile cannot make code for the CPU here, or ""; on a GPU it needs Triton alone, and finds that."""
-    if torch.cuda.is_available():
-        return ""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        return f"{' '.join(str(error).split())}; install g++, or name a C++ compiler in CXX"
-    return ""
 
 
 COPY, CONV_INSTANCE_NORM = "copy", "conv+instance_norm"

@@ -15,7 +15,7 @@ from attnorm.benchmark.training_step import measured_step, random_images
 from attnorm.config import Config
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import Stream, parts_of_batch
-from attnorm.system.devices import find_precision, temporary_tf32
+from attnorm.system.devices import find_precision, temporary_tf32, why_not_compiled
 from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step
 from attnorm.training.class_conditional import ClassConditionalTask
@@ -30,6 +30,7 @@ OFF: dict[str, object] = {
     "foreach_ema": False,
     "joint_pass": False,
     "prefetch": False,
+    "compile": False,
 }
 SWITCHES: dict[str, dict[str, object]] = {
     PLAIN: {},
@@ -38,6 +39,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "joint pass of D": {"joint_pass": True},
     "prefetch": {"prefetch": True},
     "channels_last": {"channels_last": True},
+    "torch.compile": {"compile": True},
     "bfloat16": {"precision": "bfloat16"},
     "the defaults": {"fused_adam": True, "foreach_ema": True, "joint_pass": True, "prefetch": True},
 }
@@ -84,9 +86,10 @@ def measure_speed(config: Config, device: torch.device, *, seconds: float, progr
 
 
 def switches_of(device: torch.device) -> dict[str, dict[str, object]]:
-    """Those worth trying: without units for bfloat16 a step takes many times as long."""
-    has_bfloat16 = find_precision("auto", device) == "bfloat16"
-    return {name: changes for name, changes in SWITCHES.items() if has_bfloat16 or name != "bfloat16"}
+    """Those worth trying: without units for bfloat16 a step takes many times as long; compiling takes g++."""
+    left_out = {"bfloat16"} if find_precision("auto", device) != "bfloat16" else set()
+    left_out |= {"torch.compile"} if why_not_compiled() else set()
+    return {name: changes for name, changes in SWITCHES.items() if name not in left_out}
 
 
 def measure_processes(

@@ -85,3 +85,17 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     if x.device.type == "meta":  # where autocast does not exist
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def why_not_compiled() -> str:
+    """Why torch.compile cannot make code for the CPU here, or ""; on a GPU it needs Triton alone, and finds that."""
+    if torch.cuda.is_available():
+        return ""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return f"{' '.join(str(error).split())}; install g++, or name a C++ compiler in CXX"
+    return ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class ClassConditionalTask:
     Other recipes of the task are subclasses with other networks and phases.
     """
 
+    differentiated_once: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
     generator: nn.Module
     discriminator: nn.Module
 

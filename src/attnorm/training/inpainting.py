@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class InpaintingTask:
         held_out: uint8 [V, 3, S, S] on the CPU, never trained on: for validation and the grid of samples.
     """
 
+    differentiated_once: ClassVar[tuple[str, ...]] = ("generator",)
     _VALIDATION_SEED = 2020  # of the masks of the held-out images, the same for every run
 
     def __init__(self, config: Config, device: torch.device, held_out: Tensor | None = None) -> None:

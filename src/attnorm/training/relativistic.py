@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class RelativisticTask(ClassConditionalTask):
     last values in `relativistic.schedule_images`, and stay there.
     """
 
+    differentiated_once: ClassVar[tuple[str, ...]] = ("generator",)
     discriminator: RelativisticDiscriminator
 
     def __init__(self, config: Config, device: torch.device) -> None:

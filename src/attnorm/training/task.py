@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Task(Protocol):
 
     state: TrainingState  # all that training changes
     average: ExponentialAverage  # of the generator: what is validated, shown and kept
+    differentiated_once: ClassVar[tuple[str, ...]]  # networks that torch.compile may take: it has no double backward
 
     @classmethod
     def resolve(cls, config: Config, images: ImageSet) -> Config:

@@ -28,7 +28,7 @@ from attnorm.data.images import ImageSet
 from attnorm.data.stream import Batch, BatchesAhead, Stream, parts_of_batch
 from attnorm.layers.batch_norm import share_moments
 from attnorm.run_directory import RunDirectory
-from attnorm.system.devices import find_precision, temporary_tf32
+from attnorm.system.devices import find_precision, temporary_tf32, why_not_compiled
 from attnorm.system.files import file_lock
 from attnorm.system.process_group import ProcessGroup, find_own_device
 from attnorm.system.randomness import BatchPart, drawing_for, mark_place, seed_step, seed_weights
@@ -140,7 +140,13 @@ def _task(config: Config) -> type[Task]:
 
 def make_task(config: Config, images: ImageSet, device: torch.device) -> Task:
     """The task of a resolved configuration, at its start."""
-    return _task(config).for_images(config, images, device)
+    task = _task(config).for_images(config, images, device)
+    if config.run.compile:
+        if reason := why_not_compiled():
+            raise ConfigError(f"run.compile: {reason}")
+        for name in task.differentiated_once:
+            task.state.networks[name].compile()
+    return task
 
 
 def share_batch_norm(config: Config, task: Task, group: ProcessGroup) -> None:
