@@ -216,8 +216,9 @@ def test_a_finished_run_is_left_as_it_is_and_refuses_other_settings_data_and_che
     changes = r"g_lr was 0\.0001, now 0\.5, run\.seed was 0, now 7; give the same settings"
     with pytest.raises(ConfigError, match=rf"{changes} \(--set optim\.g_lr=0\.0001 run\.seed=0\), or another --out"):
         run(tiny("optim.g_lr=0.5", "run.seed=7"), whole)
-    with pytest.raises(ConfigError, match=r"trained on other data.*give the same data"):
-        run(tiny(), whole, noise(seed=1))
+    for other_data in (noise(seed=1), noise(classes=("a", "b"))):
+        with pytest.raises(ConfigError, match=r"trained on other data.*give the same data"):
+            run(tiny(), whole, other_data)
     assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").iterdir()} == before
     assert rows_of(whole) == rows
 

@@ -45,13 +45,13 @@ def require_possible(settings: RunConfig, group: ProcessGroup) -> None:
 
 
 def require_same_settings(run: RunDirectory, config: Config) -> None:
-    """Of a configuration that was resolved, or as it was given: then the number of classes may be open.
+    """The number of classes is the data's: that these are the run's is for `open_run` to see.
 
     Raises:
         ConfigError: the run was made with others; the message names each with both values.
     """
     old, new = effective_settings(run.read()[0]), effective_settings(config)
-    is_open = MAY_CHANGE_ON_RESUME | ({"model.num_classes"} if new.get("model.num_classes") == 0 else set())
+    is_open = MAY_CHANGE_ON_RESUME | {"model.num_classes"}
     changed = [key for key in new if old.get(key) != new[key] and key not in is_open]
     if changed:
         differences = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
