@@ -123,6 +123,9 @@ def test_a_class_is_found_by_name_then_by_number_however_its_accents_are_compose
     sampler.classes = ("cafe\u0301", "na\u00efve", "e\u0301", "\u00e9")  # the last two by the very name
     names = ("caf\u00e9", "nai\u0308ve", "e\u0301", "\u00e9")
     assert [sampler.class_index(name) for name in names] == [0, 1, 2, 3]
+    sampler.classes = ("001", "002", "003", "1999")
+    with pytest.raises(CheckpointError, match="knows no class '1'"):  # not number 1, which is 002
+        sampler.class_index("1")
 
 
 def test_a_walk_begins_and_ends_at_the_pure_classes(sampler: Sampler) -> None:

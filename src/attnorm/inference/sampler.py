@@ -58,13 +58,16 @@ class Sampler:
         set_tf32(self.header.config.run.tf32)
 
     def class_index(self, name: str) -> int:
-        """The label of a class, given by its name, however accents are composed, or its number."""
+        """The label of a class, given by its name, however accents are composed, or its number from 0 on; where every
+        name is a number, a number is a name: 1 would else be the second of 001, 002, 003.
+        """
         if name in self.classes:
             return self.classes.index(name)
         composed = [unicodedata.normalize("NFC", known) for known in self.classes]
         if composed.count(unicodedata.normalize("NFC", name)) == 1:
             return composed.index(unicodedata.normalize("NFC", name))
-        if name.isdecimal() and int(name) < len(self.classes):
+        are_numbers = all(known.isdecimal() for known in self.classes)
+        if name.isdecimal() and int(name) < len(self.classes) and not are_numbers:
             return int(name)
         listed = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
         hint = did_you_mean(name, self.classes)
