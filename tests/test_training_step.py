@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +220,11 @@ def test_what_is_watched_is_what_was_logged(tmp_path: Path) -> None:
         for i in range(1, 5)
     ]
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in logged), encoding="utf-8")
+    os.utime(run.metrics_file, times=(time.time() - 7200.5,) * 2)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(run))
     text = console.export_text()
     assert "7 images of photographs" in text and "32 of 160 images (20%), 4.0/s, 0:00:32 left" in text
+    assert re.search(r"last logged +2:00:0\d ago", text)  # nobody trains it any more
     assert "generator/loss" in text and "█▆▃▁ 1" in text and "none yet" in text
     assert "layout/g.an/entropy is 0.990: the layout is uniform" in text

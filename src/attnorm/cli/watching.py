@@ -64,6 +64,8 @@ def render(run: RunDirectory) -> RenderableType:
     table.add_row("run", f"{run.path}: {config.preset or config.task}, seed {config.run.seed}")
     table.add_row("data", printable(f"{data.get('num_images', '?')} images of {data.get('source', '?')}"))
     table.add_row("progress", progress_of(steps, config.run.duration_images, config.run.max_minutes))
+    if steps and steps[-1]["images_seen"] < config.run.duration_images:
+        table.add_row("last logged", _ago(run.metrics_file))  # long ago: nobody trains it any more
     checkpoints = run.checkpoints()
     newest = f"{checkpoints[-1].name}, {_ago(checkpoints[-1])}" if checkpoints else "none yet"
     table.add_row("checkpoint", newest)
