@@ -118,8 +118,21 @@ def test_a_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixtu
     ["--set=run.seed=3 --set=model.width=2", "--set run.seed=1 model.width=2 --set run.seed=3"],
 )
 def test_settings_may_follow_one_set_or_several(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
-    values = dry_run(capsys, *arguments.split(), "--data", "somewhere")
-    assert values["run"]["seed"] == 3 and values["model"]["width"] == 2 and values["data"]["source"] == "somewhere"
+    values = dry_run(capsys, *arguments.split(), "--set", "data.flip=true")
+    assert values["run"]["seed"] == 3 and values["model"]["width"] == 2 and values["data"]["flip"]
+
+
+def test_a_dry_run_says_what_images_are_there_without_decoding_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.png", "a/2.jpg", "b/1.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    cli.main(["train", "--preset", "smoke", "--dry-run", "--data", str(tmp_path)])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["data"]["source"] == str(tmp_path)
+    found = f"3 image files of 2 classes from {tmp_path}, 1 to 2 a class\nskipped 1:\n  b/notes.txt: not an image file"
+    assert said.err.startswith(found)
 
 
 # Sampling
@@ -241,6 +254,8 @@ def test_nothing_is_overwritten_without_being_asked(run: Path, tmp_path: Path, r
         ("train --preset cifar10-an --out OUT", "--data is missing"),
         ("train --preset smoke --out OUT --set", "--set"),
         ("train --preset smoke --out OUT --data EMPTY", "no readable image"),
+        ("train --preset smoke --data EMPTY --dry-run", "no image in"),
+        ("train --preset smoke --data OUT/photos --dry-run", "does not exist"),
         ("train --preset smoke --out OUT --data DATA --set run.device=tpu9", "expected auto, cpu, cuda"),
         ("train --preset smoke --out OUT --data DATA --set model.num_classes=7", "leave it at 0"),
         ("train --preset smoke --out FILE/run --data DATA", "FILE"),

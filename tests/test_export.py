@@ -203,10 +203,14 @@ def test_the_page_fills_holes_in_the_browser_as_the_tool_does_and_asks_nobody(
         browser.close()
 
 
-def test_the_page_needs_an_inpainter_and_a_runtime(
+def test_the_page_needs_an_inpainter_and_a_runtime_and_a_file_is_called_what_it_is(
     generator: Path, inpainter: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     web = ["--format", "web", "--onnxruntime-web", tmp_path, "--out", tmp_path / "x.html"]
     assert "needs an inpainter" in refused(["export", generator, *web], is_silent=False)
     assert "npm install onnxruntime-web, in this folder" in refused(["export", inpainter, *web], is_silent=False)
+    names = {"onnx": "x.html", "torch-export": "x.onnx", "web": "x"}
+    for form, name in names.items():
+        command = ["export", generator, "--format", form, "--out", tmp_path / name]
+        assert f"{name} is written as {form}, as --format says; let its name end in ." in refused(command)
     assert not list(tmp_path.iterdir())

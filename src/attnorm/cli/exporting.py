@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli.terminal import Flag, Run, console, require_free
+from attnorm.cli.terminal import Flag, Run, console, require_ending, require_free
 
 
 def export(
@@ -26,7 +26,7 @@ def export(
     Args:
         run: A run directory (its latest checkpoint), a checkpoint file, a saved model's folder, or a model's name
             (`attnorm models`).
-        out: The file, FILE.onnx, FILE.pt2 or FILE.html.
+        out: The file, FILE.onnx, FILE.pt2 or FILE.html, as the format says.
         format: onnx for onnxruntime, in browsers too; torch-export for torch.export.load; web for a page of HTML that
             fills holes by itself, of an inpainter: it takes the npm package onnxruntime-web inside.
         onnxruntime_web: Where `npm install onnxruntime-web` put it, if not in node_modules here or above.
@@ -37,6 +37,9 @@ def export(
     from attnorm.fill_page import write_page
     from attnorm.registry import load
 
+    require_ending(
+        out, f"{format}, as --format says", {"onnx": ".onnx", "torch-export": ".pt2", "web": ".html"}[format]
+    )
     require_free(out, overwrite)
     loaded = load(run, ema=not raw_weights)
     with console.status("exporting; this takes up to a minute"):

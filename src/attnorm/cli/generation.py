@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.progress import track
 
-from attnorm.cli.terminal import Flag, Names, Run, Seed, console, counted, require_free, require_png, split_names
+from attnorm.cli.terminal import Flag, Names, Run, Seed, console, counted, require_ending, require_free, split_names
 from attnorm.config import ConfigError, require_seed
 
 MOST_IMAGES_OF_A_WALK = 500  # side by side: a picture has at most 65,536 columns of pixels
@@ -127,7 +127,7 @@ def interpolate(
     if steps < 2:
         raise ConfigError(f"--steps is {steps}; expected at least 2")
     require_seed("--seed", seed)
-    require_png(out)
+    require_ending(out, "PNG", ".png")
     sampler = _sampler(run, device=device)
     walk = [sampler.class_index(name) for name in (start, *split_names(via), end)]
     require_free(out, overwrite, is_picture=True)
@@ -215,7 +215,7 @@ def curves(
 
     if not runs:
         raise ConfigError("no run was named; expected one or several run directories")
-    require_png(out)
+    require_ending(out, "PNG", ".png")
     require_free(out, overwrite, is_picture=True)
     names = [run.resolve().name for run in runs]
     named = {str(run) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}

@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,15 +81,36 @@ def read_images(config: Config) -> ImageSet:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    num_classes = counted(len(images.classes), "class", "classes")
-    console.print(f"{counted(len(images), 'image')} of {num_classes} from {images.source}")
-    if images.skipped:
-        named = "\n  ".join(images.skipped[:10])
-        more = f"\n  and {len(images.skipped) - 10} more" if len(images.skipped) > 10 else ""
-        console.print(f"skipped {len(images.skipped)}:\n  {named}{more}", style="yellow", markup=False)
+    _say_what_was_found(images.labels.tolist(), "image", images.source, images.skipped)
     if images.note:
         console.print(images.note, style="yellow", markup=False)
     return images
+
+
+def say_what_is_there(source: str) -> None:
+    """What `read_images` would read, by the names of the files: none is decoded."""
+    from attnorm.data.sources import KINDS, find_source
+
+    try:
+        with find_source(Path(source).expanduser()).open() as contents:
+            classes, skipped = [class_name for class_name, _ in contents.files], contents.skipped
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not classes:
+        raise ConfigError(f"no image in {source}; expected {KINDS}")
+    _say_what_was_found(classes, "image file", source, skipped)
+
+
+def _say_what_was_found(classes: Sequence[object], what: str, source: str, skipped: Sequence[str]) -> None:
+    """`classes`: the class of each image."""
+    sizes = Counter(classes).values()
+    spread = f", {min(sizes):,} to {max(sizes):,} a class" if min(sizes) < max(sizes) else ""
+    num_classes = counted(len(sizes), "class", "classes")
+    console.print(f"{counted(len(classes), what)} of {num_classes} from {source}{spread}")
+    if skipped:
+        named = "\n  ".join(skipped[:10])
+        more = f"\n  and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+        console.print(f"skipped {len(skipped)}:\n  {named}{more}", style="yellow", markup=False)
 
 
 def progress_bar() -> Progress:
@@ -150,10 +172,10 @@ def require_writable(out: Path) -> None:
         raise ConfigError(f"{place} cannot be written to; choose another --out, or have its permissions changed")
 
 
-def require_png(out: Path) -> None:
-    """Of a picture's name, before anything is drawn."""
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out} is written as PNG; let its name end in .png")
+def require_ending(out: Path, form: str, ending: str) -> None:
+    """Of a file's name, before anything is made: by it others tell what the file is."""
+    if out.suffix.lower() != ending:
+        raise ConfigError(f"{out} is written as {form}; let its name end in {ending}")
 
 
 def require_not_of_a_run(out: Path) -> None:

@@ -21,6 +21,7 @@ from attnorm.cli.terminal import (
     read_images,
     require_outside,
     require_writable,
+    say_what_is_there,
     screen,
 )
 from attnorm.config import ClassConditionalConfig, Config, ConfigError, did_you_mean
@@ -46,12 +47,16 @@ def train(
         data: A folder of class folders, a folder of images, a zip of either, tar shards (a folder of them, or
             "s-{000..099}.tar"), CIFAR-10's binary files, or "builtin".
         settings: Change a setting of the preset, for example --set model.width=32 run.batch_size=64.
-        dry_run: Print the resolved configuration, say what memory and time the run will take, and stop.
+        dry_run: Print the resolved configuration, say what images are there, by their names, and what memory and time
+            the run will take, and stop.
     """
     config = _configuration(preset, settings)
     if data:
         config = override(config, [f"data.source={data}"])
+    require_outside(out, config.data.source)
     if dry_run:
+        if config.data.source not in ("", "builtin"):
+            say_what_is_there(config.data.source)
         values = to_dict(config)
         values["model"]["an"]["temperature"] = config.model.temperature
         print(json.dumps(values, indent=2), flush=True)
@@ -65,7 +70,6 @@ def train(
         )
     from attnorm.system.process_group import ProcessGroup, process_group
 
-    require_outside(out, config.data.source)
     try:
         with process_group() as group:
             try:
