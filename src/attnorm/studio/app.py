@@ -104,45 +104,38 @@ def create_app(service: Service, *, hosts: Collection[str] = (), token: str = ""
     app.add_middleware(Guard, hosts=hosts, token=token, upload_bytes=limits.upload_bytes)
     answer_errors(app)
 
-    desk = _Desk(jobs)
     _add_studio(app, service, jobs)
     _add_models(app, service)
-    _add_generators(app, service, desk)
-    _add_layout(app, service, desk)
-    _add_photographs(app, service, desk)
+    _add_generators(app, service, jobs)
+    _add_layout(app, service, jobs)
+    _add_photographs(app, service, jobs)
     add_runs(app, service)
     _add_page(app)
     return app
 
 
-class _Desk:
-    """Where requests hand in their work."""
+async def _work(jobs: Jobs, request: Request, name: str | None, function: Callable[[Job], T]) -> tuple[T, float]:
+    """The outcome of `function` in the queue, and its seconds; cancelled if the one who asked goes away."""
+    begun = [0.0, 0.0]
 
-    def __init__(self, jobs: Jobs) -> None:
-        self.jobs = jobs
-
-    async def work(self, request: Request, name: str | None, function: Callable[[Job], T]) -> tuple[T, float]:
-        """The outcome of `function` in the queue, and its seconds; cancelled if the one who asked goes away."""
-        begun = [0.0, 0.0]
-
-        def timed(job: Job) -> T:
-            begun[0] = time.perf_counter()
-            try:
-                return function(job)
-            finally:
-                begun[1] = time.perf_counter()
-
-        job = self.jobs.submit(timed, name or "")
-        result = asyncio.wrap_future(job.result)
+    def timed(job: Job) -> T:
+        begun[0] = time.perf_counter()
         try:
-            while not (await asyncio.wait([result], timeout=0.1))[0]:
-                if await request.is_disconnected():
-                    raise Cancelled
-            return await result, begun[1] - begun[0]
-        except asyncio.CancelledError:
-            raise Cancelled from None
+            return function(job)
         finally:
-            job.cancel()
+            begun[1] = time.perf_counter()
+
+    job = jobs.submit(timed, name or "")
+    result = asyncio.wrap_future(job.result)
+    try:
+        while not (await asyncio.wait([result], timeout=0.1))[0]:
+            if await request.is_disconnected():
+                raise Cancelled
+        return await result, begun[1] - begun[0]
+    except asyncio.CancelledError:
+        raise Cancelled from None
+    finally:
+        job.cancel()
 
 
 def _add_studio(app: FastAPI, service: Service, jobs: Jobs) -> None:
@@ -194,7 +187,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return ModelsOut(models=listed, methods=CLASSICAL, examples=list(service.examples()), limits=allowed)
 
 
-def _add_generators(app: FastAPI, service: Service, desk: _Desk) -> None:
+def _add_generators(app: FastAPI, service: Service, jobs: Jobs) -> None:
     @app.post("/api/generate", tags=["generators"], response_model=GenerateOut)
     async def generate(request: Request, body: GenerateRequest, x_job: JobName = None) -> Any:
         """Images of classes, from latents that follow from the seed. What `attnorm sample` makes, to the last bit."""
@@ -209,7 +202,7 @@ def _add_generators(app: FastAPI, service: Service, desk: _Desk) -> None:
                     return pictures, recipe, results.png(results.grid([p.pixels for p in pictures], body.count))
             return pictures, recipe, [_base64(results.png(picture.pixels)) for picture in pictures]
 
-        (pictures, recipe, made), seconds = await desk.work(request, x_job, make)
+        (pictures, recipe, made), seconds = await _work(jobs, request, x_job, make)
         if body.format != "json":
             return _file(made, "application/zip" if body.format == "zip" else "image/png", recipe)
         images = [
@@ -232,14 +225,14 @@ def _add_generators(app: FastAPI, service: Service, desk: _Desk) -> None:
                     return walk, recipe, results.strip(walk)
             return walk, recipe, [_base64(results.png(image)) for image in walk.images]
 
-        (walk, recipe, made), seconds = await desk.work(request, x_job, make)
+        (walk, recipe, made), seconds = await _work(jobs, request, x_job, make)
         if body.format != "json":
             return _file(made, f"image/{body.format}", recipe)
         maps = [] if walk.layout is None else [_maps(layout) for layout in walk.layout]
         return InterpolateOut(images=made, maps=maps, entity=walk.entity, seconds=seconds, recipe=Recipe(**recipe))
 
 
-def _add_layout(app: FastAPI, service: Service, desk: _Desk) -> None:
+def _add_layout(app: FastAPI, service: Service, jobs: Jobs) -> None:
     @app.post("/api/layout", tags=["generators"])
     async def layout(request: Request, body: LayoutRequest, x_job: JobName = None) -> LayoutOut:
         """What each AN layer saw of one image; and the image again with entities switched off or exchanged."""
@@ -250,7 +243,7 @@ def _add_layout(app: FastAPI, service: Service, desk: _Desk) -> None:
             )
             return seen, service.recipe(body.model, service.sampler(body.model), body.model_dump(by_alias=True))
 
-        (seen, recipe), seconds = await desk.work(request, x_job, make)
+        (seen, recipe), seconds = await _work(jobs, request, x_job, make)
         return LayoutOut(
             png=_base64(results.png(seen.image)),
             sites=[_site(site) for site in seen.sites],
@@ -261,7 +254,7 @@ def _add_layout(app: FastAPI, service: Service, desk: _Desk) -> None:
         )
 
 
-def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
+def _add_photographs(app: FastAPI, service: Service, jobs: Jobs) -> None:
     @app.post(
         "/api/inpaint",
         tags=["photographs"],
@@ -303,7 +296,7 @@ def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
                 recipe = service.recipe(method, service.inpainter(method), asked)
             return repaired, recipe, _repaired(method, repaired, recipe) if "json" in accept else None
 
-        (repaired, recipe, answer), seconds = await desk.work(request, x_job, make)
+        (repaired, recipe, answer), seconds = await _work(jobs, request, x_job, make)
         if answer is None:
             return _file(repaired.data, MEDIA_TYPES[repaired.format], recipe)
         return answer.model_copy(update={"seconds": seconds})
@@ -325,7 +318,7 @@ def _add_photographs(app: FastAPI, service: Service, desk: _Desk) -> None:
                 preview=_base64(results.preview(read.rgb())),
             )
 
-        return (await desk.work(request, x_job, make))[0]
+        return (await _work(jobs, request, x_job, make))[0]
 
     @app.get("/api/examples/{name}", tags=["photographs"], response_class=Response)
     def example(name: str) -> Response:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnorm.checkpoint import read_header
-from attnorm.config import UserError, printable
+from attnorm.config import Config, UserError, printable
 from attnorm.pretrained import read_card, shipped
 from attnorm.run_directory import RunDirectory, find_checkpoint, is_saved_model
 
@@ -60,20 +60,8 @@ def available_models(places: Iterable[Path]) -> list[Model]:
 @functools.cache  # the package's files do not change
 def _shipped(name: str, path: Path) -> Model:
     header, card = read_header(path), read_card(name)
-    settings = header.config.model
-    return Model(
-        name,
-        path,
-        header.config.task,
-        settings.context,
-        settings.image_size,
-        header.classes,
-        settings.an.num_entities if settings.context.startswith("an") else 0,
-        header.config.preset,
-        "shipped",
-        "",
-        f"{card.what}. Trained on {card.data}. {card.limits[0]}.",
-    )
+    about = f"{card.what}. Trained on {card.data}. {card.limits[0]}."
+    return _described(name, path, header.config, header.classes, source="shipped", about=about)
 
 
 def _model_of(name: str, path: Path) -> Model:
@@ -87,6 +75,13 @@ def _model_of(name: str, path: Path) -> Model:
             problem = "" if RunDirectory(path).checkpoints() else "it has no checkpoint yet"
     except UserError as error:
         return Model(name, path, "", "", 0, (), 0, "", "run", str(error))
+    classes = tuple(data.get("classes", ())) if config.task == "class_conditional" else ()
+    return _described(name, path, config, classes, source="run", problem=problem)
+
+
+def _described(
+    name: str, path: Path, config: Config, classes: tuple[str, ...], *, source: str, problem: str = "", about: str = ""
+) -> Model:
     settings = config.model
     return Model(
         name,
@@ -94,9 +89,10 @@ def _model_of(name: str, path: Path) -> Model:
         config.task,
         settings.context,
         settings.image_size,
-        tuple(data.get("classes", ())) if config.task == "class_conditional" else (),
+        classes,
         settings.an.num_entities if settings.context.startswith("an") else 0,
         config.preset,
-        "run",
+        source,
         problem,
+        about,
     )

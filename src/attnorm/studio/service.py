@@ -27,7 +27,7 @@ from attnorm.inference import Inpainter, Sampler
 from attnorm.inference.photo_files import Photograph, decode_photograph
 from attnorm.inference.photo_pairs import decode_with_mask
 from attnorm.layers.diagnose import diagnose
-from attnorm.layers.observe import Observation, edited_entities, layers_of
+from attnorm.layers.observe import edited_entities, layers_of
 from attnorm.reports.figures import most_telling_entity, region_statistics
 from attnorm.run_directory import RunDirectory, find_checkpoint, is_saved_model
 from attnorm.studio.jobs import Job, let_cancel
@@ -237,7 +237,8 @@ class Service:
         for diagnosis in diagnoses:
             observation = layouts[diagnosis.site]
             facts = asdict(diagnosis) | {"is_awake": diagnosis.is_awake, "verdict": diagnosis.verdict}
-            sites.append(Site(diagnosis.site, observation.layout[0], facts | _regions(observation)))
+            (regions,) = region_statistics(observation)
+            sites.append(Site(diagnosis.site, observation.layout[0], facts | regions))
         return images[0], sites
 
     def _labels(self, sampler: Sampler, classes: Sequence[str]) -> list[int]:
@@ -344,7 +345,7 @@ class Service:
         """Whether it is being trained, and how far it is."""
         config, _ = run.read()
         checkpoints = run.checkpoints()
-        changed = max((file.stat().st_mtime for file in (run.metrics_file,) if file.exists()), default=0.0)
+        changed = run.metrics_file.stat().st_mtime if run.metrics_file.exists() else 0.0
         return {
             "preset": config.preset,
             "task": config.task,
@@ -363,11 +364,6 @@ class Service:
 
 class NotFound(UserError):
     """There is nothing of this name."""
-
-
-def _regions(observation: Observation) -> dict[str, Any]:
-    (statistics,) = region_statistics(observation)
-    return statistics
 
 
 def _classical(method: str, rgb: Tensor, hole: Tensor) -> Tensor:
