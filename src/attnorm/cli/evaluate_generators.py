@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,7 +70,12 @@ def evaluate_generators(
         device: auto, cpu, cuda or mps.
         overwrite: Measure again what was measured.
     """
+    from attnorm.evaluation.generators import evaluate_generator
     from attnorm.evaluation.protocol import require_measurable, scores_file
+    from attnorm.evaluation.scores import read_scores
+    from attnorm.metrics.features import load_extractor
+    from attnorm.run_directory import RunDirectory
+    from attnorm.system.process_group import find_own_device, process_group
 
     headers = _headers(runs)
     require_seed("--seed", seed)
@@ -80,28 +85,46 @@ def evaluate_generators(
     files = {run: scores_file(run, out) for run in headers}
     for file in files.values():
         require_writable(file)
-    chosen, of_classes = _known_metrics(split_names(metrics), extractor), split_names(classes)
-    require_measurable(chosen, num, fakes_per_class, of_classes, subset, batch_size)
-    _evaluate(
-        headers,
-        files,
-        data,
-        extractor,
-        inception_weights,
-        all_checkpoints=checkpoints == "all",
-        metrics=split_names(metrics),
-        num=num,
-        fakes_per_class=fakes_per_class,
-        classes=of_classes,
-        subset=subset,
-        seed=seed,
-        intervals=intervals,
-        ema=not raw_weights,
-        device=device,
-        batch_size=batch_size,
-        out=out,
-        overwrite=overwrite,
-    )
+    asked, of_classes = split_names(metrics), split_names(classes)
+    require_measurable(_known_metrics(asked, extractor), num, fakes_per_class, of_classes, subset, batch_size)
+    find_own_device(device)
+    with process_group() as group:
+        loaded = load_extractor(extractor, device=find_own_device(device), inception_weights=inception_weights)
+        read: dict[tuple[Any, ...], ImageSet] = {}
+        for run, of_run in headers.items():
+            config = override(of_run, [f"data.source={data}"]) if data else of_run
+            key = (config.data.source, config.data.stored_size or config.model.image_size, config.data.fit)
+            if key not in read:
+                console.quiet = group.rank > 0  # the first process talks
+                read = {key: read_images(config)}  # those of one data set at a time
+                console.quiet = False
+            if not data:
+                _require_same_data(run, read[key])
+            kept = RunDirectory(run).sound_checkpoints() if checkpoints == "all" and run.is_dir() else [run]
+            for checkpoint in map(Path, group.text_of_first("\n".join(map(str, kept))).split("\n")):
+                before = read_scores(files[run])
+                with progress_bar() as progress:
+                    scores = evaluate_generator(
+                        checkpoint,
+                        read[key],
+                        loaded,
+                        metrics=asked,
+                        num=num,
+                        fakes_per_class=fakes_per_class,
+                        classes=of_classes,
+                        subset=subset,
+                        seed=seed,
+                        intervals=intervals,
+                        ema=not raw_weights,
+                        device=device,
+                        batch_size=batch_size,
+                        out=out,
+                        overwrite=overwrite,
+                        progress=one_bar_each(progress),
+                    )
+                if group.rank == 0:
+                    _print_scores(checkpoint, scores, [score for score in scores if score in before])
+                    print(files[run])
 
 
 def _headers(runs: Sequence[Path]) -> dict[Path, Config]:
@@ -126,50 +149,6 @@ def _known_metrics(names: Sequence[str], extractor: str) -> Sequence[str]:
     from attnorm.metrics.features import EXTRACTORS
 
     return find_metrics(names, EXTRACTORS[extractor]) if extractor in EXTRACTORS else names
-
-
-def _evaluate(
-    configs: Mapping[Path, Config],
-    files: Mapping[Path, Path],
-    data: str,
-    extractor_name: str,
-    inception_weights: Path | None,
-    *,
-    all_checkpoints: bool,
-    device: str,
-    **settings: Any,
-) -> None:
-    """One run after the other; `settings` are those of evaluate_generator. Of several processes the first one talks."""
-    from attnorm.evaluation.generators import evaluate_generator
-    from attnorm.evaluation.scores import read_scores
-    from attnorm.metrics.features import load_extractor
-    from attnorm.run_directory import RunDirectory
-    from attnorm.system.process_group import find_own_device, process_group
-
-    find_own_device(device)
-    with process_group() as group:
-        extractor = load_extractor(extractor_name, device=find_own_device(device), inception_weights=inception_weights)
-        read: dict[tuple[Any, ...], ImageSet] = {}
-        for run, of_run in configs.items():
-            config = override(of_run, [f"data.source={data}"]) if data else of_run
-            key = (config.data.source, config.data.stored_size or config.model.image_size, config.data.fit)
-            if key not in read:
-                console.quiet = group.rank > 0
-                read = {key: read_images(config)}  # those of one data set at a time
-                console.quiet = False
-            if not data:
-                _require_same_data(run, read[key])
-            kept = RunDirectory(run).sound_checkpoints() if all_checkpoints and run.is_dir() else [run]
-            for checkpoint in map(Path, group.text_of_first("\n".join(map(str, kept))).split("\n")):
-                before = read_scores(files[run])
-                with progress_bar() as progress:
-                    tell = one_bar_each(progress)
-                    scores = evaluate_generator(
-                        checkpoint, read[key], extractor, device=device, progress=tell, **settings
-                    )
-                if group.rank == 0:
-                    _print_scores(checkpoint, scores, [score for score in scores if score in before])
-                    print(files[run])
 
 
 def _require_same_data(run: Path, images: ImageSet) -> None:

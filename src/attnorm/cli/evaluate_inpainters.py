@@ -64,7 +64,33 @@ def evaluate_inpainters(
     require_outside(out, data)
     require_free(out, overwrite)
     if manifest is not None:
-        _measure(runs, manifest, data, out, baselines, lpips_weights, batch_size, seed, not raw_weights, device)
+        from attnorm.evaluation import inpainters
+        from attnorm.evaluation.test_set import read_examples, read_manifest
+        from attnorm.metrics.lpips import load_lpips
+        from attnorm.reports.figures import inpainting_figure, save_figure
+        from attnorm.reports.inpainting import write_scores_document
+
+        test_set = read_manifest(manifest)
+        lpips = load_lpips(lpips_weights, device=device) if lpips_weights else None
+        config = test_set.reading
+        images = read_images(override(config, [f"data.source={data}"]) if data else config)
+        examples = read_examples(test_set, images)
+        with progress_bar() as progress:
+            evaluation = inpainters.evaluate_inpainters(
+                runs,
+                test_set,
+                examples,
+                with_baselines=baselines,
+                lpips=lpips,
+                ema=not raw_weights,
+                device=device,
+                batch_size=batch_size,
+                seed=seed,
+                progress=one_bar(progress, "measuring"),
+            )
+        written = [*inpainters.write_scores(evaluation, out), *write_scores_document(evaluation.scores, out)]
+        for path in [*written, save_figure(inpainting_figure(*evaluation.grid), out / "image-grid.png")]:
+            print(path)
     if cost:
         _measure_latency(runs, cost, out, device)
 
@@ -82,47 +108,6 @@ def _require_inpainters(runs: Sequence[Path]) -> None:
                 f"--manifest and --cost are for inpainters, but {run} was trained for {task}; `attnorm evaluate "
                 "generators` measures it"
             )
-
-
-def _measure(
-    runs: Sequence[Path],
-    folder: Path,
-    data: str,
-    out: Path,
-    with_baselines: bool,
-    lpips_weights: Sequence[Path],
-    batch_size: int,
-    seed: int,
-    ema: bool,
-    device: str,
-) -> None:
-    from attnorm.evaluation import inpainters
-    from attnorm.evaluation.test_set import read_examples, read_manifest
-    from attnorm.metrics.lpips import load_lpips
-    from attnorm.reports.figures import inpainting_figure, save_figure
-    from attnorm.reports.inpainting import write_scores_document
-
-    test_set = read_manifest(folder)
-    lpips = load_lpips(lpips_weights, device=device) if lpips_weights else None
-    config = test_set.reading
-    images = read_images(override(config, [f"data.source={data}"]) if data else config)
-    examples = read_examples(test_set, images)
-    with progress_bar() as progress:
-        evaluation = inpainters.evaluate_inpainters(
-            runs,
-            test_set,
-            examples,
-            with_baselines=with_baselines,
-            lpips=lpips,
-            ema=ema,
-            device=device,
-            batch_size=batch_size,
-            seed=seed,
-            progress=one_bar(progress, "measuring"),
-        )
-    written = [*inpainters.write_scores(evaluation, out), *write_scores_document(evaluation.scores, out)]
-    for path in [*written, save_figure(inpainting_figure(*evaluation.grid), out / "image-grid.png")]:
-        print(path)
 
 
 def _measure_latency(runs: Sequence[Path], sizes: str, out: Path, device: str) -> None:
