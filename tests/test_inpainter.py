@@ -153,6 +153,22 @@ def test_layouts_are_of_the_refinement_stage_without_the_padding(inpainter: Inpa
     torch.testing.assert_close(view.layout, seen[0][0])
 
 
+def test_matches_are_the_weights_of_the_holes_patches(tmp_path: Path) -> None:
+    file = make_checkpoint(tmp_path / "attention.safetensors", "model.context=contextual")
+    attention = Inpainter(file, device="cpu")
+    image, mask = noise(38, 45), holes(38, 45, (8, 10, 25, 30))
+    filled = attention.fill(image, mask, with_matches=True)
+    assert torch.equal(filled.image, attention.fill(image, mask).image)
+    matches = filled.views[0].matches
+    assert matches is not None and matches.patches.tolist() == [7, 8, 9, 13, 14, 15, 19, 20, 21]  # of 5 rows of 6
+    # Each of them or a neighbour of it is missing but in the last column: all comes from there.
+    assert matches.weights.shape == (9, 5, 6) and (matches.weights[..., :5] == 0).all()
+    assert (matches.weights[..., 5] > 0).all() and (matches.weights.sum((1, 2)) <= 1 + 1e-6).all()
+    assert matches.weights[:, :, 5].std(0).max() > 1e-4  # each patch has its own
+    with pytest.raises(ConfigError, match="no contextual attention"):
+        Inpainter(make_checkpoint(tmp_path / "an.safetensors"), device="cpu").fill(image, mask, with_matches=True)
+
+
 # Windows
 
 

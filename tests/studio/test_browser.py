@@ -457,25 +457,40 @@ def test_a_large_photograph_is_sharp_for_who_zooms_in_and_so_is_what_fills_it(br
         assert abs(middle()[90] - 127).max() < 5 and middle().min() < 10 and middle().max() > 245
 
 
-def test_a_model_without_the_layer_says_that_it_has_no_layout(browser: Browser, tmp_path: Path) -> None:
-    make_run(tmp_path / "attention", PRESETS["inpaint-smoke-contextual"][1])
+def test_contextual_attention_shows_what_it_took_and_a_model_without_a_block_says_so(
+    browser: Browser, tmp_path: Path
+) -> None:
+    for context in ("contextual", "none"):
+        make_run(tmp_path / context, PRESETS[f"inpaint-smoke-{context}"][1])
     with serving(Service([tmp_path])) as address, Visit(browser, address) as page:
         page.keyboard.press("4")
         photo = {"name": "p.png", "mimeType": "image/png", "buffer": encoded(photograph(64, 64))}
         page.get_by_label("Open a photograph").set_input_files(photo)
         expect(page.locator("#holes [data-status]")).to_contain_text("nothing is marked yet")
         view = page.locator("#holes [data-view]")
-        stroke(page, view, (0.45, 0.5), (0.55, 0.5))
-        page.locator("#holes [name=method][value=telea]").check()
+        stroke(page, view, (0.2, 0.2), (0.3, 0.2))
+        for method in ("contextual", "none"):
+            page.locator(f"#holes [name=method][value={method}]").check()
         page.get_by_role("button", name="Fill", exact=True).click()
-        said = page.locator("#holes [data-matched]")
-        expect(page.locator("#holes [data-results] button")).to_have_count(2)
-        page.locator("#holes [data-results] button").first.click()
-        view.hover(position={"x": 50, "y": 50})
-        expect(said).to_have_text("attention has no layout to show: the layer is not in it (contextual).")
-        expect(page.locator("#holes [data-layout]")).to_be_hidden()
-        page.locator("#holes [data-results] button").last.click()
-        expect(said).to_be_empty()
+        said, shows = page.locator("#holes [data-matched]"), page.locator("#holes [data-layout]")
+        results = page.locator("#holes [data-results] button")
+        expect(results).to_have_count(3)  # Telea's is one, of itself
+        results.filter(has_text="none").click()
+        expect(said).to_have_text("none has no layout to show: the layer is not in it (none).")
+        expect(shows).to_be_hidden()
+        results.filter(has_text="contextual").click()
+        before = picture(view)
+        shows.check()
+        expect(said).to_have_text("The hole: rebuilt from what is lit up")
+        whole = picture(view)
+        assert (whole != before).any()
+        box = view.bounding_box()
+        assert box is not None
+        view.hover(position={"x": 0.25 * box["width"], "y": 0.2 * box["height"]})
+        expect(said).to_have_text("Under the brush: rebuilt from what is lit up")
+        assert (picture(view) != whole).any()
+        view.hover(position={"x": 0.9 * box["width"], "y": 0.9 * box["height"]})
+        expect(said).to_have_text("The hole: rebuilt from what is lit up")
 
 
 def test_a_file_beside_the_editor_opens_and_history_outlives_a_studio_that_does_not_answer(

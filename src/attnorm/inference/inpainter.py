@@ -4,23 +4,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
+from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
 from attnorm.registry import load
 from attnorm.system.devices import set_tf32
+
+
+class Matches(NamedTuple):
+    """What contextual attention rebuilt a hole from, in patches of 8x8 pixels of a view: h = ceil(height / 8)."""
+
+    patches: Tensor  # int64 [Q], those with a missing pixel, numbered row by row
+    weights: Tensor  # float32 [Q, h, w], how much of each comes from which patch
 
 
 class View(NamedTuple):
@@ -32,6 +41,7 @@ class View(NamedTuple):
     given: Tensor  # uint8 [3, h, w], what the generator was shown; missing pixels are grey
     filled: Tensor  # uint8 [3, h, w], the same with the hole filled
     layout: Tensor | None  # [K, ceil(h / 4), ceil(w / 4)] of the refinement stage's AN; None unless asked for
+    matches: Matches | None  # of its contextual attention, likewise
 
 
 class Filled(NamedTuple):
@@ -85,6 +95,11 @@ class Inpainter:
         """Whether the context block is AN, so that there is a layout to see."""
         return self.header.config.model.context in ("an", "an-wide")
 
+    @property
+    def has_matches(self) -> bool:
+        """Whether it is contextual attention, so that each hole has been rebuilt from known patches."""
+        return isinstance(self.model.context, ContextualAttention)
+
     @torch.no_grad()
     def outputs(self, images: Tensor, masks: Tensor) -> Inpainting:
         """What the generator makes of whole images of any size, not pasted: padded to multiples of 8 and cut again.
@@ -104,6 +119,7 @@ class Inpainter:
         mask: Tensor,
         *,
         with_layouts: bool = False,
+        with_matches: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Filled:
         """Fills what is missing.
@@ -112,6 +128,7 @@ class Inpainter:
             image: [3, H, W], uint8 or uint16; what it holds in the hole has no influence.
             mask: bool [1, H, W], True = missing.
             with_layouts: Keep the layouts as well; ConfigError where the model has none.
+            with_matches: Keep the matches of contextual attention; ConfigError where the model has none.
             progress: Called with (done, total) after each window.
 
         Raises:
@@ -126,11 +143,15 @@ class Inpainter:
                 f"{self.path} has no AttentiveNorm2d (its context block is {self.header.config.model.context}), "
                 "so there is no layout to see; take a model with context an or an-wide"
             )
+        if with_matches and not self.has_matches:
+            raise ConfigError(f"{self.path} has no contextual attention, so there are no matches to see")
         result, missing, views = image.clone(), mask.clone(), []
         windows = self._windows(mask[0].numpy())
         for (top, left, bottom, right), own in windows:
             part = (slice(None), slice(top, bottom), slice(left, right))
-            view, filled = self._fill_window(result[part], missing[part], with_layouts)
+            view, filled = self._fill_window(
+                result[part], missing[part], with_layouts=with_layouts, with_matches=with_matches
+            )
             result[part] = torch.where(own, filled, result[part])
             missing[part] &= ~own
             views.append(View((top, left, bottom, right), *view))
@@ -139,8 +160,8 @@ class Inpainter:
         return Filled(result, views)
 
     def _fill_window(
-        self, image: Tensor, mask: Tensor, with_layouts: bool
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+        self, image: Tensor, mask: Tensor, *, with_layouts: bool, with_matches: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Matches | None], Tensor]:
         """A view's parts, and the image that was made, of the size and type of `image`."""
         shown, hole = _to_float(image)[None].masked_fill(mask, 0), mask[None]
         height, width = image.shape[1:]
@@ -151,15 +172,19 @@ class Inpainter:
                 f"nothing is known of a window of {width}x{height} pixels around a hole, seen with "
                 f"{sides[1]}x{sides[0]}; a --max-pixels of more than {self.max_pixels} would show more"
             )
-        layout = None
+        layout, matches = None, None
         if with_layouts:
             with observe_layouts(self.model) as seen:
                 made = self.outputs(shown, hole).refined
             height, width = (math.ceil(side / 4) for side in shown.shape[2:])
             layout = next(iter(seen.values())).layout[0, :, :height, :width].cpu()
+        elif with_matches:
+            with _weights_of(self.model.context) as weights:
+                made = self.outputs(shown, hole).refined
+            matches = _matches(weights[0], hole)
         else:
             made = self.outputs(shown, hole).refined
-        view = to_uint8(shown)[0], to_uint8(paste(shown, made, hole))[0], layout
+        view = to_uint8(shown)[0], to_uint8(paste(shown, made, hole))[0], layout, matches
         if made.shape[2:] != image.shape[1:]:
             made = F.interpolate(made, image.shape[1:], mode="bicubic")
         return view, _from_float(made[0], image.dtype)
@@ -291,3 +316,22 @@ def _from_float(image: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint16:
         return ((image + 1) * 32767.5).round().clamp(0, 65535).to(dtype)
     return to_uint8(image)
+
+
+@contextlib.contextmanager
+def _weights_of(attention: nn.Module) -> Iterator[list[Tensor]]:
+    """Those of every pass of contextual attention in the block, [N, P, P]."""
+    assert isinstance(attention, ContextualAttention)
+    found: list[Tensor] = []
+    hook = attention.register_forward_hook(lambda layer, given, _: found.append(attention.weights(*given)))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _matches(weights: Tensor, hole: Tensor) -> Matches:
+    """Of a view's hole, bool [1, 1, h, w], and of the [1, P, P] weights of its patches."""
+    missing = F.max_pool2d(hole[0].float(), 8, ceil_mode=True)[0]
+    patches = missing.flatten().nonzero()[:, 0]
+    return Matches(patches, weights[0].cpu()[patches].unflatten(1, missing.shape))

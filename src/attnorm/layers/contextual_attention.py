@@ -65,11 +65,20 @@ class ContextualAttention(nn.Module):
 
         Zeros come back for an image without a known patch. Scores and weights are float32 at least.
         """
-        _check(x, mask)
-        height, width = x.shape[2:]
-        half = height // 2, width // 2
+        weights = self.weights(x, mask)
         with no_autocast(x):
-            features = x if x.dtype == torch.float64 else x.float()
+            sources = F.unfold(_float(x), self.pasted_size, stride=2, padding=1)  # [N, 16C, P]
+            pasted = F.fold(sources @ weights.mT, x.shape[2:], self.pasted_size, stride=2, padding=1)
+            return (pasted / 4).to(x.dtype).contiguous(memory_format=memory_format(x))
+
+    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
+        """How much of each patch comes from each source (steps 1 to 3), [N, P, P]: the patches row by row, then the
+        sources. A row's sum is 1 at most; what is not known gives nothing. `x` and `mask` as in `forward`.
+        """
+        _check(x, mask)
+        half = x.shape[2] // 2, x.shape[3] // 2
+        with no_autocast(x):
+            features = _float(x)
             matched = F.unfold(self._nearest(features, 2), self.matched_size, padding=1)  # [N, 9C, P]
             if self.release == "pytorch":
                 norms = (matched.square() + self.norm_floor).sum(1, keepdim=True).sqrt()
@@ -84,11 +93,7 @@ class ContextualAttention(nn.Module):
             # Padding is not missing: it is part of what is compared and pasted at the border.
             missing = F.max_pool2d(missing, self.matched_size, stride=1, padding=1).flatten(2)  # [N, 1, P]
             known = 1 - missing
-            weights = torch.softmax(self.softmax_scale * scores * known, dim=2) * known
-
-            sources = F.unfold(features, self.pasted_size, stride=2, padding=1)  # [N, 16C, P]
-            pasted = F.fold(sources @ weights.mT, (height, width), self.pasted_size, stride=2, padding=1)
-            return (pasted / 4).to(x.dtype).contiguous(memory_format=memory_format(x))
+            return torch.softmax(self.softmax_scale * scores * known, dim=2) * known
 
 
 def score_bytes(height: int, width: int) -> int:
@@ -98,6 +103,10 @@ def score_bytes(height: int, width: int) -> int:
     layer holds several such matrices at once.
     """
     return 4 * (height // 2 * (width // 2)) ** 2
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _aligned(side: int, reduced: int) -> Tensor:

@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from attnorm import __version__
 from attnorm.config import UserError, printable
+from attnorm.inference.inpainter import View
 from attnorm.studio import results
 from attnorm.studio import service as studio
 from attnorm.studio.errors import answer_errors
@@ -273,7 +274,7 @@ def _add_photographs(app: FastAPI, service: Service, jobs: Jobs) -> None:
             Literal["", "PNG", "TIFF"], Query(description="Of the result; that of the photograph unless said.")
         ] = "",
         invert: Annotated[bool, Query(description="Black is missing instead.")] = False,
-        layouts: Annotated[bool, Query(description="Say what AN saw.")] = False,
+        layouts: Annotated[bool, Query(description="Say what AN saw, or what contextual attention took.")] = False,
         scores: Annotated[bool, Query(description="What is under the hole is the truth: compare.")] = False,
         accept: Annotated[str, Header()] = "*/*",
         x_job: JobName = None,
@@ -387,12 +388,21 @@ def _repaired(method: str, repaired: results.Repaired, recipe: dict[str, Any]) -
         media_type=MEDIA_TYPES[repaired.format],
         box=box,
         patch=_base64(patch),
-        views=[ViewOut(box=box, maps=_maps(layout)) for box, layout in repaired.views],
+        views=[_view(view) for view in repaired.views],
         scores=repaired.scores,
         note=repaired.note,
         seconds=0,
         recipe=recipe,
     )
+
+
+def _view(view: View) -> ViewOut:
+    if view.matches is None:
+        assert view.layout is not None
+        return ViewOut(box=view.box, maps=_maps(view.layout))
+    patches, weights = view.matches
+    largest = weights.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    return ViewOut(box=view.box, maps=_maps(weights / largest), patches=patches.tolist())
 
 
 def _site(site: studio.Site) -> SiteOut:

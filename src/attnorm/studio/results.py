@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attnorm.inference.inpainter import View
 from attnorm.inference.photo_files import Photograph
 
 
@@ -44,7 +45,7 @@ class Repaired(NamedTuple):
     data: bytes  # a file of `format`
     format: str
     image: Tensor  # [3, H, W], as `Photograph.rgb`
-    views: list[tuple[tuple[int, int, int, int], Tensor]]  # box and layout [K, h, w]
+    views: list[View]  # none where the method is not a model, or has nothing to see
     scores: dict[str, float]  # of the hole, where what was under it is the truth
     note: str
 

@@ -139,6 +139,11 @@ class LayoutOut(BaseModel):
 class ViewOut(BaseModel):
     box: tuple[int, int, int, int] = Field(description="Top, left, bottom and right of the window that was seen.")
     maps: MapsOut
+    patches: list[int] | None = Field(
+        default=None,
+        description="Of contextual attention: the hole's patches, numbered row by row. In place of an entity's map "
+        "there is one for each of them: 255 where most of it comes from.",
+    )
 
 
 class InpaintOut(BaseModel):

@@ -24,6 +24,7 @@ from attnorm import __version__
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, UserError
 from attnorm.inference import Inpainter, Sampler
+from attnorm.inference.inpainter import View
 from attnorm.inference.photo_files import Photograph, decode_photograph
 from attnorm.inference.photo_pairs import decode_with_mask
 from attnorm.layers.diagnose import diagnose
@@ -272,7 +273,7 @@ class Service:
             mask: A picture of the same size, white where something is missing.
             format: What to write: "", the photograph's own, or "PNG" or "TIFF".
             invert: Black is missing instead.
-            with_layouts: Say what AN saw of each window, where the method has any.
+            with_layouts: Say what AN saw of each window, or what contextual attention took, where the method is such.
             with_scores: What is under the hole is the truth: say how near the result is.
         """
         photograph, hole = decode_with_mask(image, mask, image_name=name, max_pixels=self.limits.pixels, invert=invert)
@@ -281,14 +282,20 @@ class Service:
         if format not in (photograph.format, "PNG", "TIFF"):
             raise UserError(f"the format is {format!r}; expected {photograph.format}, which the image has, PNG or TIFF")
         rgb = photograph.rgb()
-        views: list[tuple[tuple[int, int, int, int], Tensor]] = []
+        views: list[View] = []
         if method in CLASSICAL:
             filled = _classical(method, rgb, hole)
         else:
             inpainter = self.inpainter(method)
-            result = inpainter.fill(rgb, hole, with_layouts=with_layouts and inpainter.has_layout, progress=job.tell)
+            result = inpainter.fill(
+                rgb,
+                hole,
+                with_layouts=with_layouts and inpainter.has_layout,
+                with_matches=with_layouts and inpainter.has_matches,
+                progress=job.tell,
+            )
             filled = result.image
-            views = [(view.box, view.layout) for view in result.views if view.layout is not None]
+            views = [view for view in result.views if view.layout is not None or view.matches is not None]
         job.check()
         repaired = photograph.with_hole_filled(filled, hole)
         data = repaired.encoded(format)

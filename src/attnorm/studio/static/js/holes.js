@@ -237,7 +237,7 @@ export function initHoles(panel) {
     view.hidesMask = true;
     [...part(panel, "results").querySelectorAll("button")].forEach((button, number) => button.setAttribute("aria-pressed", String(number === at)));
     const model = modelOf(selected.method);
-    matches.show(selected, model && !model.entities ? `${model.id} has no layout to show: the layer is not in it (${model.context}).` : "");
+    matches.show(selected, model && !selected.views.length ? `${model.id} has no layout to show: the layer is not in it (${model.context}).` : "");
     status([`Filled with ${titleOf(selected)} in ${seconds(selected.seconds)}`, selected.note].filter(Boolean).join("; "));
     view.draw();
   }

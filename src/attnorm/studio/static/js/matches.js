@@ -1,4 +1,5 @@
-// What a hole is matched with: pixels that the layer gives to the same entities as the one under the brush, or as the hole.
+// What a hole is matched with. By AN: pixels that the layer gives to the same entities as the one under the brush, or as the
+// hole. By contextual attention: the patches from which the one under the brush, or the hole, has been rebuilt.
 
 import { el, framed, part, percent } from "./dom.js";
 import { Maps, colourOf, glow } from "./maps.js";
@@ -14,7 +15,7 @@ export class Matches {
   // The layouts that came with a result, or none, and why.
   show(result, why = "") {
     this.why = why;
-    this.views = (result?.views ?? []).map((view) => ({ box: view.box, maps: new Maps(view.maps) }));
+    this.views = (result?.views ?? []).map((view) => ({ box: view.box, maps: new Maps(view.maps), patches: view.patches }));
     this.photograph = result?.photograph;
     part(this.panel, "layout-label").hidden = !this.views.length;
     if (!this.views.length) this.box.checked = false;
@@ -22,8 +23,9 @@ export class Matches {
     this.draw(null);
   }
 
-  // Mean shares of the entities over the missing pixels that a window shows.
-  weightsOfHole({ box: [top, left, bottom, right], maps }) {
+  // Mean shares of the entities over the missing pixels that a window shows; of its patches each counts alike.
+  weightsOfHole({ box: [top, left, bottom, right], maps, patches }) {
+    if (patches) return new Float32Array(patches.length).fill(1 / patches.length);
     const { mask } = this.view;
     const weights = new Float32Array(maps.entities);
     let count = 0;
@@ -46,12 +48,14 @@ export class Matches {
     }
     const inside = ({ box: [top, left, bottom, right] }) => at && at[0] >= left && at[0] < right && at[1] >= top && at[1] < bottom;
     const number = Math.max(this.views.findIndex(inside), 0);
-    const { box, maps } = this.views[number];
-    const isPoint = inside(this.views[number]);
+    const { box, maps, patches } = this.views[number];
     const [top, left, bottom, right] = box;
-    const weights = isPoint ? maps.weightsAt(maps.at((at[0] - left) / (right - left), (at[1] - top) / (bottom - top))) : this.holes[number];
+    const pixel = inside(this.views[number]) ? maps.at((at[0] - left) / (right - left), (at[1] - top) / (bottom - top)) : null;
+    const isPoint = pixel !== null && (!patches || patches.includes(pixel));
+    const weights = !isPoint ? this.holes[number] : patches ? Float32Array.from(patches, (patch) => Number(patch === pixel)) : maps.weightsAt(pixel);
     this.view.over = { box, canvas: glow(maps, maps.likeness(weights)) };
     this.view.draw();
+    if (patches) return void said.replaceChildren(`${isPoint ? "Under the brush" : "The hole"}: rebuilt from what is lit up`);
     const best = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 3);
     const parts = best.flatMap((k) => {
       const swatch = el("i");
