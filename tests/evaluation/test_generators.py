@@ -585,3 +585,6 @@ def test_data_that_changed_since_the_training_are_not_taken_for_its_own(
     assert "is not what" in (said := refused(command)) and "any more" in said
     cli.main([*command, "--data", str(photographs)])
     assert {line["data"]["split"] for line in read_lines(scores_file(run))} == {"other"}
+    moved = make_run(tmp_path / "moved", images, f"data.source={tmp_path / 'nowhere'}")
+    said = refused(["evaluate", str(moved), *LITE, "--metrics", "is", "--num", "10"])
+    assert "nowhere does not exist" in said and "moved's data are now, --data SRC says" in said

@@ -96,7 +96,12 @@ def evaluate_generators(
             key = (config.data.source, config.data.stored_size or config.model.image_size, config.data.fit)
             if key not in read:
                 console.quiet = group.rank > 0  # the first process talks
-                read = {key: read_images(config)}  # those of one data set at a time
+                try:
+                    read = {key: read_images(config)}  # those of one data set at a time
+                except ConfigError as error:
+                    raise (
+                        error if data else ConfigError(f"{error}; where {run}'s data are now, --data SRC says")
+                    ) from error
                 console.quiet = False
             if not data:
                 _require_same_data(run, read[key])
