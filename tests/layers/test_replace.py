@@ -155,6 +155,42 @@ def test_what_was_inserted_is_pickled_traced_and_parametrized_as_what_it_follows
     torch.testing.assert_close(network(images()), small(nn.BatchNorm2d(8)).eval()(images()))
 
 
+def test_a_block_after_a_sequential_runs_once_and_other_containers_are_refused() -> None:
+    network = nn.Sequential(small(nn.BatchNorm2d(8))[:3], nn.Conv2d(8, 2, 1)).eval()
+    before = network[0](images())
+    changes = insert_after(network, "0", num_entities=3)
+    nn.init.ones_(changes.blocks[0].rho)
+    torch.testing.assert_close(network[0](images()), changes.blocks[0](before))
+    changes.undo()
+    torch.testing.assert_close(network[0](images()), before)
+    network = torchvision.models.densenet121(num_classes=2)
+    with pytest.raises(ValueError, match=r"^features\.denseblock1 is _DenseBlock, whose modules are gone through"):
+        insert_after(network, "features.denseblock1")
+
+
+def test_a_block_stays_where_torch_makes_another_class_of_what_it_follows() -> None:
+    network = small(nn.BatchNorm2d(8)).eval()
+    block = insert_after(network, "1", num_entities=3).blocks[0]
+    nn.init.ones_(block.rho)
+    expected = network(images())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert isinstance(converted[1], nn.SyncBatchNorm) and converted[1].inserted is block
+    torch.testing.assert_close(converted(images()), expected)
+
+    lazy = nn.Sequential(nn.LazyConv2d(8, 1)).eval()
+    changes = insert_after(lazy, "0", num_entities=3)
+    nn.init.ones_(changes.blocks[0].rho)
+    first = lazy(images())  # makes a Conv2d of it
+    torch.testing.assert_close(lazy(images()), first, rtol=0, atol=0)
+    nn.utils.parametrizations.weight_norm(lazy[0])
+    changes.undo()
+    nn.utils.parametrize.remove_parametrizations(lazy[0], "weight")
+    without = lazy(images())
+    block = insert_after(lazy, "0", num_entities=3).blocks[0]
+    nn.init.ones_(block.rho)
+    torch.testing.assert_close(lazy(images()), block.eval()(without))  # once
+
+
 def test_a_network_with_a_block_is_exported_whole() -> None:
     network = small(nn.BatchNorm2d(8)).eval()
     nn.init.ones_(insert_after(network, "1", num_entities=3).made[0].new.rho)
@@ -222,8 +258,8 @@ def test_what_is_named_by_nothing_is_told_with_the_norms_as_patterns(segmenter: 
 
 def test_an_error_of_a_pass_says_at_which_place(segmenter: nn.Module) -> None:
     network = copy.deepcopy(segmenter)
-    insert_after(network, "backbone")
-    with pytest.raises(ValueError, match=r"^backbone \(IntermediateLayerGetter\) returned OrderedDict; expected a fea"):
+    insert_after(network, "")
+    with pytest.raises(ValueError, match=r"^the module \(LRASPP\) returned OrderedDict; expected a feature map"):
         network(images())
     network = nn.Sequential(nn.ModuleDict({"norm": nn.GroupNorm(2, 8)})["norm"], nn.Flatten(2), nn.GroupNorm(2, 8))
     replace(network, nn.GroupNorm)

@@ -134,7 +134,8 @@ def insert_after(
     stays what it was, with the names of its weights, so checkpoints of before still load (with strict=False); its class
     becomes a subclass of the same name. The block is its child `inserted`: it is saved with it and has its mode.
 
-    Whatever makes modules anew, such as SyncBatchNorm's conversion, comes first; make the optimizer and wrap the
+    SyncBatchNorm's conversion keeps the block (and `undo` comes before it, for it is of the modules that were there);
+    whatever else makes modules anew, such as frozen or fused norms, comes first. Make the optimizer and wrap the
     network (DistributedDataParallel) afterwards; torch.compile may come before or after.
 
     Args:
@@ -146,7 +147,8 @@ def insert_after(
 
     Raises:
         ValueError: nothing is named by `target`, the number of channels that a module returns cannot be told, a block
-            follows it already, its forward was exchanged, or `model` is wrapped for several processes.
+            follows it already, its forward was exchanged, it is a container other than a Sequential, or `model` is
+            wrapped for several processes.
     """
     if block is not None and options:
         raise ValueError(f"got a block, and options for AN ({', '.join(options)}); expected one of them")
@@ -161,18 +163,24 @@ def insert_after(
                 f"{name or 'the network'} has another forward than its class's, as accelerate's hooks give it; "
                 "insert the block before that"
             )
+        if isinstance(module, _CONTAINERS) and type(module).forward is not nn.Sequential.forward:
+            raise ValueError(
+                f"{name or 'the network'} is {type(module).__name__}, whose modules are gone through one by one: the "
+                "block would be one of them; name one inside it, such as the last, or the module around it"
+            )
         new = _like(model, path, make(_returned_features(name, module)))
         if isinstance(new, AttentiveNorm2d):
             new.place = f"{name}.{INSERTED}" if name else INSERTED
         made.insert(0, Change(name, module, new))
     undo: list[Callable[[], None]] = []
     for change in made:
-        change.old.add_module(INSERTED, change.new)
-        undo.append(partial(_take_out, change.old, type(change.old)))
         change.old.__class__ = _followed(type(change.old))
+        change.old.add_module(INSERTED, change.new)
+        undo.append(partial(_take_out, change.old))
     return Changes(made, undo)
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FOLLOWED: dict[Any, type[nn.Module]] = {}
 
 
@@ -184,6 +192,8 @@ def _followed(kind: Any) -> type[nn.Module]:
     """
     if kind in _FOLLOWED:
         return _FOLLOWED[kind]
+    if set(kind.__mro__) & set(_FOLLOWED.values()):  # one already, or what torch has made of one
+        return kind
 
     def forward(self: nn.Module, *args: Any, **keywords: Any) -> Tensor:
         output: Any = kind.forward(self, *args, **keywords)
@@ -203,8 +213,23 @@ def _followed(kind: Any) -> type[nn.Module]:
         return _make_followed, (kind,), self.__getstate__()
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    _FOLLOWED[kind] = type(kind.__name__, (kind,), {**names, "forward": forward, "__reduce_ex__": reduce})
+    methods: dict[str, Any] = {"__reduce_ex__": reduce}
+    if kind.forward is not nn.Sequential.forward:  # which runs all children, the block as the last
+        methods["forward"] = forward
+    if getattr(kind, "cls_to_become", None):  # of a lazy module, in its first pass
+        methods["cls_to_become"] = _followed(kind.cls_to_become)
+    _FOLLOWED[kind] = type(kind.__name__, (kind,), {**names, **methods})
     return _FOLLOWED[kind]
+
+
+def _follow_anew(module: nn.Module, name: str, _: nn.Module | None) -> None:
+    """SyncBatchNorm's conversion hands on a norm's children; a norm has none but what was inserted."""
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    if is_norm and name == INSERTED:
+        module.__class__ = _followed(type(module))
+
+
+nn.modules.module.register_module_module_registration_hook(_follow_anew)
 
 
 def _make_followed(kind: type[nn.Module]) -> nn.Module:
@@ -212,10 +237,10 @@ def _make_followed(kind: type[nn.Module]) -> nn.Module:
     return object.__new__(_followed(kind))
 
 
-def _take_out(module: nn.Module, kind: type[nn.Module]) -> None:
+def _take_out(module: nn.Module) -> None:
     delattr(module, INSERTED)
-    if type(module) is _followed(kind):
-        module.__class__ = kind
+    kinds: dict[type[nn.Module], Any] = {followed: kind for kind, followed in _FOLLOWED.items()}
+    module.__class__ = kinds.get(type(module), type(module))
 
 
 def _places(model: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
