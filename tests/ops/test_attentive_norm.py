@@ -52,12 +52,13 @@ def test_torch_accepts_the_operators(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["native"], indirect=True)  # the compiler sees one operator, whoever runs it
 def test_it_compiles_in_one_graph_for_maps_of_several_sizes(impl: str) -> None:
-    torch._dynamo.reset()
     layer = make_layer(8, 4, impl)
-    for training, sides in ((True, (6, 9, 12)), (False, (6,))):
+    # From the second size on, or with dynamic=True from the first, the size is a variable of the graph.
+    for training, dynamic, sides in ((True, None, (6, 9, 12)), (True, True, (6,)), (False, None, (6,))):
+        torch._dynamo.reset()
         layer.train(training)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        for side in sides:  # from the second on, the size is a variable of the graph
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for side in sides:
             x = torch.randn(2, 8, side, side)
             assert_close(results(compiled, x), results(layer, x), 1e-6)
 

@@ -54,9 +54,9 @@ def attentive_norm(
         triton take products in the precision of x (float32 as torch multiplies matrices: exactly, unless TF32 is
         allowed).
     """
-    count, channels = filters.shape[1], x.shape[1]
+    count, channels = filters.shape[1:]  # of the parameters, which stay numbers where torch.compile makes none of x's
     given = {
-        "filters": (filters, (filters.shape[0], count, channels)),
+        "filters": (filters, (filters.shape[0], count, x.shape[1])),
         "offset": (offset, (filters.shape[0], count)),
         "value_weight": (value_weight, (channels, channels)),
         "value_bias": (value_bias, (channels,)),
