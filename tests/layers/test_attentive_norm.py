@@ -350,6 +350,14 @@ def test_new_layer_is_exactly_the_identity(dtype: torch.dtype, training: bool) -
     assert torch.equal(layer(x), x)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_new_layer_is_the_identity_though_the_value_leaves_the_range_of_float16(impl: str) -> None:
+    layer = AttentiveNorm2d(8, impl=impl)
+    torch.nn.init.ones_(layer.value.weight)
+    x = 65504 * feature_map(2, 8, 6, 5, dtype=torch.float16).sign()
+    assert torch.equal(layer(x), x)
+
+
 # Autocast
 
 

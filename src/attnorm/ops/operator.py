@@ -42,8 +42,9 @@ def plain(
     layout = soft_layout(x, filters, offset)  # Eq. 4
     v = x
     if value_weight is not None:
+        v = x.float() if x.dtype == torch.float16 else x  # whose range a product of large features leaves
         v = F.conv2d(
-            x, value_weight.to(x.dtype)[:, :, None, None], None if value_bias is None else value_bias.to(x.dtype)
+            v, value_weight.to(v.dtype)[:, :, None, None], None if value_bias is None else value_bias.to(v.dtype)
         )
     x_bar = regional_norm(v, layout, weight, bias, **settings)  # Eq. 5
     return (x + rho * x_bar).to(x.dtype), layout  # Eq. 6; the first term's memory format is the sum's
