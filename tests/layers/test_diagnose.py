@@ -86,6 +86,19 @@ def test_a_layer_that_is_only_ever_in_evaluation_is_told_so() -> None:
     assert site.batches == 1 and site.verdict == "awake"
 
 
+def test_entities_that_an_initialization_of_the_whole_network_made_small_are_told() -> None:
+    network, x = Network(), torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        network.first.rho.fill_(0.5)
+    network.apply(lambda module: nn.init.normal_(module.weight, 0, 0.02) if isinstance(module, nn.Conv2d) else None)
+    network(x)
+    (site,) = diagnose(network, x)
+    assert site.entities == pytest.approx(0.02, rel=0.5)
+    assert site.verdict.startswith("asleep: the layout is uniform (the entities are 0.02 where they start at 1: ")
+    network.first.reset_entities()
+    assert diagnose(network, x)[0].verdict == "awake"
+
+
 def test_a_network_without_the_layer_is_told_so() -> None:
     with pytest.raises(ValueError, match="there is no AttentiveNorm2d in ReLU"):
         diagnose(nn.ReLU(), torch.zeros(1, 8, 2, 2))

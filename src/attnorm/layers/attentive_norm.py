@@ -130,7 +130,10 @@ class AttentiveNorm2d(nn.Module):
         self.reset_entities()
 
     def reset_entities(self) -> None:
-        """W ~ N(0, 1), whatever initializes the rest: much smaller rows would make the layout uniform (row 4)."""
+        """W ~ N(0, 1), whatever initializes the rest: much smaller rows would make the layout uniform (row 4).
+
+        To be called after an initialization that goes over all convolutions of a network, W among them.
+        """
         nn.init.normal_(self.entities.weight)
 
     def forward(

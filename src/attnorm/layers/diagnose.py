@@ -14,6 +14,7 @@ from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.observe import layers_of, observe_layouts
 from attnorm.ops.soft_layout import effective_entities, entity_usage, layout_entropy
 
+SMALL = 0.3  # RMS of the entities below which temperature="auto" has a layout that is next to uniform
 UNIFORM = 0.95  # entropy from which on a layout tells pixels so little apart that AN is instance normalization
 NEXT_TO_NOTHING = 0.01  # change below which AN hands on its input
 
@@ -29,6 +30,7 @@ class Diagnosis:
     spread: float  # standard deviation of the logits over the entities (1.6 with the paper's widths and tau)
     change: float  # RMS of what the layer adds to its input, as a share of the input's: rho counts only beside it
     batches: int | None = None  # training batches that the features' moments come of; None without moments
+    entities: float = 1.0  # RMS of the numbers of W, which start at 1
 
     @property
     def is_awake(self) -> bool:
@@ -40,8 +42,13 @@ class Diagnosis:
         """ "awake", or why it is asleep."""
         reasons = []
         if self.entropy >= UNIFORM:
-            unseen = " (no training batch was seen: the layer was never in training mode)" if self.batches == 0 else ""
-            reasons.append(f"the layout is uniform{unseen}")
+            why = ""
+            if self.batches == 0:
+                why = " (no training batch was seen: the layer was never in training mode)"
+            elif self.entities < SMALL:
+                why = f" (the entities are {self.entities:.2f} where they start at 1: an initialization or spectral"
+                why += " norm of all convolutions, or weight decay; reset_entities() makes them anew)"
+            reasons.append(f"the layout is uniform{why}")
         if self.change < NEXT_TO_NOTHING:
             reasons.append("rho is next to 0")
         return f"asleep: {' and '.join(reasons)}" if reasons else "awake"
@@ -93,4 +100,5 @@ def _diagnosis(site: str, layer: AttentiveNorm2d, features: Tensor, layout: Tens
         layer.logits(features).var(1, correction=0).mean().sqrt().item(),
         (added.square().mean() / features.float().square().mean().clamp_min(1e-30)).sqrt().item(),
         None if layer.num_batches_tracked is None else int(layer.num_batches_tracked.item()),
+        layer.entities.weight.square().mean().sqrt().item(),
     )
