@@ -130,6 +130,10 @@ def test_the_scores_of_a_run_are_on_its_card_and_the_run_itself_is_left_alone(tm
 
 def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Generator(config_of("class_conditional").model)
+    changes = attnorm.insert_after(network, "blocks.0.conv1")
+    with pytest.raises(UserError, match=r"describes: blocks\.0\.conv1\.inserted\.bias and 13 other tensors"):
+        network.save_pretrained(tmp_path)
+    changes.undo()
     network.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="holds another network than InpaintingGenerator"):
         InpaintingGenerator.from_pretrained(tmp_path)

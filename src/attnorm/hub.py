@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from attnorm.checkpoint import CONFIG, REMEDY, WEIGHTS, CheckpointError, Header, read_checkpoint, save_weights
@@ -122,8 +123,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             options: huggingface_hub's: repo_id and push_to_hub=True to send it at once, model_card_kwargs.
 
         Raises:
-            UserError: the folder is a run directory, whose config.json is not ours to replace; or huggingface_hub is
-                not installed.
+            UserError: the folder is a run directory, whose config.json is not ours to replace; the network has other
+                tensors than its configuration describes; or huggingface_hub is not installed.
         """
         folder = Path(save_directory)
         if (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file():
@@ -132,6 +133,13 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by `save_pretrained`, which makes the folder before and the card after."""
+        with torch.device("meta"):
+            described = type(self)(self.config).state_dict()
+        if changed := sorted(described.keys() ^ self.state_dict().keys()):
+            raise UserError(
+                f"the network is not the one that its configuration describes: {changed[0]} and {len(changed) - 1} "
+                "other tensors came or went, as by attnorm.insert_after or replace; undo that, or keep its state_dict()"
+            )
         header = (self.header or header_of(self.config)).public()
         values = {"architectures": [type(self).__name__], "inference": describe(header)}
         save_weights(save_directory / WEIGHTS, self.state_dict())
