@@ -99,9 +99,9 @@ def evaluate_generators(
                 try:
                     read = {key: read_images(config)}  # those of one data set at a time
                 except ConfigError as error:
-                    raise (
-                        error if data else ConfigError(f"{error}; where {run}'s data are now, --data SRC says")
-                    ) from error
+                    if data:
+                        raise
+                    raise ConfigError(f"{error}; where {run}'s data are now, --data SRC says") from error
                 console.quiet = False
             if not data:
                 _require_same_data(run, read[key])
