@@ -306,6 +306,8 @@ class RunConfig:
 
     seed: int = field(default=0, metadata=_FREE)
     batch_size: int = 64
+    # What the networks begin with: those of a run directory or a checkpoint, or the name of a model; "": the seed's.
+    start_from: str = ""
     duration_images: int = field(default=6_400_000, metadata=_REPORTING)
     # Stop cleanly after so many minutes of training; 0: no limit.
     max_minutes: float = field(default=0.0, metadata=_REPORTING)

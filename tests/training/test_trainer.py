@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from attnorm.checkpoint import CheckpointError, read_checkpoint
+from attnorm.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from attnorm.cli import training as command
 from attnorm.config import Config, ConfigError
 from attnorm.data.images import to_float
@@ -36,7 +36,7 @@ from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step, seed_weights
 from attnorm.training import class_conditional, trainer
 from attnorm.training.class_conditional import ClassConditionalTask
-from attnorm.training.resume import effective_settings
+from attnorm.training.resume import effective_settings, require_trainable, start_from
 from attnorm.training.state import TrainingState
 from attnorm.training.trainer import TrainingError
 from tests.training.conftest import assert_equal_checkpoints, check_resume, noise, rows_of, run, silent
@@ -227,6 +227,50 @@ def test_a_finished_run_is_left_as_it_is_and_refuses_other_settings_data_and_che
     other.checkpoint_file(8).write_bytes((whole / "checkpoints/000000016.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"000000008\.safetensors does not fit"):
         run(tiny("model.width=4"), other.path)
+
+
+def test_a_run_starts_from_the_weights_of_another_and_goes_on_from_its_own(tmp_path: Path, whole: Path) -> None:
+    start = f"run.start_from={whole}"
+    check_resume(lambda *settings: tiny(start, *settings), tmp_path / "resumed", 16, 32)
+    console = silent()
+    run(tiny(start, "optim.g_lr=1e-30", "optim.d_lr=1e-30", "optim.ema_decay=0"), tmp_path / "still", console=console)
+    assert "starts from" in (said := console.file.getvalue()) and "new:" not in said  # type: ignore[attr-defined]
+    (ours, header), (theirs, _) = (
+        read_checkpoint(RunDirectory(path).checkpoint_file(32)) for path in (tmp_path / "still", whole)
+    )
+    weights = [name for name in theirs if not name.startswith("optimiser.") and name.endswith(("weight", "original"))]
+    assert header.images_seen == 32 and len(weights) > 30
+    for name in weights:
+        assert torch.equal(ours[name], theirs[name if name.startswith("d") else name.replace("ema.", "generator.")]), (
+            name
+        )
+
+
+def test_of_a_model_with_other_classes_all_but_these_is_taken(tmp_path: Path, whole: Path) -> None:
+    tensors, header = read_checkpoint(RunDirectory(whole).checkpoint_file(32), prefix="ema.")
+    model = tmp_path / "model.safetensors"
+    save_checkpoint(model, {f"ema.{name}": tensor.half() for name, tensor in tensors.items()}, header)
+    images = noise(classes=("a", "b"))
+    task = trainer.make_task(trainer.resolve(tiny(), images), images, torch.device("cpu"))
+    start = {name: tensor.clone() for name, tensor in task.state.tensors().items()}
+    (said,) = start_from(str(model), task.state, images.classes)
+    for what in ("the discriminator", "what the generator has of each class", "what the ema has of each class"):
+        assert what in said.partition("; new: ")[2]
+    after, taken, kept = task.state.tensors(), 0, 0
+    for name, tensor in tensors.items():
+        for part in ("generator", "ema"):
+            ours = after[f"{part}.{name}"]
+            is_taken = ours.shape == tensor.shape
+            expected = tensor.half().to(ours.dtype) if is_taken else start[f"{part}.{name}"]
+            assert torch.equal(ours, expected), name
+            taken, kept = taken + is_taken, kept + (not is_taken)
+    assert taken > 30 and kept > 3
+    assert all(torch.equal(after[name], start[name]) for name in start if name.startswith("discriminator."))
+    wider = trainer.make_task(trainer.resolve(tiny("model.width=4"), noise()), noise(), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has another generator"):
+        start_from(str(model), wider.state, header.classes)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        require_trainable(tiny("run.start_from=nowhere"), tmp_path / "new")
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:

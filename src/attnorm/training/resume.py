@@ -12,10 +12,10 @@ from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError, RunConfig
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import parts_of_batch
-from attnorm.run_directory import RunDirectory
+from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.settings import MAY_CHANGE_ON_RESUME, flatten
 from attnorm.system.process_group import ProcessGroup, find_own_device
-from attnorm.training.state import TrainingState
+from attnorm.training.state import TrainingState, below
 
 
 def require_trainable(config: Config, out: Path, group: ProcessGroup = ProcessGroup()) -> None:  # noqa: B008
@@ -30,6 +30,8 @@ def require_trainable(config: Config, out: Path, group: ProcessGroup = ProcessGr
     run.require_free_or_run()
     if run.checkpoints():
         require_same_settings(run, config)
+    elif config.run.start_from:
+        find_checkpoint(config.run.start_from)
 
 
 def require_possible(settings: RunConfig, group: ProcessGroup) -> None:
@@ -101,6 +103,41 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
             f"{data['num_images']} of {data['source']}); give the same data, or another --out"
         )
     return run.checkpoints()[-1], said
+
+
+def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> list[str]:
+    """Gives the networks of `state` the weights of another run or of a model, and leaves optimisers and clock at their
+    start; what is to be said of it. Where there is an average alone, generator and average have that, and the other
+    networks stay as they are. Of another number of classes, so does what there is one of for each class.
+
+    Raises:
+        CheckpointError: it cannot be used, or is of other networks.
+    """
+    checkpoint = find_checkpoint(path)
+    tensors, header = read_checkpoint(checkpoint)
+    networks = state.networks | {name: average.network for name, average in state.averages.items()}
+    parts = {name: below(tensors, f"{name}.") for name in networks}
+    parts["generator"] = parts["generator"] or dict(parts["ema"])
+    new: list[str] = []
+    for name, network in networks.items():
+        if not parts[name]:
+            new.append(f"the {name}")
+            continue
+        if len(header.classes) != len(classes):
+            sizes, theirs = (len(header.classes), len(classes)), parts[name]
+            of_classes = {
+                key: tensor
+                for key, tensor in network.state_dict().items()
+                if key in theirs and (*theirs[key].shape[:1], *tensor.shape[:1]) == sizes
+            }
+            parts[name] |= of_classes
+            new += [f"what the {name} has of each class"] if of_classes else []
+        try:
+            network.load_state_dict(parts[name])
+        except RuntimeError as error:
+            raise CheckpointError(f"run.start_from: {checkpoint} has another {name}: {error}") from error
+    what = f"; new: {', '.join(new)}" if new else ""
+    return [f"starts from {checkpoint}, trained with {header.images_seen:,} images{what}"]
 
 
 def load_state(checkpoint: Path, state: TrainingState, *, processes: int = 1) -> list[str]:

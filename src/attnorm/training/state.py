@@ -119,14 +119,14 @@ class TrainingState:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`: raises RuntimeError where names or shapes differ."""
-        numbers = _below(tensors, "number.")
+        numbers = below(tensors, "number.")
         if numbers.keys() != self.numbers.keys():
             raise RuntimeError(f"it remembers {sorted(numbers)}; expected {sorted(self.numbers)}")
         for name, number in self.numbers.items():
             number.copy_(numbers[name])
         modules = self.networks | {name: average.network for name, average in self.averages.items()}
         for name, network in modules.items():
-            network.load_state_dict(_below(tensors, f"{name}."))
+            network.load_state_dict(below(tensors, f"{name}."))
         for name, optimiser in self.optimisers.items():
             states: dict[int, dict[str, Tensor]] = {}
             started = any(key.startswith(f"optimiser.{name}.") for key in tensors)  # before its first step it has none
@@ -134,7 +134,7 @@ class TrainingState:
             in_order = [parameter for group in optimiser.param_groups for parameter in group["params"]]
             for index, parameter in enumerate(in_order):  # as the optimiser numbers them
                 parameter_name = names[parameter]
-                fields = _below(tensors, f"optimiser.{name}.{parameter_name}.")
+                fields = below(tensors, f"optimiser.{name}.{parameter_name}.")
                 if started and fields.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                     raise RuntimeError(f"optimiser.{name}.{parameter_name} has {sorted(fields)}; expected Adam's state")
                 # Fused Adam pairs numbers by their place in memory: a moment must lie as its parameter does, or
@@ -146,5 +146,5 @@ class TrainingState:
             optimiser.load_state_dict({**optimiser.state_dict(), "state": states if started else {}})
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -52,7 +52,7 @@ from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger
 from attnorm.training.projected import ProjectedTask
 from attnorm.training.relativistic import RelativisticTask
-from attnorm.training.resume import load_state, open_run, require_possible
+from attnorm.training.resume import load_state, open_run, require_possible, start_from
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
@@ -110,6 +110,8 @@ def train(
         name = group.text_of_first("" if checkpoint is None else str(checkpoint))
         if name:
             said += group.together(lambda: load_state(Path(name), task.state, processes=group.count))
+        elif config.run.start_from:
+            said += group.together(lambda: start_from(config.run.start_from, task.state, images.classes))
         for text in said:
             console.print(text, highlight=False, soft_wrap=True, markup=False)
         # What checkpoints say of the run is how and where it was really made.
