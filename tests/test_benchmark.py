@@ -137,9 +137,11 @@ def test_the_plain_form_is_one_graph_and_right(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_compiler_inductor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as compiler  # takes seconds
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    report = bench_run.run(cases="smoke", implementations="an-inductor", device="cpu", seconds=1e-3)
+    with compiler.patch({"cpp.cxx": ("/nowhere/g++",)}):  # monkeypatch would leave it without any
+        report = bench_run.run(cases="smoke", implementations="an-inductor", device="cpu", seconds=1e-3)
     assert [cell.status for cell in report.cells] == ["missing", "missing"]
     assert re.search(r"an-inductor cannot run: No working C\+\+ compiler.*/nowhere/g\+\+.*CXX", report.cells[0].reason)
 
