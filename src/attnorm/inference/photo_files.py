@@ -162,8 +162,7 @@ class Photograph:
     def largest_change(self, data: bytes, mask: Tensor) -> int:
         """By how many levels the file `data` differs from this photograph, at most, where `mask` is False."""
         with Image.open(io.BytesIO(data)) as image:
-            apart = np.asarray(image).astype(np.int16)
-        apart -= self.samples
+            apart = np.subtract(np.asarray(image), self.samples, dtype=np.int16)
         apart[_stored(mask[0].numpy(), self.orientation)] = 0
         return int(np.abs(apart, out=apart).max())
 
