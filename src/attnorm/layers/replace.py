@@ -218,6 +218,8 @@ def _followed(kind: Any) -> type[nn.Module]:
         methods["forward"] = forward
     if getattr(kind, "cls_to_become", None):  # of a lazy module, in its first pass
         methods["cls_to_become"] = _followed(kind.cls_to_become)
+    if not _FOLLOWED:  # torch's hook is for the whole process: nobody has it who inserts nothing
+        nn.modules.module.register_module_module_registration_hook(_follow_anew)
     _FOLLOWED[kind] = type(kind.__name__, (kind,), {**names, **methods})
     return _FOLLOWED[kind]
 
@@ -227,9 +229,6 @@ def _follow_anew(module: nn.Module, name: str, _: nn.Module | None) -> None:
     is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
     if is_norm and name == INSERTED:
         module.__class__ = _followed(type(module))
-
-
-nn.modules.module.register_module_module_registration_hook(_follow_anew)
 
 
 def _make_followed(kind: type[nn.Module]) -> nn.Module:
