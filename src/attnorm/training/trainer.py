@@ -170,6 +170,8 @@ def _announce(config: Config, images_seen: int, device: torch.device, group: Pro
     at = f", from {images_seen:,} images on" if images_seen else ""
     where = f"{device}" if group.count == 1 else f"{group.count} processes, {device.type},"
     console.print(f"training on {where} in {config.run.precision}{at}", highlight=False)
+    if config.run.compile:
+        console.print("the first step waits, for minutes, while the networks are compiled")
     if device.type == "cuda" and config.model.context.startswith("an") and config.model.an.impl in ("auto", "triton"):
         console.print("the first step waits, up to a few minutes, where AN's kernels have not been compiled here yet")
 
