@@ -15,7 +15,7 @@ def experiment(
     name: Annotated[Literal["regional-statistics", "diffusion"], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     data: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
-    scale: Literal["full", "long", "smoke"] = "full",
+    scale: Literal["full", "long", "short", "smoke"] = "full",
     arms: Names = "",
 ) -> None:
     """Measure what a context block is worth, in a controlled experiment.
@@ -29,7 +29,7 @@ def experiment(
         out: Where results, report.md, report.json and the pictures go.
         data: For diffusion: a folder or zip of images, or CIFAR-10; every tenth is held out.
         scale: smoke: seconds, in which nothing is learnt. long: of regional-statistics, five times the steps, for as
-            many textures as AN has entities and for more.
+            many textures as AN has entities and for more. short: of diffusion, a quarter of the images.
         arms: Blocks to train, comma between; all unless named.
     """
     import torch
