@@ -88,7 +88,7 @@ class Source:
         """SAGAN's block, as BigGAN-PyTorch and torch-mimicry name its parts."""
         names = {"theta": "query", "phi": "key", "g": "value", "o": "project"}
         tensors = {f"{ours}.{name}.weight": self.weight(f"{block}.{theirs}") for theirs, name in names.items()}
-        return {**tensors, f"{ours}.gate": self.take(f"{block}.gamma").reshape(())}
+        return {**tensors, f"{ours}.gate": self.take(f"{block}.gamma").reshape(1)}
 
     def require_empty(self) -> None:
         """What only training used may be left."""

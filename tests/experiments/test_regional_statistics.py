@@ -83,8 +83,8 @@ def test_every_arm_can_be_trained_and_starts_with_the_same_weights_around_the_bl
     torch.manual_seed(3)
     without = experiment.Network(ARMS["none"], BASE).state_dict()
     assert all(torch.equal(network.state_dict()[name], value) for name, value in without.items())
-    for parameter in network.block.parameters():  # open the gate
-        if parameter.ndim == 0:
+    for name, parameter in network.block.named_parameters():  # open the gate
+        if name.rpartition(".")[2] in ("rho", "gate"):
             torch.nn.init.constant_(parameter, 0.5)
     examples = drawn(BASE, num=1, size=32)
     images.hidden_error(network(examples.shown), examples).backward()

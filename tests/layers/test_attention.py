@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnorm import SelfAttention2d
+from attnorm import AttentiveNorm2d, SelfAttention2d
 from attnorm.layers.linear_attention import LinearAttention2d
 
 KINDS: dict[str, type[nn.Module]] = {"softmax": SelfAttention2d, "linear": LinearAttention2d}
@@ -136,7 +136,7 @@ def test_wrong_input_is_told_what_was_expected(kind: str) -> None:
 def test_widths_are_those_of_the_published_code() -> None:
     shapes = {name: tuple(p.shape[:2]) for name, p in SelfAttention2d(256).named_parameters()}
     narrow = {"query.weight": (32, 256), "key.weight": (32, 256), "value.weight": (128, 256)}
-    assert shapes == {**narrow, "project.weight": (256, 128), "gate": ()}
+    assert shapes == {**narrow, "project.weight": (256, 128), "gate": (1,)}
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
@@ -166,3 +166,13 @@ def test_sums_keep_float32_under_autocast_and_bfloat16() -> None:
     assert under_autocast.dtype == torch.float32 and low.dtype == torch.bfloat16
     for got in (under_autocast, low.float()):
         torch.testing.assert_close(got[:, 3], torch.full((1, 2, 2), 1.5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [AttentiveNorm2d, SelfAttention2d, LinearAttention2d])
+def test_a_gate_without_a_dimension_is_that_of_earlier_versions(block: type[nn.Module]) -> None:
+    name = "rho" if block is AttentiveNorm2d else "gate"
+    old = nn.Sequential(block(8))
+    state = old.state_dict()
+    state[f"0.{name}"] = torch.tensor(0.25)
+    old.load_state_dict(state)
+    assert dict(old.named_parameters())[f"0.{name}"].tolist() == [0.25] and state[f"0.{name}"].ndim == 0

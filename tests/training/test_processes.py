@@ -27,6 +27,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from attnorm import AttentiveNorm2d
@@ -35,6 +38,8 @@ from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet, fingerprint
 from attnorm.data.stream import Batch, Stream, parts_of_batch
 from attnorm.layers.batch_norm import BatchNorm2d
+from attnorm.layers.linear_attention import LinearAttention2d
+from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
@@ -164,6 +169,23 @@ def parallel(group: ProcessGroup) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
+def sharded(group: ProcessGroup) -> dict[str, Tensor]:
+    """Gradients of the blocks, each parameter divided among the processes by torch's own fully_shard (FSDP2)."""
+    torch.manual_seed(0)
+    layer = AttentiveNorm2d(4, 3, shared_sampling=True, reduction=2, temperature=0.1)
+    network = nn.Sequential(layer, SelfAttention2d(4), LinearAttention2d(4))
+    x, projection = torch.randn(2, 4, 4, 4, 4).unbind()
+    for gate in (layer.rho, network[1].gate, network[2].gate):
+        nn.init.constant_(gate, 0.7)
+    if group.count > 1:
+        fully_shard(network, mesh=init_device_mesh("cpu", (group.count,)))
+    own = slice(4 // group.count * group.rank, 4 // group.count * (group.rank + 1))
+    torch.manual_seed(2)  # of the positions
+    (network(x[own]) * projection[own]).mean().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+
+
 def features(group: ProcessGroup) -> dict[str, Tensor]:
     """Moments of the features that temperature="auto" takes, where the first process has one image or none."""
     x = (2000 + torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(1))).float()
@@ -192,6 +214,7 @@ EXACT: dict[str, Callable[[ProcessGroup], dict[str, Tensor]]] = {
     "batch norm": batch_norm,
     "batch norm in pairs": lambda group: batch_norm(group, size=2),
     "DistributedDataParallel": parallel,
+    "fully_shard": sharded,
     "moments of features": features,
 }
 CHECKED = {

@@ -36,6 +36,7 @@ from attnorm.benchmark.timing import peak_bytes
 from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.experiments.regional_images import CELL, Examples, Setting, as_picture, draw_examples, hidden_error
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.layers.gate import new_gate
 from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.region_norm import RegionNorm2d
 from attnorm.layers.self_attention import SelfAttention2d
@@ -84,7 +85,7 @@ class Residual(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block, self.gate = block, nn.Parameter(torch.zeros(()))
+        self.block, self.gate = block, new_gate()
 
     def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
         out: Tensor = x + self.gate * self.block(x, *mask)
@@ -258,8 +259,8 @@ def train(job: Job, scale: Scale, lr: float) -> tuple[Network, dict[str, Any]]:
 
 
 def _groups(network: Network, lr: float) -> list[dict[str, Any]]:
-    """Of the optimizer: the gate of the block, a scalar where it has one, has a learning rate of its own."""
-    gates = [parameter for parameter in network.block.parameters() if parameter.ndim == 0]
+    """Of the optimizer: the gate of the block, where it has one, has a learning rate of its own."""
+    gates = [gate for name, gate in network.block.named_parameters() if name in ("rho", "gate")]
     others = [parameter for parameter in network.parameters() if all(parameter is not gate for gate in gates)]
     return [{"params": others, "lr": lr}, {"params": gates, "lr": GATE_LR_SCALE * lr}][: 2 if gates else 1]
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnorm.layers.gate import new_gate, read_gate
 from attnorm.ops.attentive_norm import attentive_norm
 from attnorm.ops.dispatch import IMPLEMENTATIONS, at_least_float32, is_transformed, say_once
 from attnorm.ops.regional_norm import Moments, Statistics
@@ -116,7 +117,7 @@ class AttentiveNorm2d(nn.Module):
         self.value = nn.Conv2d(num_features, num_features, 1) if value_projection else None
         self.weight = nn.Parameter(torch.ones(num_entities, num_features)) if affine else None  # beta
         self.bias = nn.Parameter(torch.zeros(num_entities, num_features)) if affine else None  # alpha
-        self.rho = nn.Parameter(torch.zeros(()))  # Eq. 6
+        self.rho = new_gate()  # Eq. 6
         self.feature_mean: Tensor | None
         self.feature_var: Tensor | None
         self.num_batches_tracked: Tensor | None
@@ -163,7 +164,7 @@ class AttentiveNorm2d(nn.Module):
                 self.weight,
                 self.bias,
                 # Eq. 6: rho * X_bar + X
-                self.rho,
+                self.rho.squeeze(0),
                 statistics=self.statistics,
                 moments=self.moments,
                 running_mean=self.running_mean,
@@ -278,6 +279,7 @@ class AttentiveNorm2d(nn.Module):
         var = state_dict.get(f"{prefix}feature_var")
         if var is not None and var.ndim == 0:  # once one number for all channels: the same layouts
             state_dict[f"{prefix}feature_var"] = var.repeat(self.num_features)
+        read_gate(state_dict, f"{prefix}rho")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _set_temperature(self, temperature: float | Literal["auto"]) -> None:

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnorm.layers.gate import new_gate, read_gate
 from attnorm.ops.dispatch import at_least_float32
 from attnorm.system.devices import no_autocast
 
@@ -40,7 +43,7 @@ class LinearAttention2d(nn.Module):
         self.key = nn.Conv2d(num_features, num_features, 1, bias=False)
         self.value = nn.Conv2d(num_features, num_features, 1, bias=False)
         self.project = nn.Conv2d(num_features, num_features, 1, bias=False)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = new_gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is [N, C, H, W], floating; so is what is returned, in its dtype and memory format."""
@@ -62,6 +65,10 @@ class LinearAttention2d(nn.Module):
         attended = attended.to(dtype).flatten(1, 2).unflatten(2, x.shape[2:])
         # The first term's memory format is the sum's.
         return (x + self.gate * self.project(attended)).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        read_gate(state_dict, f"{prefix}gate")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, head_width={self.head_width}"

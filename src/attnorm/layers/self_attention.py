@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attnorm.layers.gate import new_gate, read_gate
 
 
 class SelfAttention2d(nn.Module):
@@ -26,7 +30,7 @@ class SelfAttention2d(nn.Module):
         self.key = nn.Conv2d(num_features, narrow, 1, bias=False)
         self.value = nn.Conv2d(num_features, half, 1, bias=False)
         self.project = nn.Conv2d(half, num_features, 1, bias=False)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = new_gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is [N, C, H, W]; so is what is returned, in its memory format. Time grows with (H*W)^2."""
@@ -49,6 +53,10 @@ class SelfAttention2d(nn.Module):
         attended = attended.transpose(1, 2).unflatten(2, x.shape[2:])
         # What attention returns has its channels last; the first term's memory format is the sum's.
         return (x + self.gate * self.project(attended)).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        read_gate(state_dict, f"{prefix}gate")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return str(self.num_features)
