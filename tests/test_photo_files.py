@@ -507,6 +507,7 @@ def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
     picture("RGB").save(tmp_path / "x.jp2")
     (tmp_path / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + noise(12, most=65536).astype(">u2").tobytes())
     (tmp_path / "deep.tif").write_bytes(deep_tiff())
+    (tmp_path / "telephone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in {
@@ -520,6 +521,7 @@ def test_files_that_would_not_be_kept_are_refused(tmp_path: Path) -> None:
         "x.jp2": "it is JPEG2000; expected one of PNG, JPEG",
         "deep.ppm": "16 bits a channel in colour, which are kept in PNG only",
         "deep.tif": "16 bits a channel in colour, which are kept in PNG only",
+        "telephone.jpg": r"it is HEIC: save it as JPEG; expected one of PNG",
         "folder.png": "cannot read the image",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -140,11 +140,14 @@ def test_processes_change_no_byte_and_no_reason(tmp_path: Path, request: pytest.
     assert len(serial) == 67 and (parallel.fingerprint, parallel.skipped) == (serial.fingerprint, serial.skipped)
     written = [next((tmp_path / name).glob("*.npy")).read_bytes() for name in ("serial", "parallel")]
     assert written[0] == written[1]
+    again = load_images(path, SIZE, cache_dir=tmp_path / "parallel")
+    notes = {images.note for images in (serial, parallel, again)}
+    assert notes == {"31 of 67 images are smaller than 8 pixels, and were enlarged."}
 
 
 def test_an_image_that_kills_its_process_is_named_and_the_next_is_decoded() -> None:
     with Decoders(Frame(SIZE), 1) as decoders:
-        assert decoders.pixels(png(1)) == decoded(png(1))
+        assert decoders.pixels(png(1)) == (decoded(png(1)), False)
         process = decoders.free.get()
         assert process is not None
         process.kill()
@@ -152,7 +155,7 @@ def test_an_image_that_kills_its_process_is_named_and_the_next_is_decoded() -> N
         decoders.free.put(process)
         with pytest.raises(MemoryError, match="has died"):
             decoders.pixels(png(1))
-        assert decoders.pixels(png(2)) == decoded(png(2))
+        assert decoders.pixels(png(2)) == (decoded(png(2)), False)
 
 
 DECODE = """

@@ -332,3 +332,14 @@ def test_names_of_any_kind_are_drawn_as_they_are(tmp_path: Path, run: Path) -> N
     figures.save_figure(figure, tmp_path / "x.png")
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["$5_$10", r"caf\xe9", "caf\u00e9", r"\x1b[31m"]
+
+
+def test_what_the_usual_font_lacks_is_of_an_installed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib brings STIXGeneral, which has U+231A; without it a box is drawn, and a warning given."""
+    figure = Figure()
+    figure.text(0.1, 0.5, "\u231a cat")
+    with pytest.warns(UserWarning, match="Glyph 8986"):
+        figures.save_figure(figure, tmp_path / "box.png")
+    monkeypatch.setattr(figures, "FALLBACK_FONTS", ("A font that is nowhere", "STIXGeneral"))
+    figures.save_figure(figure, tmp_path / "watch.png")  # a warning would be an error
+    assert (look_at(tmp_path / "watch.png") < 128).any()

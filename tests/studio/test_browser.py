@@ -499,27 +499,28 @@ def test_a_file_beside_the_editor_opens_and_history_outlives_a_studio_that_does_
     drop = """(dataTransfer) => document.querySelector("header").dispatchEvent(
         new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }))"""
     with (visit := Visit(browser, address)) as page:
-        files = transfer(page, "holiday.png", encoded(photograph(32, 32)))
+        files = transfer(page, "holiday.jpg", encoded(photograph(32, 32), "JPEG"))
         assert page.evaluate(drop, files) is False  # prevented: the browser would leave the page
         page.keyboard.press("4")
         panel = page.locator("#holes")
         assert panel.locator("[data-empty]").is_visible()
         page.evaluate(drop, files)
-        expect(panel.locator("[data-status]")).to_contain_text("holiday.png")
+        expect(panel.locator("[data-status]")).to_contain_text("holiday.jpg")
         stroke(page, panel.locator("[data-view]"), (0.45, 0.5), (0.55, 0.5))
         panel.get_by_role("button", name="Fill", exact=True).click()
         expect(panel.locator("[data-results] button")).to_have_count(2)
         panel.get_by_role("button", name="Go on with it").click()
         history = panel.locator("[data-history] button")
-        expect(history).to_have_text("1: holiday.png")
+        expect(history).to_have_text("1: holiday.jpg")
+        expect(panel.locator("[data-status]")).to_contain_text("PNG")  # JPEG again would change the other pixels
         page.route("**/api/photograph", lambda route: route.abort())
         history.click()
         expect(panel.get_by_role("alert")).to_contain_text("The studio does not answer")
-        expect(history).to_have_text("1: holiday.png")
+        expect(history).to_have_text("1: holiday.jpg")
         page.unroute("**/api/photograph")
         history.click()
         expect(history).to_have_text("1: holiday-filled.png")
-        expect(panel.locator("[data-status]")).to_contain_text("holiday.png")
+        expect(panel.locator("[data-status]")).to_contain_text("holiday.jpg")
         visit.faults.clear()
 
 

@@ -37,6 +37,7 @@ class _Labelling(NamedTuple):
     labels: np.ndarray
     classes: tuple[str, ...]
     skipped: tuple[str, ...]
+    num_enlarged: int
     unread: list[int]  # files that the system did not give, by their numbers: no word on what they hold
 
 
@@ -49,6 +50,7 @@ class Decoded:
     classes: tuple[str, ...]
     skipped: tuple[str, ...]
     fingerprint: str
+    num_enlarged: int = 0  # of the images: those whose files are smaller; 0 in caches of earlier versions
 
 
 def load_decoded(
@@ -83,9 +85,9 @@ def load_decoded(
                 "folder cannot be written; name one that can, with ATTNORM_CACHE, or choose a smaller image size"
             )
         buffer = bytearray()
-        labels, classes, skipped, _ = decode(buffer.extend)
+        labels, classes, skipped, num_enlarged, _ = decode(buffer.extend)
         images = np.frombuffer(buffer, np.uint8).reshape(-1, 3, image_size, frame.width)
-        return Decoded(images, labels, classes, skipped, fingerprint(images, labels, classes))
+        return Decoded(images, labels, classes, skipped, fingerprint(images, labels, classes), num_enlarged)
 
 
 def fingerprint(images: np.ndarray, labels: np.ndarray, classes: Iterable[str]) -> str:
@@ -115,6 +117,7 @@ def _decode_all(
     """
     kept: list[str] = []
     unread: list[int] = []
+    num_enlarged = 0
     skipped = [*contents.skipped]
     total = len(contents.files)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -129,10 +132,11 @@ def _decode_all(
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
 
-        def pixels_or_reason(index: int) -> bytes | Exception:
+        def pixels_or_reason(index: int) -> tuple[bytes, bool] | Exception:
             try:
                 if decoders is None or contents.read is None:
-                    return frame.cut(contents.load(index)).tobytes()
+                    image = contents.load(index)
+                    return frame.cut(image).tobytes(), frame.enlarges(image)
                 return decoders.pixels(contents.read(index))
             except Exception as error:  # a damaged file makes decoders fail in any way at all
                 return error
@@ -146,8 +150,10 @@ def _decode_all(
                     if is_the_systems(result):
                         unread.append(index)
                 else:
-                    write(result)
+                    pixels, is_enlarged = result
+                    write(pixels)
                     kept.append(class_name)
+                    num_enlarged += is_enlarged
                 if progress:
                     progress(index + 1, total)
 
@@ -158,7 +164,8 @@ def _decode_all(
     missing = sorted(contents.expected_classes.difference(classes))
     skipped += [f"{name}: no readable image, so it is not a class" for name in missing]
     index_of = {name: index for index, name in enumerate(classes)}
-    return _Labelling(np.array([index_of[name] for name in kept], np.int64), tuple(classes), tuple(skipped), unread)
+    labels = np.array([index_of[name] for name in kept], np.int64)
+    return _Labelling(labels, tuple(classes), tuple(skipped), num_enlarged, unread)
 
 
 def _is_given(contents: Contents, index: int) -> bool:
@@ -204,7 +211,7 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
     def write_images(path: Path) -> None:
         with path.open("wb") as file:
             start = write_header(file, 0)
-            labels, classes, skipped, unread = decode(file.write)
+            labels, classes, skipped, num_enlarged, unread = decode(file.write)
             # How many can be read is known only now. NumPy pads its header so that the first axis may change in place.
             end = write_header(file, len(labels))
         assert end == start
@@ -218,6 +225,7 @@ def _write(stem: Path, shape: tuple[int, int, int], decode: Callable[[Callable[[
             probe=_probe(images, labels, classes),
             classes=classes,
             skipped=skipped,
+            num_enlarged=num_enlarged,
             unread=unread,
             labels=labels.tolist(),
         )
@@ -245,7 +253,8 @@ def _read(stem: Path, source: str, max_memory_bytes: int) -> tuple[Decoded, list
             intact = _probe(images, labels, classes) == record["probe"]
         if not intact:
             raise ValueError("its content has changed")
-        return Decoded(images, labels, classes, tuple(record["skipped"]), record["fingerprint"]), record["unread"]
+        found = tuple(record["skipped"]), record["fingerprint"], record.get("num_enlarged", 0)
+        return Decoded(images, labels, classes, *found), record["unread"]
     except Exception as error:  # whatever the damage, the remedy is the same
         _log.warning("decoding %s again: its cache %s is damaged (%s)", source, stem.with_suffix(".npy"), error)
         return None

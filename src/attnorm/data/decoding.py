@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from attnorm.data.sources import decode
 
-_PIXELS, _DAMAGED, _SYSTEMS = range(3)  # what an answer is
+_PIXELS, _ENLARGED, _DAMAGED, _SYSTEMS = range(4)  # what an answer is: pixels, too few of them, or why there are none
 _HEADER = struct.Struct("<BQ")  # that, and its length
 
 
@@ -40,6 +40,10 @@ class Frame:
         width, height = self.original
         # Even room beside a centre square.
         return self.image_size + (self.image_size * width // height - self.image_size) // 2 * 2
+
+    def enlarges(self, image: Image.Image) -> bool:
+        """Whether squares are made of fewer pixels than they have."""
+        return self.original is None and min(image.size) < self.image_size
 
     def cut(self, image: Image.Image) -> np.ndarray:
         """uint8 [3, image_size, width] of an RGB image; ValueError for one of another size than `original`."""
@@ -112,8 +116,8 @@ class Decoders:
         for _ in range(self.count):
             _end(self.free.get())
 
-    def pixels(self, data: bytes) -> bytes:
-        """As `Frame.cut` of the decoded image; ValueError where that cannot be, MemoryError where a process died of it:
+    def pixels(self, data: bytes) -> tuple[bytes, bool]:
+        """As `Frame.cut` and `enlarges` of the decoded image; ValueError where that cannot be, MemoryError where a process died of it:
         the next image gets another.
         """
         process = self.free.get()
@@ -127,8 +131,8 @@ class Decoders:
             raise MemoryError("the process that was to decode it has died") from error
         finally:
             self.free.put(process)
-        if kind == _PIXELS:
-            return content
+        if kind in (_PIXELS, _ENLARGED):
+            return content, kind == _ENLARGED
         raise (MemoryError if kind == _SYSTEMS else ValueError)(content.decode())
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -184,6 +188,7 @@ def serve() -> None:
 
 def _answer(frame: Frame, data: bytes) -> tuple[int, bytes]:
     try:
-        return _PIXELS, frame.cut(decode(data)).tobytes()
+        image = decode(data)
+        return _ENLARGED if frame.enlarges(image) else _PIXELS, frame.cut(image).tobytes()
     except Exception as error:  # a damaged file makes decoders fail in any way at all
         return _SYSTEMS if is_the_systems(error) else _DAMAGED, reason(error).encode()

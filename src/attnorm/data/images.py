@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnorm.data import builtin
-from attnorm.data.decode_cache import Fit, load_decoded
+from attnorm.data.decode_cache import Decoded, Fit, load_decoded
 from attnorm.data.decode_cache import fingerprint as fingerprint
 from attnorm.system.randomness import permutation
 
@@ -177,8 +177,7 @@ def load_images(
     if max_memory_bytes is None:
         max_memory_bytes = _available_memory() // 2
     decoded = load_decoded(str(source), image_size, fit, cache_dir, max_memory_bytes, progress)
-    note = _street_view_note(decoded.images) if fit == "street-view" else ""
-    return ImageSet(source=str(source), note=note, **vars(decoded))
+    return _as_set(str(source), decoded, _street_view_note(decoded.images) if fit == "street-view" else "")
 
 
 def builtin_images(image_size: int) -> ImageSet:
@@ -187,7 +186,15 @@ def builtin_images(image_size: int) -> ImageSet:
     Raises:
         ValueError: If `image_size` is not positive or the installed scikit-image lacks a photograph.
     """
-    return ImageSet(source="builtin", note=builtin.NOTE, **vars(builtin.builtin_views(image_size)))
+    return _as_set("builtin", builtin.builtin_views(image_size), builtin.NOTE)
+
+
+def _as_set(source: str, decoded: Decoded, note: str) -> ImageSet:
+    if decoded.num_enlarged:
+        size, all_of_them = decoded.images.shape[2], len(decoded.labels)
+        note = f"{decoded.num_enlarged:,} of {all_of_them:,} images are smaller than {size} pixels, and were enlarged."
+    fields = {key: value for key, value in vars(decoded).items() if key != "num_enlarged"}
+    return ImageSet(source=source, note=note, **fields)
 
 
 def _street_view_note(images: np.ndarray) -> str:

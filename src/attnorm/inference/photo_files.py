@@ -355,7 +355,8 @@ def decode_photograph(path: Path, data: bytes, *, max_pixels: int | None = None)
                 mode, samples, note = "L", (grey // 257).astype(np.uint8), "its integers are kept with 8 bits"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         if isinstance(error, UnidentifiedImageError):
-            error = ValueError("it is no image, or of an unknown kind")
+            is_heic = data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
+            error = ValueError(f"it is {'HEIC: save it as JPEG' if is_heic else 'no image, or of an unknown kind'}")
         raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
     if format == "MPO":
         format, note = "JPEG", "only the first of its pictures is kept"
@@ -367,8 +368,7 @@ def _check_kept(image: ImageFile.ImageFile) -> None:
     """ValueError where Pillow would give less than the file holds."""
     if image.format not in (*SUFFIXES, "MPO"):
         raise ValueError(f"it is {image.format}")
-    num_frames = getattr(image, "n_frames", 1)
-    if image.format != "MPO" and num_frames > 1:
+    if image.format != "MPO" and (num_frames := getattr(image, "n_frames", 1)) > 1:
         raise ValueError(f"it has {num_frames} frames: save the one that is meant by itself")
     if image.mode not in _MODES:
         raise ValueError(f"its pixels are of mode {image.mode}: convert it to RGB")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from torch import Tensor
 
 from attnorm.checkpoint import CheckpointError
@@ -29,12 +30,24 @@ from attnorm.run_directory import RunDirectory
 from attnorm.system.files import write_atomically, write_json
 
 ENTITY_COLOURS = colormaps["tab20"]
+# For what matplotlib's own font has no glyph of: names of classes in Chinese, Japanese and Korean. One such font, where
+# it is installed, has most of them.
+FALLBACK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAexGothic", "NanumGothic"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a PNG atomically; its folder is made where missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
+    installed = set(font_manager.get_font_names()).intersection(FALLBACK_FONTS)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_fontfamily(["sans-serif", *sorted(installed, key=FALLBACK_FONTS.index)])
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     return path
 

@@ -280,8 +280,11 @@ export function initHoles(panel) {
   part(panel, "recipe").addEventListener("click", () => saveJson(selected.recipe, "recipe.json"));
 
   part(panel, "adopt").addEventListener("click", async () => {
-    const [result, before] = [selected, photograph];
-    if (!(await open(pngBlob(result.file, result.media_type), nameOf(result), `Filled with ${titleOf(result)}`))) return;
+    const before = photograph;
+    let result = selected;
+    if (before.format === "JPEG") // which would change the other pixels each time
+      result = await work(place, "Writing", (ask) => fill(ask, selected.method, selected.mask, "PNG"));
+    if (!result || !(await open(pngBlob(result.file, result.media_type), nameOf(result), `Filled with ${titleOf(result)}`))) return;
     past.push(before);
     drawHistory();
   });
