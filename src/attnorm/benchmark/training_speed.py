@@ -41,7 +41,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "channels_last": {"channels_last": True},
     "torch.compile": {"compile": True},
     "bfloat16": {"precision": "bfloat16"},
-    "the defaults": {"fused_adam": True, "foreach_ema": True, "joint_pass": True, "prefetch": True},
+    "the defaults": {name: True for name in ("fused_adam", "foreach_ema", "joint_pass", "prefetch", "channels_last")},
 }
 CONTEXTS = {
     "class_conditional": ("none", "an", "self_attention"),

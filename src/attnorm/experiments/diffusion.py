@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from attnorm import __version__
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float, trained_indices
+from attnorm.experiments.pre_norm_attention import PreNormAttention
 from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
@@ -51,6 +52,11 @@ ARMS: dict[str, tuple[str, Callable[[int], nn.Module] | None]] = {
     "none": ("none", None),
     "linear_attention": ("linear attention", LinearAttention2d),
     "self_attention": ("self-attention (SAGAN)", SelfAttention2d),
+    "pre_norm_attention": (
+        "self-attention (pre-norm)",
+        lambda num_features: PreNormAttention(num_features, is_identity=True),
+    ),
+    "an_one": ("AN of one entity: instance norm", lambda num_features: AttentiveNorm2d(num_features, 1)),
     "an": ("AN", AttentiveNorm2d),
 }
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
+from attnorm.experiments.pre_norm_attention import PreNormAttention
 from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
 from attnorm.experiments.regional_images import CELL, Examples, Setting, as_picture, draw_examples, hidden_error
 from attnorm.layers.attentive_norm import AttentiveNorm2d
@@ -54,30 +54,6 @@ LEARNING_RATES = (2e-3, 5e-3, 1e-2)  # of Adam; each arm has the best of them
 TUNING_SEED, TEST_SEED = 2**30, 2**31  # beyond those of the trainings
 
 # The arms
-
-
-class PreNormAttention(nn.Module):
-    """x + project(softmax(q . k / sqrt(C)) v) of LayerNorm(x) over channels, keys and values max-pooled 2x2.
-
-    Attention as transformers have it: awake from the first step, where SAGAN's block has a gate of 0.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(num_features)
-        self.query, self.key, self.value, self.project = (nn.Conv2d(num_features, num_features, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normal = self.norm(x.movedim(1, 3)).movedim(3, 1)
-        maps = (
-            self.query(normal),
-            F.max_pool2d(self.key(normal), 2, ceil_mode=True),
-            F.max_pool2d(self.value(normal), 2, ceil_mode=True),
-        )
-        query, key, value = (map.flatten(2).mT.contiguous()[:, None] for map in maps)
-        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].mT.unflatten(2, x.shape[2:])
-        out: Tensor = x + self.project(attended)
-        return out
 
 
 class Residual(nn.Module):
