@@ -117,8 +117,8 @@ class Decoders:
             _end(self.free.get())
 
     def pixels(self, data: bytes) -> tuple[bytes, bool]:
-        """As `Frame.cut` and `enlarges` of the decoded image; ValueError where that cannot be, MemoryError where a process
-        died of it: the next image gets another.
+        """As `Frame.cut` and `enlarges` of the decoded image; ValueError where that cannot be, MemoryError where a
+        process died of it: the next image gets another.
         """
         process = self.free.get()
         try:
