@@ -20,8 +20,8 @@ class PreNormAttention(nn.Module):
         self.norm = nn.LayerNorm(num_features)
         self.query, self.key, self.value, self.project = (nn.Conv2d(num_features, num_features, 1) for _ in range(4))
         if is_identity:
-            nn.init.zeros_(self.project.weight)
-            nn.init.zeros_(self.project.bias)
+            for parameter in self.project.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         normal = self.norm(x.movedim(1, 3)).movedim(3, 1)
