@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.machinery
 import io
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from attnorm.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from attnorm.cli import training as command
@@ -102,6 +105,19 @@ def test_tensorboard_has_curves_samples_and_the_winner_of_each_pixel(whole: Path
     picture = np.asarray(Image.open(io.BytesIO(seen.Images(layouts)[-1].encoded_image_string)))
     assert picture.shape == (3 * 33 + 1, 8 * 33 + 1, 3)  # three classes, eight latents, maps of 32 pixels
     assert 2 <= len(np.unique(picture.reshape(-1, 3), axis=0)) <= 5  # four entities, and what is between the maps
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread's own traceback would be a warning, and so an error, here."""
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", no_room)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tiny(), tmp_path / "run")
+    assert threading.excepthook is hook
 
 
 def test_weights_and_biases_gets_what_is_logged_and_goes_on_with_its_run(

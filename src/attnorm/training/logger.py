@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import json
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,22 @@ from attnorm.system.files import read_lines, write_atomically, write_lines
 from attnorm.system.progress import clock, progress_bar
 
 
+@contextlib.contextmanager
+def without_tensorboards_traceback() -> Iterator[None]:
+    """TensorBoard writes in a thread of its own. What fails there, on a full disk, say, its next call raises here."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (failed.thread and type(failed.thread).__module__.startswith("tensorboard.")):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class Logger:
     """Metrics and pictures of one run. A resumed run first drops what lies after its checkpoint: those steps are
     made again.
@@ -37,8 +55,8 @@ class Logger:
     def __init__(self, run: RunDirectory, config: Config, *, resumed_at: int | None, console: Console) -> None:
         self.run, self.settings = run, config.run
         _drop_rows_after(run.metrics_file, -1 if resumed_at is None else resumed_at)
-        self.metrics = run.metrics_file.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=None if resumed_at is None else resumed_at)
+        self.metrics = run.metrics_file.open("a", encoding="utf-8")
         self.wandb = _begin_wandb(run, config) if config.run.wandb else None
         self.speed = 0.0  # images a second
         self._losses = ""

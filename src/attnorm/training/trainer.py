@@ -49,7 +49,7 @@ from attnorm.training.hooks import (
 )
 from attnorm.training.hooks import TrainingError as TrainingError
 from attnorm.training.inpainting import InpaintingTask
-from attnorm.training.logger import Logger
+from attnorm.training.logger import Logger, without_tensorboards_traceback
 from attnorm.training.projected import ProjectedTask
 from attnorm.training.relativistic import RelativisticTask
 from attnorm.training.resume import load_state, open_run, require_possible, start_from
@@ -185,6 +185,7 @@ def _loop(training: Training, parts: list[BatchPart | None], resumed_at: int | N
         stop = stack.enter_context(_stop_on_signals())
         ahead = stack.enter_context(BatchesAhead(training.stream, enabled=settings.prefetch))
         if group.rank == 0:
+            stack.enter_context(without_tensorboards_traceback())
             logger = Logger(run, training.config, resumed_at=resumed_at, console=console)
             training.logger = stack.enter_context(logger)
 
