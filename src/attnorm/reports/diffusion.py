@@ -53,11 +53,11 @@ def _summary(arm: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _document(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: dict[str, Any]) -> Document:
     protocol = about["protocol"]
-    seeds = len({result["seed"] for result in results})
     least = min(arm["milliseconds_a_step"] for arm in arms)
     rows = tuple(
         (
             ARMS[arm["arm"]][0],
+            str(arm["score"]["num"]),
             _show(arm["score"]),
             _show_difference(arm["minus_an"]),
             f"{arm['milliseconds_a_step'] / least:.2f}",
@@ -67,11 +67,11 @@ def _document(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: 
         )
         for arm in arms
     )
-    header = ("block", "loss", "minus AN's, paired", "CPU time a step", "parameters", "entropy", "change")
+    header = ("block", "seeds", "loss", "minus AN's, paired", "CPU time a step", "parameters", "entropy", "change")
     about_loss = (
         f"EDM's denoising loss on {protocol['test_images']} held-out images at {protocol['test_levels']} levels of "
-        "noise, the same noises for all, averaged weights; mean ± 95% interval (Student's) over "
-        f"{seeds} seed(s); bold leaves out 0. A block follows {' and '.join(SITES)}, at maps of 16 pixels, by "
+        "noise, the same noises for all, averaged weights; mean ± 95% interval (Student's) over the seeds that are "
+        f"done, none for one; bold leaves out 0. A block follows {' and '.join(SITES)}, at maps of 16 pixels, by "
         "attnorm.insert_after."
     )
     note = (
