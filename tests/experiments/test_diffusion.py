@@ -15,7 +15,9 @@ from attnorm import cli
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet
 from attnorm.experiments import diffusion
+from attnorm.experiments.pre_norm_attention import PreNormAttention
 from attnorm.layers.attentive_norm import AttentiveNorm2d
+from attnorm.layers.linear_attention import LinearAttention2d
 from attnorm.layers.self_attention import SelfAttention2d
 from attnorm.reports.diffusion import write_report
 
@@ -68,8 +70,15 @@ def test_arms_of_a_seed_start_as_the_same_function_with_a_block_at_16_pixels() -
         nn.init.ones_(network.last.weight)  # else every network answers 0
     expected = networks["none"](x, level)
     assert expected.abs().max() > 0.1
-    for arm in ("an", "self_attention"):
-        kind = {"an": AttentiveNorm2d, "self_attention": SelfAttention2d}[arm]
+    kinds = {
+        "linear_attention": LinearAttention2d,
+        "self_attention": SelfAttention2d,
+        "pre_norm_attention": PreNormAttention,
+        "an_one": AttentiveNorm2d,
+        "an": AttentiveNorm2d,
+    }
+    assert {"none", *kinds} == diffusion.ARMS.keys()
+    for arm, kind in kinds.items():
         seen: list[torch.Size] = []
         for module in networks[arm].modules():
             if isinstance(module, kind):

@@ -3,7 +3,8 @@
 A small U-Net in the preconditioning of Karras et al. (2022, "EDM") learns to take noise from images of 32 pixels. At
 its maps of 16 pixels one block is inserted after a residual block on the way down and one on the way up, by
 `attnorm.insert_after`, as anyone would put AN into a network that is not theirs. The arms differ in the block alone:
-all start as the same function (each block's gate is 0) and see the same images, noises and levels of noise.
+all start as the same function (at first no block adds anything) and see the same images, noises and levels of noise.
+Two arms say what of AN it is: one entity, which leaves instance norm, and attention as diffusion models have it.
 
 The score is the loss of the averaged weights on held-out images, each with the same noises at the same levels for every
 arm and seed. Every training is a line of DIR/trainings.jsonl, written when it is done; what is there is not done again.

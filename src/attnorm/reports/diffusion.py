@@ -109,10 +109,12 @@ def _curves(results: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
     for i, arm in enumerate(ARMS):
-        curves = [result["curve"] for result in results if result["arm"] == arm]
-        for j, curve in enumerate(curves):
-            steps, losses = zip(*curve, strict=True)
-            axes.plot(steps, losses, color=f"C{i}", alpha=0.6, linewidth=1, label=ARMS[arm][0] if j == 0 else None)
+        curves = [list(zip(*result["curve"], strict=True)) for result in results if result["arm"] == arm]
+        for steps, losses in curves:
+            axes.plot(steps, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
+        if curves:
+            mean = [sum(losses) / len(losses) for losses in zip(*(losses for _, losses in curves), strict=True)]
+            axes.plot(curves[0][0], mean, color=f"C{i}", linewidth=1.8, label=f"{ARMS[arm][0]}, mean")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss on held-out images")
     axes.set_yscale("log")
