@@ -61,6 +61,9 @@ class AttentiveNorm2d(nn.Module):
             matrix products), "native" (compiled for the CPU) and "triton" (GPU kernels). "auto" takes the last two
             where they can run, and says once why it does not; docs/performance.md compares them.
 
+    Raises:
+        ValueError: a choice or a number that there is not, by its name.
+
     In evaluation mode the self-sampling branch is off (t = 0, section 4) and no random number is drawn.
     The choices where the paper is silent are listed in docs/paper.md.
     """
@@ -145,6 +148,10 @@ class AttentiveNorm2d(nn.Module):
         Args:
             return_layout: Return (output, layout) with the layout [N, K, H, W] that was used.
             generator: Where the sampled positions come from in training; None for torch's global one.
+
+        Raises:
+            ValueError: `x` is of another shape or dtype, or without a pixel; or a convolution of the layer has been
+                given a forward or hooks of its own, which it would not see.
         """
         self._check(x)
         with no_autocast(x):

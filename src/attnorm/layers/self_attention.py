@@ -32,7 +32,11 @@ class SelfAttention2d(nn.Module):
         self.gate = new_gate()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` is [N, C, H, W]; so is what is returned, in its memory format. Time grows with (H*W)^2."""
+        """`x` is [N, C, H, W]; so is what is returned, in its memory format. Time grows with (H*W)^2.
+
+        Raises:
+            ValueError: `x` is of another shape, not floating, or without a pixel.
+        """
         if x.ndim != 4 or x.shape[1] != self.num_features or not x.is_floating_point():
             raise ValueError(
                 f"got {x.dtype} {tuple(x.shape)}; expected a floating feature map [N, {self.num_features}, H, W]"

@@ -89,6 +89,9 @@ class InpaintingGenerator(HubModel):
         Args:
             image: [N, 3, H, W] in [-1, 1], H and W multiples of 8.
             mask: [N, 1, H, W], bool or number: 0 = known, anything else = missing.
+
+        Raises:
+            ValueError: what differs of shapes, dtype or sides.
         """
         _check(image, mask)
         is_missing = mask != 0
