@@ -281,6 +281,7 @@ data.held_out_every=1 data.stored_size=-1 data.stored_size=127
 REFUSED_OF_INPAINTING = """
 model.image_size=100 model.image_size=24 model.width=0 model.context=attention inpainting.masks=circle
 inpainting.gradient_penalty_weight=-1 inpainting.reconstruction_weight=-1 inpainting.adversarial_weight=-1
+inpainting.hole_weight=-1
 inpainting.switch_images=-1 inpainting.patience=0 inpainting.validation_images=0 inpainting.min_improvement=1
 """
 

@@ -235,6 +235,9 @@ class InpaintingTaskConfig:
 
     masks: Literal["rectangle", "free-form", "mixed"] = "rectangle"  # mixed: one of each in turn
     reconstruction_weight: float = 1.2  # lambda_rec of Eq. 9, on the mean L1 of both stages
+    # A missing pixel counts so many times in it as a known one, which is pasted over in the end. The paper's: 1; that of
+    # partial convolutions (Liu et al., ECCV 2018): 6.
+    hole_weight: float = 1.0
     adversarial_weight: float = 1e-3  # lambda_adv of Eq. 9, from the second phase on
     gradient_penalty_weight: float = 10.0  # lambda_gp of Eq. 10
     gp_mask: bool = False  # penalise the gradient inside the hole only
@@ -246,7 +249,7 @@ class InpaintingTaskConfig:
     validation_images: int = 200  # at most so many of the held-out images, spread evenly
 
     def __post_init__(self) -> None:
-        for name in ("reconstruction_weight", "gradient_penalty_weight", "adversarial_weight"):
+        for name in ("reconstruction_weight", "hole_weight", "gradient_penalty_weight", "adversarial_weight"):
             value = getattr(self, name)
             require(value >= 0, f"inpainting.{name} is {value}; expected 0 or more")
         require(self.switch_images >= 0, f"inpainting.switch_images is {self.switch_images}; expected 0 or more")

@@ -96,6 +96,17 @@ def test_the_first_phase_minimizes_the_reconstruction_of_both_stages() -> None:
     assert "generator/adversarial" not in logged
 
 
+@pytest.mark.parametrize("images_seen", [0, 10_000_000], ids=["first phase", "second phase"])
+def test_the_hole_weighs_in_the_reconstruction_of_either_phase(images_seen: int) -> None:
+    task, batch = tiny_task("model.context=none", "inpainting.hole_weight=6"), random_batch()
+    _, logged = task.phases(images_seen)[-1].loss(batch)
+    with torch.no_grad():
+        masks = torch.stack([mask.float() for mask, _ in masks_and_corners(2)])
+        errors = [(stage - batch.images).abs() for stage in task.generator(batch.images, masks)]
+    expected = sum((error + 5 * error * masks).mean() for error in errors) / 2
+    torch.testing.assert_close(logged["generator/reconstruction"], expected)
+
+
 def pasted_and_crops(task: InpaintingTask, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """(truth, its crop, pasted, its crop, mask) of every image, one at a time."""
     out = []

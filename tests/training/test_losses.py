@@ -65,6 +65,15 @@ def test_reconstruction_is_the_mean_over_the_stages_of_the_mean_difference() -> 
     assert reconstruction_loss((refined,), truth).item() == pytest.approx(0.1)
 
 
+def test_a_missing_pixel_counts_as_often_as_it_is_told_and_the_mean_stays_over_all_pixels() -> None:
+    truth, filled = torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.25)
+    filled[:, :, 0, 0] = 0.5
+    masks = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    assert reconstruction_loss((filled,), truth, masks, 6.0).item() == pytest.approx((6 * 0.5 + 3 * 0.25) / 4)
+    assert reconstruction_loss((filled,), truth, masks, 0.0).item() == pytest.approx(3 * 0.25 / 4)
+    assert reconstruction_loss((filled, truth), truth, masks, 1.0).item() == pytest.approx((0.5 + 3 * 0.25) / 8)
+
+
 def test_wasserstein_losses_equal_the_hand_computed_numbers() -> None:
     real, fake = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 0.0])
     assert wasserstein_critic_loss(real, fake).item() == -2.5  # real images high: low loss

@@ -160,8 +160,9 @@ class InpaintingTask:
         return self._holes(self.config.run.seed, batch.position, len(batch.images), batch.images.device)
 
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        filled = self.generator(batch.images, self._holes_of(batch).masks)
-        return self._weighted(reconstruction_loss(filled, batch.images))
+        masks = self._holes_of(batch).masks
+        filled = self.generator(batch.images, masks)
+        return self._weighted(reconstruction_loss(filled, batch.images, masks, self.settings.hole_weight))
 
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         masks, corners = self._holes_of(batch)
@@ -169,7 +170,8 @@ class InpaintingTask:
         fake = paste(batch.images, filled.refined, masks)
         scores = self.critic(fake, crop_around(fake, corners, self.image_size // 2))
         adversarial = torch.stack([wasserstein_generator_loss(widened(score)) for score in scores]).sum()
-        return self._weighted(reconstruction_loss(filled, batch.images), adversarial)
+        reconstruction = reconstruction_loss(filled, batch.images, masks, self.settings.hole_weight)
+        return self._weighted(reconstruction, adversarial)
 
     def _weighted(self, reconstruction: Tensor, adversarial: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 9, plus Eq. 1 with its weight; `adversarial` only in the second phase."""

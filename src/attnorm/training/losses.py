@@ -22,11 +22,17 @@ def hinge_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor
     return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
 
 
-def reconstruction_loss(stages: Sequence[Tensor], truth: Tensor) -> Tensor:
+def reconstruction_loss(
+    stages: Sequence[Tensor], truth: Tensor, masks: Tensor | None = None, hole_weight: float = 1.0
+) -> Tensor:
     """First term of Eq. 9 without its weight: mean |x - truth| over the whole image, averaged over the outputs x of the
-    stages; all [N, 3, H, W].
+    stages; all [N, 3, H, W]. With masks ([N, 1, H, W], 1 = missing) a missing pixel's error counts `hole_weight` times;
+    the mean stays over all pixels, so that shares of a batch add up.
     """
-    return torch.stack([F.l1_loss(widened(stage), truth) for stage in stages]).mean()
+    if masks is None or hole_weight == 1:
+        return torch.stack([F.l1_loss(widened(stage), truth) for stage in stages]).mean()
+    weights = 1 + (hole_weight - 1) * masks
+    return torch.stack([((widened(stage) - truth).abs() * weights).mean() for stage in stages]).mean()
 
 
 def wasserstein_generator_loss(fake_scores: Tensor) -> Tensor:
