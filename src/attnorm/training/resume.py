@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError, RunConfig
@@ -108,7 +109,8 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
 def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> list[str]:
     """Gives the networks of `state` the weights of another run or of a model, and leaves optimisers and clock at their
     start; what is to be said of it. Where there is an average alone, generator and average have that, and the other
-    networks stay as they are. Of another number of classes, so does what there is one of for each class.
+    networks stay as they are, as does a judge of images of another size. Of another number of classes, so does what there
+    is one of for each class.
 
     Raises:
         CheckpointError: it cannot be used, or is of other networks.
@@ -132,12 +134,21 @@ def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> lis
             }
             parts[name] |= of_classes
             new += [f"what the {name} has of each class"] if of_classes else []
+        if name not in ("generator", *state.averages) and _differs_in_shape(network, parts[name]):
+            new.append(f"the {name}, for another size of image")
+            continue
         try:
             network.load_state_dict(parts[name])
         except RuntimeError as error:
             raise CheckpointError(f"run.start_from: {checkpoint} has another {name}: {error}") from error
     what = f"; new: {', '.join(new)}" if new else ""
     return [f"starts from {checkpoint}, trained with {header.images_seen:,} images{what}"]
+
+
+def _differs_in_shape(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether it has the names of `tensors`, but not all of the shapes: a linear layer over a map of another size."""
+    own = network.state_dict()
+    return own.keys() == tensors.keys() and any(own[name].shape != tensors[name].shape for name in own)
 
 
 def load_state(checkpoint: Path, state: TrainingState, *, processes: int = 1) -> list[str]:
