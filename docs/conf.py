@@ -27,7 +27,12 @@ apidoc_modules = [
 ]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True, "exclude-members": "extra_repr"}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "ignore-module-all": True,
+    "exclude-members": "extra_repr",
+}
 napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
 default_role = "code"  # in a docstring `name` is a name
 python_use_unqualified_type_names = True
@@ -35,7 +40,11 @@ myst_heading_anchors = 3
 nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
 nb_merge_streams = True
 nb_execution_show_tb, nb_output_stderr = True, "remove"  # what packages remark there has paths in it
-suppress_warnings = ["myst.xref_missing", "ref.python", "ref.ref"]  # files of the repository; names with two homes; torch
+suppress_warnings = [
+    "myst.xref_missing",
+    "ref.python",
+    "ref.ref",
+]  # files of the repository; names with two homes; torch
 
 if tags.has("quick"):  # type: ignore[name-defined] # noqa: F821 # of the tests: neither every module nor notebooks
     apidoc_modules, nb_execution_mode = [], "off"

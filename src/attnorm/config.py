@@ -235,7 +235,7 @@ class InpaintingTaskConfig:
 
     masks: Literal["rectangle", "free-form", "mixed"] = "rectangle"  # mixed: one of each in turn
     reconstruction_weight: float = 1.2  # lambda_rec of Eq. 9, on the mean L1 of both stages
-    # A missing pixel counts so many times in it as a known one, which is pasted over in the end. The paper's: 1; that of
+    # A missing pixel counts so many times in it as a known one, which is pasted over in the end. The paper's: 1; of
     # partial convolutions (Liu et al., ECCV 2018): 6.
     hole_weight: float = 1.0
     adversarial_weight: float = 1e-3  # lambda_adv of Eq. 9, from the second phase on

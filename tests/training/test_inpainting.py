@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from attnorm.checkpoint import read_checkpoint
+from attnorm.checkpoint import CheckpointError, read_checkpoint
 from attnorm.config import Config, ConfigError, InpaintingTaskConfig
 from attnorm.data.images import ImageSet, cut_centres, held_out_indices, to_float
 from attnorm.data.masks import free_form_mask, rectangle_mask
@@ -25,6 +25,7 @@ from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
 from attnorm.system.process_group import ProcessGroup
 from attnorm.training.inpainting import InpaintingTask, PhaseSwitch
+from attnorm.training.resume import start_from
 from attnorm.training.trainer import run_phase
 from tests.training.conftest import (
     assert_equal_runs,
@@ -339,6 +340,21 @@ def test_resume_is_bit_exact_before_and_after_the_second_phase_begins(tmp_path: 
     for stop in (2, 12, 16):
         run(tiny(*PLATEAU, f"run.duration_images={stop}"), tmp_path / "parts", random_images())
     assert_equal_runs(whole, tmp_path / "parts")
+
+
+def test_a_start_at_another_size_takes_the_generator_and_a_new_critic(whole: Path) -> None:
+    checkpoint = RunDirectory(whole).checkpoints()[-1]
+    theirs, header = read_checkpoint(checkpoint)
+    task = InpaintingTask(tiny("model.image_size=64"), CPU)
+    before = {name: tensor.clone() for name, tensor in task.critic.state_dict().items()}
+    (said,) = start_from(str(checkpoint), task.state, header.classes)
+    assert said.endswith("; new: the critic, for another size of image")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.critic.state_dict().items())
+    for name, network in (("generator", task.generator), ("ema", task.average.network)):
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, theirs[f"{name}.{key}"]), key
+    with pytest.raises(CheckpointError, match="has another generator"):
+        start_from(str(checkpoint), InpaintingTask(tiny("model.width=6"), CPU).state, header.classes)
 
 
 def test_a_plateau_switches_a_run_and_the_checkpoint_knows(whole: Path) -> None:

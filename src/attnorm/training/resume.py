@@ -109,8 +109,8 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
 def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> list[str]:
     """Gives the networks of `state` the weights of another run or of a model, and leaves optimisers and clock at their
     start; what is to be said of it. Where there is an average alone, generator and average have that, and the other
-    networks stay as they are, as does a judge of images of another size. Of another number of classes, so does what there
-    is one of for each class.
+    networks stay as they are, as does a judge of images of another size. Of another number of classes, so does what
+    there is one of for each class.
 
     Raises:
         CheckpointError: it cannot be used, or is of other networks.
