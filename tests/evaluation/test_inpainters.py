@@ -144,6 +144,20 @@ def evaluated(runs: list[Path], frozen: Path, **options: Any) -> inpainters.Eval
     return evaluate_inpainters(runs, manifest, examples, device="cpu", **options)
 
 
+def test_models_are_measured_as_the_tool_fills_where_that_is_asked_for(runs: list[Path], frozen: Path) -> None:
+    manifest = read_manifest(frozen)
+    images, masks = read_examples(manifest, load_images(manifest.data.source, 40))
+    found = evaluated(runs[:1], frozen, seams=False)
+    tool = Inpainter(runs[0], device="cpu")
+    filled = torch.stack([tool.fill(*example).image for example in zip(images, masks, strict=True)])
+    expected = measure(images, filled, masks)["psnr_pasted"].numpy()
+    as_made = evaluated(runs[:1], frozen).by_image["an"]["psnr_pasted"]
+    np.testing.assert_allclose(found.by_image["an"]["psnr_pasted"], expected, rtol=2e-3)
+    assert np.abs(as_made - expected).min() > 0.05
+    assert found.scores.models["an"].seams == "none"
+    assert "ema, seams taken out" in to_markdown(make_document(found.scores))
+
+
 def test_a_model_that_returns_the_truth_has_finite_scores_and_is_better_than_another(
     runs: list[Path], frozen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

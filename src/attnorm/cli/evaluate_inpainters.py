@@ -32,6 +32,7 @@ def evaluate_inpainters(
     lpips_weights: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")] = (),
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     seed: Seed = 0,
+    seams: bool = True,
     raw_weights: Flag = False,
     device: str = "auto",
     overwrite: Flag = False,
@@ -49,6 +50,7 @@ def evaluate_inpainters(
             LPIPS's own (version 0.1, alex).
         batch_size: Images at a time.
         seed: Of the bootstrap.
+        seams: Paste what a network made as it is, as the paper does; without, as the subcommand inpaint does it.
         raw_weights: Use the weights as they are, not their average over training.
         device: auto, cpu, cuda or mps.
         overwrite: Write into a folder that is not empty.
@@ -83,6 +85,7 @@ def evaluate_inpainters(
                 with_baselines=baselines,
                 lpips=lpips,
                 ema=not raw_weights,
+                seams=seams,
                 device=device,
                 batch_size=batch_size,
                 seed=seed,

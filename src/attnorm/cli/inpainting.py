@@ -31,6 +31,7 @@ def inpaint(
     invert: Flag = False,
     threshold: Annotated[int | None, tyro.conf.arg(metavar="T")] = None,
     max_pixels: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    seams: Flag = False,
     layout: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None,
     lossless: Flag = False,
     raw_weights: Flag = False,
@@ -57,6 +58,7 @@ def inpaint(
             the lighter.
         max_pixels: The largest area seen at once; 0: four times that of a training image. Holes in larger pictures
             are filled in windows around them, and a window that is larger still is reduced for it.
+        seams: Paste what the network made as it is; otherwise it is shifted smoothly to meet the pixels beside it.
         layout: Draw what AN sees in the refinement stage: the winning entity, and every entity's map.
         lossless: With --images, write JPEG images as PNG (as TIFF where they are CMYK).
         raw_weights: Use the weights as they are, not their average over training.
@@ -87,9 +89,10 @@ def inpaint(
         require_free(out, overwrite, is_picture=True)
         if layout is not None:
             require_free(layout, overwrite, is_picture=True)
-    inpainter = Inpainter(run, ema=not raw_weights, device=device, max_pixels=max_pixels)
+    inpainter = Inpainter(run, ema=not raw_weights, device=device, max_pixels=max_pixels, seams=seams)
     if images is not None:
         settings = {"threshold": threshold, "invert": invert, "lossless": lossless, "raw_weights": raw_weights}
+        settings |= {"seams": seams}
         record: dict[str, Any] = {"checkpoint": str(inpainter.path.resolve()), "images": str(images.resolve())}
         record |= {"masks": str(masks.resolve()) if masks else "", "max_pixels": inpainter.max_pixels, **settings}
         if _goes_on(out, record, overwrite, dry_run):

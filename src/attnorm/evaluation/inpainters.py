@@ -26,6 +26,7 @@ from attnorm.data.images import spread, to_float, to_uint8
 from attnorm.evaluation.baselines import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.test_set import Examples, Manifest
 from attnorm.inference import Inpainter
+from attnorm.inference.seams import without_seam
 from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.metrics.intervals import CONFIDENCE, RESAMPLES, Difference, differences
 from attnorm.run_directory import RunDirectory
@@ -43,6 +44,8 @@ PROTOCOL = {
     "pasted": "the whole image: the result in the hole, the truth outside",
     "hole": "the missing pixels alone; of SSIM, its map at these pixels",
     "raw": "the whole of what the network made, outside the hole too; the baselines have none",
+    "seams": "where they were taken out, what the network made was shifted to meet the known pixels, as "
+    "`attnorm inpaint` does it; else it is pasted as it is",
     "psnr": "dB, 20 log10(255 / RMSE) over all channels; mean of the images' dB. An image without an error counts as "
     "if one value was off by one level, so that means stay finite",
     "distance": "PSNR of the missing pixels that are so many steps, each to any of the eight neighbours, from the "
@@ -83,6 +86,7 @@ class Method:
     trained_on: str = ""
     note: str = ""
     weights: str = ""
+    seams: str = ""  # "none": taken out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,7 @@ def evaluate_inpainters(
     with_baselines: bool = True,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     ema: bool = True,
+    seams: bool = True,
     device: str = "auto",
     batch_size: int = 16,
     seed: int = 0,
@@ -159,6 +164,7 @@ def evaluate_inpainters(
         runs: Run directories (the latest checkpoint is taken) or checkpoint files of the inpainting task.
         examples: The manifest's, as `read_examples` returns them.
         lpips: `metrics.lpips.Lpips`, where its weights are at hand: the whole image is then measured by it too.
+        seams: Measure what the networks made, pasted as it is, as the paper does; False: as `Inpainter.fill` does it.
         batch_size: Images at a time; it changes results by no more than rounding.
         seed: Of the bootstrap.
 
@@ -193,7 +199,7 @@ def evaluate_inpainters(
     names = (*SCORES, *DISTANCE_SCORES, *(() if lpips is None else (LPIPS,)))
     models = {}
     for name, path in named.items():
-        inpainter = Inpainter(path, ema=ema, device=device)
+        inpainter = Inpainter(path, ema=ema, device=device, seams=seams)
         set_tf32(False)  # equal terms, however trained
         results = run(name, partial(_fill, inpainter), names)
         models[name] = Method(**results, **_about(inpainter, ema))
@@ -254,7 +260,11 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
 
 
 def _fill(inpainter: Inpainter, images: Tensor, masks: Tensor) -> Tensor:
-    return to_uint8(inpainter.outputs(to_float(images), masks).refined)
+    truth = to_float(images)
+    made = inpainter.outputs(truth, masks).refined
+    if not inpainter.seams:
+        made = torch.stack([without_seam(*example) for example in zip(made, truth, masks, strict=True)])
+    return to_uint8(made)
 
 
 def _about(inpainter: Inpainter, ema: bool) -> dict[str, Any]:
@@ -277,6 +287,7 @@ def _about(inpainter: Inpainter, ema: bool) -> dict[str, Any]:
         "trained_on": config.data.source,
         "note": header.note,
         "weights": "ema" if ema else "raw",
+        "seams": "" if inpainter.seams else "none",
     }
 
 

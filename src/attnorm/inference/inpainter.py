@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnorm.checkpoint import CheckpointError
 from attnorm.config import ConfigError, UserError
 from attnorm.data.images import to_float, to_uint8
+from attnorm.inference.seams import without_seam
 from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
@@ -39,7 +40,7 @@ class View(NamedTuple):
 
     box: tuple[int, int, int, int]  # first row and column, and those after the last, in the photograph's pixels
     given: Tensor  # uint8 [3, h, w], what the generator was shown; missing pixels are grey
-    filled: Tensor  # uint8 [3, h, w], the same with the hole filled
+    filled: Tensor  # uint8 [3, h, w], the same with the hole filled, as the generator made it
     layout: Tensor | None  # [K, ceil(h / 4), ceil(w / 4)] of the refinement stage's AN; None unless asked for
     matches: Matches | None  # of its contextual attention, likewise
 
@@ -60,7 +61,8 @@ class Inpainter:
     most `max_pixels` are filled together; the others one after another in reading order, so that a later one sees an
     earlier one filled. A window of more than `max_pixels`, because of a large hole, is reduced to them, and what was
     filled enlarged again; but a wide hole that is thin (a fence, a scratch) is cut into pieces, which are holes by
-    themselves. There are no tiles: the statistics of AN, and attention, are of a whole window.
+    themselves. There are no tiles: the statistics of AN, and attention, are of a whole window. What the network made is
+    shifted smoothly to meet the known pixels around it (`seams.py`), unless `seams` leaves it as it is.
 
     Args:
         path: A run directory (its latest checkpoint is taken), a checkpoint file, a folder of
@@ -68,13 +70,16 @@ class Inpainter:
         ema: Use the average of the weights over training; False for the raw weights.
         device: "auto" takes a GPU where there is one.
         max_pixels: The largest area that is seen at once, at least S * S; 0: 4 * S * S, twice the training side.
+        seams: Paste what the network made as it is, as the paper does, with a seam where it does not fit.
 
     Raises:
         CheckpointError: there is nothing to load, or not for inpainting.
         ConfigError: max_pixels is too small.
     """
 
-    def __init__(self, path: Path | str, *, ema: bool = True, device: str = "auto", max_pixels: int = 0) -> None:
+    def __init__(
+        self, path: Path | str, *, ema: bool = True, device: str = "auto", max_pixels: int = 0, seams: bool = False
+    ) -> None:
         loaded = load(path, ema=ema, device=device)
         if not isinstance(loaded.model, InpaintingGenerator):
             raise CheckpointError(
@@ -87,7 +92,7 @@ class Inpainter:
         least = self.image_size**2
         if max_pixels and max_pixels < least:
             raise ConfigError(f"max_pixels is {max_pixels}; expected 0, or at least the {least} of a training image")
-        self.max_pixels = max_pixels or 4 * least
+        self.max_pixels, self.seams = max_pixels or 4 * least, seams
         set_tf32(self.header.config.run.tf32)
 
     @property
@@ -187,7 +192,8 @@ class Inpainter:
         view = to_uint8(shown)[0], to_uint8(paste(shown, made, hole))[0], layout, matches
         if made.shape[2:] != image.shape[1:]:
             made = F.interpolate(made, image.shape[1:], mode="bicubic")
-        return view, _from_float(made[0], image.dtype)
+        made = made[0] if self.seams else without_seam(made[0], _to_float(image), mask)
+        return view, _from_float(made, image.dtype)
 
     def _windows(self, mask: np.ndarray) -> list[tuple[tuple[int, int, int, int], Tensor]]:
         """Boxes of bool [H, W], and which of their missing pixels (bool [1, h, w]) are to be filled there."""

@@ -269,7 +269,7 @@ def _models_table(scores: InpaintingScores) -> Table:
             f"{m.parameters:,}",
             str(m.seed),
             f"{m.images_seen:,}",
-            m.weights,
+            m.weights + (", seams taken out" if m.seams == "none" else ""),
             m.device,
             m.sha256[:16],
         )
