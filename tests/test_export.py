@@ -166,7 +166,7 @@ def test_the_page_fills_holes_in_the_browser_as_the_tool_does_and_asks_nobody(
     except exporting.ExportError as error:
         pytest.skip(str(error))
     (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
-    tool = Inpainter(inpainter)
+    tool = Inpainter(inpainter, seams=True)  # an exported file pastes, and so does the page
     side = tool.image_size
     random = np.random.default_rng(0)
     with sync_api.sync_playwright() as playwright:

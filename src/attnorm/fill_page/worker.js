@@ -38,10 +38,9 @@ async function fill({ pixels, missing, width, height }) {
       seen.missing.set(missing.subarray(begin, begin + columns), row * columns);
     }
     const made = await look(seen);
-    takeSeamOut(made, seen);
     for (const place of own) {
       const from = (Math.floor(place / width) - top) * columns + (place % width) - left;
-      for (let channel = 0; channel < 3; channel++) pixels[4 * place + channel] = made[channel][from];
+      for (let channel = 0; channel < 3; channel++) pixels[4 * place + channel] = made[4 * from + channel];
       pixels[4 * place + 3] = 255;
       missing[place] = 0;
     }
@@ -50,7 +49,7 @@ async function fill({ pixels, missing, width, height }) {
   return pixels;
 }
 
-/** What the network makes of a window, a plane a colour, reduced for it where it is large, and enlarged again. */
+/** What the network makes of a window, RGBA, reduced for it where it is large, and enlarged again. */
 async function look({ rows, columns, pixels, missing }) {
   const scale = Math.min(1, Math.sqrt(limit / (rows * columns)));
   const height = scale < 1 ? Math.max(Math.floor((rows * scale) / 8) * 8, meta.least_side) : rows;
@@ -91,9 +90,9 @@ function span(index, from, to) {
   return [Math.floor((index * from) / to), Math.ceil(((index + 1) * from) / to)];
 }
 
-/** Values [3, height, width] of the network as planes of rows x columns, between its pixels by straight lines. */
+/** Values [3, height, width] of the network as RGBA of rows x columns, between its pixels by straight lines. */
 function enlarge(values, height, width, rows, columns) {
-  const out = [0, 1, 2].map(() => new Float32Array(rows * columns)); // 0 to 255, and a little beyond
+  const out = new Uint8ClampedArray(4 * rows * columns);
   for (let row = 0; row < rows; row++) {
     const [top, bottom, down] = between(row, rows, height);
     for (let column = 0; column < columns; column++) {
@@ -103,7 +102,7 @@ function enlarge(values, height, width, rows, columns) {
         const upper = at(top, left) * (1 - along) + at(top, right) * along;
         const lower = at(bottom, left) * (1 - along) + at(bottom, right) * along;
         const value = upper * (1 - down) + lower * down;
-        out[channel][row * columns + column] = (value - meta.pixel_offset) * meta.pixel_scale;
+        out[4 * (row * columns + column) + channel] = (value - meta.pixel_offset) * meta.pixel_scale;
       }
     }
   }
@@ -114,79 +113,6 @@ function between(index, from, to) {
   const place = Math.min(Math.max(((index + 0.5) * to) / from - 0.5, 0), to - 1);
   const first = Math.floor(place);
   return [first, Math.min(first + 1, to - 1), place - first];
-}
-
-/** Shifts what was made in the holes of a window smoothly, so that it meets the known pixels: inference/seams.py. */
-function takeSeamOut(made, { rows, columns, pixels, missing }) {
-  let [top, left, bottom, right] = [rows, columns, 0, 0]; // the holes and a pixel around them
-  for (let place = 0; place < missing.length; place++) {
-    if (!missing[place]) continue;
-    const [row, column] = [Math.floor(place / columns), place % columns];
-    [top, bottom] = [Math.min(top, row - 1), Math.max(bottom, row + 2)];
-    [left, right] = [Math.min(left, column - 1), Math.max(right, column + 2)];
-  }
-  [top, left, bottom, right] = [Math.max(top, 0), Math.max(left, 0), Math.min(bottom, rows), Math.min(right, columns)];
-  const [high, wide] = [bottom - top, right - left];
-  const place = (inside) => (top + Math.floor(inside / wide)) * columns + left + (inside % wide);
-  const kind = new Uint8Array(high * wide).map((_, inside) => (missing[place(inside)] ? FREE : NOTHING));
-  for (let inside = 0; inside < kind.length; inside++) {
-    if (kind[inside] === NOTHING && neighbours(inside, high, wide).some((other) => kind[other] === FREE)) kind[inside] = FIXED;
-  }
-  for (const [channel, plane] of made.entries()) {
-    const error = Float32Array.from(kind, (is, inside) => {
-      return is === FIXED ? pixels[4 * place(inside) + channel] - plane[place(inside)] : 0;
-    });
-    const change = harmonic(error, kind, high, wide);
-    for (let inside = 0; inside < kind.length; inside++) if (kind[inside] === FREE) plane[place(inside)] += change[inside];
-  }
-}
-
-const [NOTHING, FREE, FIXED] = [0, 1, 2];
-
-/** The values where they are fixed; where free, the mean of their neighbours: from half the size, by over-relaxation. */
-function harmonic(values, kind, rows, columns) {
-  const guess = new Float32Array(values.length);
-  if (Math.max(rows, columns) > 2) {
-    const [high, wide] = [Math.ceil(rows / 2), Math.ceil(columns / 2)];
-    const [sums, counts, kinds] = [new Float32Array(high * wide), new Uint8Array(high * wide), new Uint8Array(high * wide)];
-    const cell = (place) => (Math.floor(place / columns) >> 1) * wide + ((place % columns) >> 1);
-    for (let place = 0; place < values.length; place++) {
-      const of = cell(place);
-      kinds[of] = Math.max(kinds[of], kind[place]);
-      if (kind[place] !== FIXED) continue;
-      sums[of] += values[place];
-      counts[of]++;
-    }
-    const solved = harmonic(sums.map((sum, of) => (counts[of] ? sum / counts[of] : 0)), kinds, high, wide);
-    for (let place = 0; place < values.length; place++) guess[place] = solved[cell(place)];
-  }
-  const solution = values.map((value, place) => (kind[place] === FIXED ? value : kind[place] === FREE ? guess[place] : 0));
-  const free = [[], []]; // even and odd places: none is a neighbour of one of its own kind
-  for (let place = 0; place < values.length; place++) {
-    if (kind[place] !== FREE) continue;
-    const around = neighbours(place, rows, columns).filter((other) => kind[other] !== NOTHING);
-    free[(Math.floor(place / columns) + (place % columns)) % 2].push([place, around]);
-  }
-  const sweeps = rows * columns < 2 ** 18 ? 16 : 4;
-  for (let sweep = 0; sweep < sweeps; sweep++) {
-    for (const [place, around] of free.flat()) {
-      let sum = 0;
-      for (const other of around) sum += solution[other];
-      solution[place] += 1.75 * (sum / Math.max(around.length, 1) - solution[place]);
-    }
-  }
-  return solution;
-}
-
-/** Places above, below, to the left and to the right, as far as there are any. */
-function neighbours(place, rows, columns) {
-  const column = place % columns;
-  const found = [];
-  if (place >= columns) found.push(place - columns);
-  if (place < (rows - 1) * columns) found.push(place + columns);
-  if (column > 0) found.push(place - 1);
-  if (column < columns - 1) found.push(place + 1);
-  return found;
 }
 
 /** Where the network looks, in reading order, and which pixels (their places) it fills there. */
