@@ -33,7 +33,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     generator = override(
-        Config(), ["model.image_size=32", "model.num_classes=3", "model.width=2", "data.source=/home/me/photographs"]
+        Config(),
+        [
+            "model.image_size=32",
+            "model.num_classes=3",
+            "model.width=2",
+            "data.source=/home/me/photographs",
+            "run.start_from=/home/me/runs/first",
+        ],
     )
     inpainting = override(PRESETS["inpaint-smoke"][1], ["model.width=2"])
     tasks = {

@@ -96,8 +96,9 @@ class Header:
         }
 
     def public(self) -> Header:
-        """Without where the data lay, which is no one else's business."""
-        return replace(self, config=replace(self.config, data=replace(self.config.data, source="")))
+        """Without where the data and an earlier run lay, which is no one else's business."""
+        data, run = replace(self.config.data, source=""), replace(self.config.run, start_from="")
+        return replace(self, config=replace(self.config, data=data, run=run))
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
