@@ -239,9 +239,9 @@ def test_in_json_come_the_patch_the_layout_the_scores_and_the_recipe(client: htt
     apart = (filled[mask].astype(float) - pixels[mask]) / 255
     assert made["scores"]["mae_hole"] == pytest.approx(abs(apart).mean(), rel=1e-6)
     assert made["scores"]["psnr_hole"] == pytest.approx(-10 * np.log10((apart**2).mean()), rel=1e-6)
-    assert (
-        made["recipe"]["checkpoint"] == "000000160.safetensors" and len(made["recipe"]["request"]["mask_sha256"]) == 64
-    )
+    assert made["recipe"]["checkpoint"] == "000000160.safetensors"
+    asked = made["recipe"]["request"]
+    assert len(asked["mask_sha256"]) == 64 and asked["seams"] is False
 
 
 def test_the_file_keeps_its_format_and_what_it_says_of_itself(client: httpx.Client) -> None:

@@ -295,7 +295,8 @@ def _add_photographs(app: FastAPI, service: Service, jobs: Jobs) -> None:
             asked |= {"image_sha256": results.sha256(image), "mask_sha256": results.sha256(mask)}
             recipe: dict[str, Any] = {"attnorm": __version__, "request": asked}
             if method not in CLASSICAL:
-                recipe = service.recipe(method, service.inpainter(method), asked)
+                inpainter = service.inpainter(method)
+                recipe = service.recipe(method, inpainter, asked | {"seams": inpainter.seams})
             return repaired, recipe, _repaired(method, repaired, recipe) if "json" in accept else None
 
         (repaired, recipe, answer), seconds = await _work(jobs, request, x_job, make)
