@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.conditional_norm import ConditionalBatchNorm2d
+from attnorm.layers.resampling import DownConv2d, UpConv2d
 
 
 class UpBlock(nn.Module):
@@ -33,7 +34,7 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = ConditionalBatchNorm2d(in_channels, num_classes, latent_dim=latent_dim)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = UpConv2d(in_channels, out_channels, upsampling=upsampling)
         self.an = an
         keeps_norm = an is None or site == "insert"
         norm2 = ConditionalBatchNorm2d(out_channels, num_classes, latent_dim=latent_dim) if keeps_norm else None
@@ -45,8 +46,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, z: Tensor | None = None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
-        h = F.relu(self.norm1(x, condition, z))
-        h = self.conv1(F.interpolate(h, scale_factor=2, mode=self.upsampling))
+        h = self.conv1(F.relu(self.norm1(x, condition, z)))
         if self.an is not None:
             h = self.an(h)
         if self.norm2 is not None:
@@ -78,7 +78,8 @@ class DownBlock(nn.Module):
         self.downsample, self.is_first = downsample, is_first
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.an = an
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        conv2 = DownConv2d(out_channels, out_channels) if downsample else nn.Conv2d(out_channels, out_channels, 3, 1, 1)
+        self.conv2 = conv2
         has_shortcut = downsample or in_channels != out_channels
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if has_shortcut else None
         self.after = after
@@ -92,7 +93,7 @@ class DownBlock(nn.Module):
         skip = x
         if self.downsample:
             # Average pooling commutes with the 1x1 convolution, so the pool goes first in every block.
-            h, skip = F.avg_pool2d(h, 2), F.avg_pool2d(skip, 2)
+            skip = F.avg_pool2d(skip, 2)
         if self.shortcut is not None:
             skip = self.shortcut(skip)
         h = h + skip
