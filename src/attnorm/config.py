@@ -331,6 +331,8 @@ class RunConfig:
     foreach_ema: bool = field(default=True, metadata=_FREE)  # of the average, likewise
     # The paper's D sees real and generated images in one pass, not in two: so do the running moments of AN in it.
     joint_pass: bool = field(default=True, metadata=_FREE)
+    # Doubling and halving a map is part of the convolution beside it; False: a step of its own.
+    fused_resampling: bool = field(default=True, metadata=_FREE)
     # torch.compile of the networks that are differentiated once: of all but critics under a gradient penalty.
     compile: bool = field(default=False, metadata=_FREE)
     prefetch: bool = field(default=True, metadata=_REPORTING)  # a thread makes the next batch while a step runs

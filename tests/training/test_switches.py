@@ -12,6 +12,7 @@ from attnorm.benchmark.training_step import measured_step, random_images
 from attnorm.config import Config
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import Batch, BatchesAhead, Stream
+from attnorm.layers.resampling import DownConv2d, UpConv2d
 from attnorm.registry import load
 from attnorm.settings import override
 from attnorm.system.randomness import seed_step
@@ -40,28 +41,41 @@ def after_steps(*changes: str, count: int = 2) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in task.state.tensors().items()}
 
 
+def after_first_phase(*settings: str) -> dict[str, torch.Tensor]:
+    """The loss, the gradients and the buffers of D after its first update, in float64."""
+    config = override(Config(), [*TINY, *settings])
+    torch.manual_seed(0)
+    task = make_task(config, random_images(config), CPU)
+    for network in task.state.networks.values():
+        network.double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        seed_step(0, 0)
+        loss, _ = run_phase(task.phases(0)[0], task.state, random_batch(torch.float64))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    discriminator = task.state.networks["discriminator"]
+    gradients = {name: p.grad for name, p in discriminator.named_parameters() if p.grad is not None}
+    return {"loss": loss, **gradients, **dict(discriminator.named_buffers())}
+
+
+@pytest.mark.parametrize("switch", ["run.joint_pass", "run.fused_resampling"])
 @pytest.mark.parametrize("block", [["model.context=none", "model.head=auxiliary"], ["model.an.temperature=0.1"]])
-def test_two_passes_of_the_discriminator_have_the_gradient_of_one(block: list[str]) -> None:
-    """But for the running moments of AN's features, which see real and generated images apart."""
-    gradients = []
-    for joint in ("true", "false"):
-        config = override(Config(), [*TINY, *block, f"run.joint_pass={joint}"])
-        torch.manual_seed(0)
-        task = make_task(config, random_images(config), CPU)
-        for network in task.state.networks.values():
-            network.double()
-        torch.set_default_dtype(torch.float64)
-        try:
-            seed_step(0, 0)
-            loss, _ = run_phase(task.phases(0)[0], task.state, random_batch(torch.float64))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        found = {name: p.grad for name, p in task.state.networks["discriminator"].named_parameters()}
-        vectors = {name: b for name, b in task.state.networks["discriminator"].named_buffers()}
-        gradients.append({"loss": loss, **found, **vectors})
-    assert len(gradients[0]) > 20
-    for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, rtol=1e-10, atol=1e-12)
+def test_a_step_made_another_way_has_the_same_gradient(block: list[str], switch: str) -> None:
+    """In two passes of D, but for the running moments of AN's features, which see real and generated images apart."""
+    one, other = (after_first_phase(*block, f"{switch}={value}") for value in ("true", "false"))
+    assert len(one) > 20 and one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_resampling_is_fused_where_it_is_asked_for(is_fused: bool) -> None:
+    config = override(Config(), [*TINY, f"run.fused_resampling={is_fused}"])
+    networks = make_task(config, random_images(config), CPU).state.networks
+    for name, kind in (("generator", UpConv2d), ("discriminator", DownConv2d)):
+        found = [module for module in networks[name].modules() if isinstance(module, kind)]
+        assert len(found) >= 2 and all(module.is_fused is is_fused for module in found)
 
 
 def test_an_average_of_all_weights_at_once_is_that_of_one_after_another_to_the_bit() -> None:

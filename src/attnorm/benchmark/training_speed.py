@@ -29,6 +29,7 @@ OFF: dict[str, object] = {
     "fused_adam": False,
     "foreach_ema": False,
     "joint_pass": False,
+    "fused_resampling": False,
     "prefetch": False,
     "compile": False,
 }
@@ -37,11 +38,12 @@ SWITCHES: dict[str, dict[str, object]] = {
     "fused Adam": {"fused_adam": True},
     "foreach average": {"foreach_ema": True},
     "joint pass of D": {"joint_pass": True},
+    "fused resampling": {"fused_resampling": True},
     "prefetch": {"prefetch": True},
     "channels_last": {"channels_last": True},
     "torch.compile": {"compile": True},
     "bfloat16": {"precision": "bfloat16"},
-    "the defaults": {name: True for name in ("fused_adam", "foreach_ema", "joint_pass", "prefetch", "channels_last")},
+    "the defaults": {name: True for name in OFF if name not in ("precision", "compile")},
 }
 CONTEXTS = {
     "class_conditional": ("none", "an", "self_attention"),

@@ -17,6 +17,7 @@ from attnorm.system.devices import no_autocast
 
 
 class _Resampling3x3(nn.Conv2d):
+    is_fused = True
     _sums: Tensor  # [9, 16], of 0 and 1
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -46,7 +47,7 @@ class UpConv2d(_Resampling3x3):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
-        if self.training and self.upsampling == "nearest":
+        if self.training and self.is_fused and self.upsampling == "nearest":
             kernel = self._kernel().flip(2, 3).transpose(0, 1)
             return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
         return super().forward(F.interpolate(x, scale_factor=2, mode=self.upsampling))
@@ -57,6 +58,13 @@ class DownConv2d(_Resampling3x3):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H // 2, W // 2]."""
-        if self.training:
+        if self.training and self.is_fused:
             return F.conv2d(x, self._kernel() / 4, self.bias, stride=2, padding=1)
         return F.avg_pool2d(super().forward(x), 2)
+
+
+def resample_apart(network: nn.Module) -> None:
+    """Lets every such convolution of `network` be two steps in training, too."""
+    for module in network.modules():
+        if isinstance(module, _Resampling3x3):
+            module.is_fused = False

@@ -27,6 +27,7 @@ from attnorm.config import Config, ConfigError
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import Batch, BatchesAhead, Stream, parts_of_batch
 from attnorm.layers.batch_norm import share_moments
+from attnorm.layers.resampling import resample_apart
 from attnorm.run_directory import RunDirectory
 from attnorm.system.devices import find_precision, temporary_tf32, why_not_compiled
 from attnorm.system.files import file_lock
@@ -143,6 +144,9 @@ def _task(config: Config) -> type[Task]:
 def make_task(config: Config, images: ImageSet, device: torch.device) -> Task:
     """The task of a resolved configuration, at its start."""
     task = _task(config).for_images(config, images, device)
+    if not config.run.fused_resampling:
+        for network in task.state.networks.values():
+            resample_apart(network)
     if config.run.compile:
         if reason := why_not_compiled():
             raise ConfigError(f"run.compile: {reason}")
