@@ -15,6 +15,7 @@ from attnorm import AttentiveNorm2d, SelfAttention2d
 from attnorm.config import AttentiveNormConfig, InpaintingConfig
 from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.region_norm import RegionNorm2d
+from attnorm.layers.resampling import UpConv2d
 from attnorm.models.inpainting import Critic, InpaintingGenerator, SameConv2d, crop_around, paste
 
 CONTEXTS = ("an", "an-wide", "contextual", "self_attention", "region", "none")
@@ -88,13 +89,15 @@ def plan(layers: nn.Sequential) -> str:
     """ "5/32, 3/64/2, 3/128d2 ELU": kernel / channels / stride, dilation, and the activation if there is one."""
     words: list[str] = []
     for layer in layers:
+        if isinstance(layer, UpConv2d):
+            assert layer.upsampling == "nearest"
+            words.append("up")
         if isinstance(layer, nn.Conv2d):
             stride = "/2" if layer.stride == (2, 2) else ""
             dilation = f"d{layer.dilation[0]}" if layer.dilation != (1, 1) else ""
             words.append(f"{layer.kernel_size[0]}/{layer.out_channels}{stride}{dilation}")
-        elif isinstance(layer, nn.Upsample):
-            assert (layer.scale_factor, layer.mode) == (2, "nearest")
-            words.append("up")
+        elif isinstance(layer, nn.Identity):
+            continue  # it stands for a doubling in the weights' names
         elif isinstance(layer, nn.ELU):
             words[-1] += "e"
         elif isinstance(layer, nn.LeakyReLU):

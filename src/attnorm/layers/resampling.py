@@ -1,8 +1,8 @@
 """3x3 convolutions with a doubling before or a halving after, in training both in one, for 4/9 of the products.
 
 Doubling by nearest neighbours makes copies, and a convolution multiplies each copy by several weights in turn. The sums
-of these, made once for all places, are a 4x4 kernel on the small map; so are those of a convolution and of the mean over
-2x2 pixels. In evaluation images often come one by one, for which making the sums takes longer than they save.
+of these, made once for all places, are a 4x4 kernel on the small map; so it is with a convolution and the mean over 2x2
+pixels. In evaluation images often come one by one, for which making the sums takes longer than they save.
 """
 
 from __future__ import annotations

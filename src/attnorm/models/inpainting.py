@@ -17,6 +17,7 @@ from attnorm.hub import HubModel
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.region_norm import RegionNorm2d
+from attnorm.layers.resampling import UpConv2d
 from attnorm.layers.self_attention import SelfAttention2d
 
 # Channels in multiples of the width: of the six convolutions of each encoder, the first stage's and the two of the
@@ -206,6 +207,11 @@ def _conv(before: int, after: int, kernel: int = 3, *, stride: int = 1, dilation
     return [SameConv2d(before, after, kernel, stride=stride, dilation=dilation), nn.ELU(inplace=True)]
 
 
+def _up_conv(before: int, after: int) -> list[nn.Module]:
+    """x2 (nearest), 3x3, ELU; the first stands for the doubling in the numbers by which weights are named."""
+    return [nn.Identity(), UpConv2d(before, after), nn.ELU(inplace=True)]
+
+
 def _encoder(width: int, multiples: tuple[int, ...]) -> list[nn.Module]:
     """Known pixels, ones, mask (5 channels) -> 4 * width channels, a quarter of the sides."""
     channels = [5, *(multiple * width for multiple in multiples)]
@@ -225,11 +231,9 @@ def _decoder(before: int, width: int) -> list[nn.Module]:
     return [
         *_conv(before, 4 * width),
         *_conv(4 * width, 4 * width),
-        nn.Upsample(scale_factor=2),  # nearest
-        *_conv(4 * width, 2 * width),
+        *_up_conv(4 * width, 2 * width),
         *_conv(2 * width, 2 * width),
-        nn.Upsample(scale_factor=2),
-        *_conv(2 * width, width),
+        *_up_conv(2 * width, width),
         *_conv(width, half),
         SameConv2d(half, 3, 3),
     ]
