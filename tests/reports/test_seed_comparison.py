@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from attnorm.evaluation.scores import Metric
-from attnorm.reports.seed_comparison import SeedComparison, compare, seeds_in_words, seeds_needed
+from attnorm.reports.seed_comparison import SeedComparison, compare, pairs_needed, seeds_in_words, seeds_needed
 
 
 def comparison(first: tuple[float, ...], second: tuple[float, ...], is_less_better: bool = True) -> SeedComparison:
@@ -88,3 +88,27 @@ def test_only_rows_of_two_seeds_and_finite_scores_are_compared() -> None:
 def test_the_better_row_follows_the_scores_direction() -> None:
     for is_less_better, better in ((True, "second"), (False, "first")):
         assert comparison((8.0, 8.1), (5.0, 5.1), is_less_better).better == better
+
+
+@pytest.mark.parametrize(("effect", "expected"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_pairs_needed_are_those_of_the_tables_of_power(effect: float, expected: int) -> None:
+    """As printed for the paired t test, two-sided at 5%, 80% power: 198.2, 33.4 and 14.3 pairs."""
+    assert pairs_needed(effect, 1.0) == pairs_needed(-7 * effect, 7.0) == expected
+    assert pairs_needed(0.0, 1.0) is None and pairs_needed(1.0, 0.0) == 2
+
+
+def test_runs_of_a_seed_are_paired_where_both_rows_have_the_same_seeds() -> None:
+    rows = {
+        "a": {1: (20.0, 64), 0: (10.0, 64), 2: (31.0, 64)},
+        "b": {0: (9.0, 64), 1: (18.0, 64), 2: (28.0, 64)},
+        "of two": {0: (9.0, 64), 1: (18.0, 64)},
+    }
+    metric = Metric("x", "score", 2, is_less_better=False)
+    found = compare(metric, "score", rows, paired=True)
+    assert [comparison.is_paired for comparison in found] == [True, False, False]
+    # Differences 1, 2 and 3: 2 +- 4.30265 * 1 / sqrt(3). Unpaired they would drown in 10 from seed to seed.
+    assert found[0].interval == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert found[0].seeds_needed == pairs_needed(2.0, 1.0)
+    assert found[0].row()[2] == "3 each, paired" and found[0].to_dict()["is_paired"]
+    (unpaired, *_) = compare(metric, "score", rows)
+    assert unpaired.interval[1] > 20 and not unpaired.is_paired

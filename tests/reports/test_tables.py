@@ -502,7 +502,8 @@ def test_inpainters_of_several_seeds_are_compared_by_preset_and_score(tmp_path: 
     report = build_report([], inpainting=[folder])
     (table,) = section(report, "Which rows differ").tables
     assert table.title == "scores" and [row[:3] for row in table.rows] == [
-        ("context an - context none", f"{score}, whole image", "3 each") for score in ("PSNR, dB", "SSIM", "MAE")
+        ("context an - context none", f"{score}, whole image", "3 each, paired")
+        for score in ("PSNR, dB", "SSIM", "MAE")
     ]
     # 3.123 +- 4.30265 sqrt(1 / 3); the other two do not vary.
     assert [row[4:6] for row in table.rows] == [

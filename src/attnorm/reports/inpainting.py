@@ -174,7 +174,7 @@ def compare_inpainters(scores: InpaintingScores) -> list[SeedComparison]:
             if f"{key}_pasted" in model.means and model.seed is not None:
                 label = model.preset or f"context {model.context}"
                 rows.setdefault(label, {})[model.seed] = model.means[f"{key}_pasted"], model.images_seen or 0
-        found += compare(METRICS[key], f"{METRICS[key].title}, whole image", rows)
+        found += compare(METRICS[key], f"{METRICS[key].title}, whole image", rows, paired=True)
     return found
 
 

@@ -1,6 +1,7 @@
 """What scores of several seeds say: by how much two rows of a table differ, and how many seeds it would take to tell.
 
-Welch's t test: two-sided, at 5%, of rows with variances of their own.
+Two-sided, at 5%: Welch's t test of rows with variances of their own, or Student's of the differences seed by seed where two
+runs of a seed share everything but what is compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from attnorm.evaluation.scores import METRICS, Metric
@@ -35,6 +37,7 @@ class SeedComparison:
     score: str  # as shown
     values: tuple[tuple[float, ...], tuple[float, ...]]
     has_equal_training: bool = True  # the same number of images seen
+    is_paired: bool = False  # values at the same place are of the same seed
 
     @property
     def means(self) -> tuple[float, float]:
@@ -50,12 +53,21 @@ class SeedComparison:
         """First minus second, of the means."""
         return self.means[0] - self.means[1]
 
+    @property
+    def deviation_of_pairs(self) -> float:
+        """Standard deviation over seeds of the difference within a seed."""
+        return float(np.std(np.subtract(*self.values), ddof=1))
+
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """Welch's 95% interval of the difference; a point where no row varies. With v = s^2 / n of each row,
+        """The 95% interval of the difference; a point where nothing varies. Paired, with s of `deviation_of_pairs`:
+        difference +- t(n - 1) s / sqrt(n). Otherwise Welch's: with v = s^2 / n of each row,
         difference +- t(df) sqrt(v1 + v2),  df = (v1 + v2)^2 / (v1^2 / (n1 - 1) + v2^2 / (n2 - 1)).
         """
         n1, n2 = map(len, self.values)
+        if self.is_paired:
+            half = float(stats.t.ppf(1 - LEVEL / 2, n1 - 1)) * self.deviation_of_pairs / math.sqrt(n1)
+            return self.difference - half, self.difference + half
         v1, v2 = self.deviations[0] ** 2 / n1, self.deviations[1] ** 2 / n2
         if v1 + v2 == 0:
             return self.difference, self.difference
@@ -75,7 +87,9 @@ class SeedComparison:
 
     @cached_property
     def seeds_needed(self) -> int | None:
-        """`seeds_needed` of what was observed."""
+        """`pairs_needed` or `seeds_needed` of what was observed."""
+        if self.is_paired:
+            return pairs_needed(self.difference, self.deviation_of_pairs)
         return seeds_needed(self.difference, *self.deviations)
 
     def row(self) -> tuple[str, ...]:
@@ -83,6 +97,8 @@ class SeedComparison:
         d = self.metric.digits
         counts = [len(values) for values in self.values]
         seeds = f"{counts[0]} each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]}"
+        if self.is_paired:
+            seeds += ", paired"
         if not self.has_equal_training:
             seeds += ", after unlike numbers of images"
         low, high = self.interval
@@ -110,6 +126,7 @@ class SeedComparison:
             "is_decided": self.is_decided,
             "seeds_needed": None if self.is_decided else self.seeds_needed,
             "has_equal_training": self.has_equal_training,
+            "is_paired": self.is_paired,
         }
 
 
@@ -131,8 +148,25 @@ def seeds_needed(difference: float, first_deviation: float, second_deviation: fl
     squares = (first_deviation / largest) ** 2, (second_deviation / largest) ** 2  # in [0, 1]: no overflow
     n = np.arange(2, MOST_SEEDS + 1)
     df = (n - 1) * sum(squares) ** 2 / (squares[0] ** 2 + squares[1] ** 2)
+    return _fewest(n, df, min(abs(difference) / largest, 1e9) * np.sqrt(n / sum(squares)))
+
+
+def pairs_needed(difference: float, deviation: float) -> int | None:
+    """As `seeds_needed`, of Student's test of differences seed by seed, which have a standard deviation: with n seeds
+    ncp = |difference| sqrt(n) / deviation, df = n - 1.
+    """
+    if difference == 0:
+        return None
+    if deviation == 0:
+        return 2
+    n = np.arange(2, MOST_SEEDS + 1)
+    return _fewest(n, n - 1, min(abs(difference) / deviation, 1e9) * np.sqrt(n))
+
+
+def _fewest(n: NDArray[Any], df: NDArray[Any], ncp: NDArray[Any]) -> int | None:
+    """The first of `n` seeds with which a noncentral t of `df` and `ncp` has POWER; None where none has."""
     # At ncp = 30 the power is 0.98 even with one degree of freedom: a larger one changes no answer.
-    ncp = np.minimum(min(abs(difference) / largest, 1e9) * np.sqrt(n / sum(squares)), 30.0)
+    ncp = np.minimum(ncp, 30.0)
     beyond = stats.t.ppf(1 - LEVEL / 2, df)
     power = stats.nct.sf(beyond, df, ncp) + stats.nct.cdf(-beyond, df, ncp)
     enough = np.flatnonzero(power >= POWER)
@@ -149,30 +183,37 @@ def explanation(num_comparisons: int) -> str:
     """What a reader of the table must know."""
     return (
         "Rows of two seeds or more, two by two: the difference of their means (first minus second) with the 95% "
-        "interval of Welch's t test over seeds, decided where it leaves out 0. Beside what is undecided: the seeds a "
+        "interval over seeds, decided where it leaves out 0; of Welch's t test, or, where it says paired, of Student's "
+        "for the differences of runs that share a seed and with it first weights, images and masks. Beside what is "
+        "undecided: the seeds a "
         f"row with which that test would find a difference as large as the observed one in {POWER:.0%} of the cases, "
         "with the spreads observed (noncentral t). Difference and spreads are themselves of few seeds, and so is that "
         f"number. The intervals are not corrected for the number of comparisons, here {num_comparisons}."
     )
 
 
-def compare(metric: Metric, score: str, rows: Mapping[str, Mapping[int, tuple[float, int]]]) -> list[SeedComparison]:
+def compare(
+    metric: Metric, score: str, rows: Mapping[str, Mapping[int, tuple[float, int]]], *, paired: bool = False
+) -> list[SeedComparison]:
     """Every two of `rows` that have two seeds or more, in their order.
 
     Args:
         score: Its name, as shown.
         rows: By label, for each seed: the value and the number of images seen.
+        paired: Runs of a seed share all but what is compared: seed by seed, where both rows have the same seeds.
     """
     found = []
     for first, second in itertools.combinations(rows, 2):
-        sides = [list(rows[label].values()) for label in (first, second)]
+        sides = [[value for _, value in sorted(rows[label].items())] for label in (first, second)]
         if min(map(len, sides)) < 2:
             continue
         if not all(math.isfinite(value) for side in sides for value, _ in side):
             continue  # nothing to compare: a score that is no number
         values = tuple(tuple(value for value, _ in side) for side in sides)
         num_seen = {seen for side in sides for _, seen in side}
-        found.append(SeedComparison(first, second, metric, score, (values[0], values[1]), len(num_seen) == 1))
+        is_paired = paired and rows[first].keys() == rows[second].keys()
+        pair = values[0], values[1]
+        found.append(SeedComparison(first, second, metric, score, pair, len(num_seen) == 1, is_paired))
     return found
 
 
