@@ -72,9 +72,10 @@ def test_an_inpainter_in_onnxruntime_fills_photographs_of_odd_sizes_as_the_tool_
         image = 2 * torch.rand(num, 3, height, width) - 1
         mask = torch.zeros(num, 1, height, width)
         mask[:, :, 2:7, 20:50] = 1
-        (filled,) = found.run(None, {"image": image.numpy(), "mask": mask.numpy()})
-        expected = paste(image, tool.outputs(image, mask != 0).refined, mask)
-        np.testing.assert_allclose(filled, expected.numpy(), rtol=0, atol=1e-4)
+        filled, refined = found.run(["filled", "refined"], {"image": image.numpy(), "mask": mask.numpy()})
+        expected = tool.outputs(image, mask != 0).refined
+        np.testing.assert_allclose(refined, expected.numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(filled, paste(image, expected, mask).numpy(), rtol=0, atol=1e-4)
         assert (filled != image.numpy()).any()
         np.testing.assert_array_equal(filled[:, :, 7:], image.numpy()[:, :, 7:])
     meta = found.get_modelmeta().custom_metadata_map
@@ -166,7 +167,7 @@ def test_the_page_fills_holes_in_the_browser_as_the_tool_does_and_asks_nobody(
     except exporting.ExportError as error:
         pytest.skip(str(error))
     (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
-    tool = Inpainter(inpainter, seams=True)  # an exported file pastes, and so does the page
+    tool = Inpainter(inpainter)
     side = tool.image_size
     random = np.random.default_rng(0)
     with sync_api.sync_playwright() as playwright:
