@@ -1,7 +1,7 @@
 """What scores of several seeds say: by how much two rows of a table differ, and how many seeds it would take to tell.
 
-Two-sided, at 5%: Welch's t test of rows with variances of their own, or Student's of the differences seed by seed where two
-runs of a seed share everything but what is compared.
+Two-sided, at 5%: Welch's t test of rows with variances of their own, or Student's of the differences seed by seed where
+two runs of a seed share everything but what is compared.
 """
 
 from __future__ import annotations
