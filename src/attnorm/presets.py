@@ -172,8 +172,8 @@ def inpaint64() -> Config:
     """The same at half the width and half the size, reconstruction alone: 1,600 steps of 8 images, a quarter of an hour
     of one CPU core. The critics join where `run.duration_images` is longer.
 
-    A missing pixel counts six times, and the generator learns twice as fast: after a seventh of the images what it fills
-    is, with seams taken out, as near to the truth as with the paper's weights or nearer; pasted it is not
+    A missing pixel counts six times, and the generator learns twice as fast: after a seventh of the images what it
+    fills, with seams taken out, is as near to the truth as with the paper's weights or nearer; pasted it is not
     (docs/results/inpainting.md).
     """
     base = inpaint128()
