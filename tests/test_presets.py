@@ -26,6 +26,7 @@ INPAINTING: dict[str, tuple[str, ...]] = {
     "paper-streetview256": ("an", "an-auto", "contextual", "none"),
     "inpaint128": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none"),
     "inpaint64": ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none"),
+    "inpaint128-small": ("an", "contextual", "none"),
     "inpaint-smoke": ("an", "contextual", "none"),
 }
 
@@ -121,7 +122,7 @@ def test_inpainting_has_the_papers_losses_and_optimiser() -> None:
         assert config.data.held_out_every >= 2, name
         switch, duration = config.inpainting.switch_images, config.run.duration_images
         departs = (config.inpainting.hole_weight, config.optim.g_lr, config.optim.beta2)
-        if name.startswith("inpaint64-"):  # row 18: reconstruction alone, and what makes it quick
+        if config.family in ("inpaint64", "inpaint128-small"):  # row 18: reconstruction alone, and what makes it quick
             assert departs == (6, 2e-4, 0.99) and switch == duration, name
         else:
             assert departs == (1, 1e-4, 0.9), name
@@ -129,6 +130,7 @@ def test_inpainting_has_the_papers_losses_and_optimiser() -> None:
     paper = PRESETS["paper-streetview256-an"][1]
     assert paper.model.image_size == 256 and paper.model.width == 32 and paper.data.fit == "street-view"
     assert paper.model.temperature == pytest.approx(0.1)
-    assert PRESETS["inpaint64-an"][1].model.width == 16
-    for family in ("inpaint64", "inpaint128"):
+    for family in ("inpaint64", "inpaint128-small"):
+        assert PRESETS[f"{family}-an"][1].model.width == 16
+    for family in ("inpaint64", "inpaint128", "inpaint128-small"):
         assert PRESETS[f"{family}-an"][1].data.held_out_every == 10

@@ -197,6 +197,19 @@ def inpaint64() -> Config:
     )
 
 
+def inpaint128_small() -> Config:
+    """inpaint64 at twice the size, and brush strokes too: from a run of it (`run.start_from`), half an hour more."""
+    base = inpaint64()
+    num_images = 1_000 * 8
+    return replace(
+        base,
+        model=replace(base.model, image_size=128),
+        inpainting=replace(base.inpainting, masks="mixed", switch_images=num_images),
+        data=replace(base.data, stored_size=224),
+        run=replace(base.run, duration_images=num_images),
+    )
+
+
 def inpaint_smoke() -> Config:
     """Both phases of inpainting in well under a minute on two CPU cores, for tests: nothing is learnt."""
     return Config(
@@ -345,6 +358,7 @@ INPAINTING_FAMILIES: dict[str, tuple[Callable[[], Config], tuple[str, ...]]] = {
     "paper-streetview256": (streetview256, ("an", "an-auto", "contextual", "none")),
     "inpaint128": (inpaint128, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none")),
     "inpaint64": (inpaint64, ("an", "an-fixed", "an-wide", "contextual", "self_attention", "region", "none")),
+    "inpaint128-small": (inpaint128_small, ("an", "contextual", "none")),
     "inpaint-smoke": (inpaint_smoke, ("an", "contextual", "none")),
 }
 # The context blocks at equal budgets, of a recipe of today.

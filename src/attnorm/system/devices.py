@@ -38,7 +38,8 @@ def find_precision(
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_units = device.type == "cpu" and any("amx_bf16" in line for line in cpu_info())
+    units = ("amx_bf16", "avx512_bf16")
+    has_units = device.type == "cpu" and any(unit in line for line in cpu_info() for unit in units)
     return "bfloat16" if has_units else "float32"
 
 
