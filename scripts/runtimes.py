@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
+import math
 import shutil
 import tempfile
 import threading
@@ -51,17 +52,22 @@ window.run_model = async (inputs) => {
     feeds[name] = new ort.Tensor("float32", await floats(`/${name}.bin`), shape);
   }
   const start = performance.now();
-  const found = (await window.session.run(feeds))[window.session.outputNames[0]];
+  const results = await window.session.run(feeds);
   const seconds = (performance.now() - start) / 1000;
-  for (let at = 0; at < found.data.length; at += 2 ** 22) { // Playwright keeps each request's body in memory
-    await fetch(at ? "/more.bin" : "/found.bin", { method: "POST", body: found.data.subarray(at, at + 2 ** 22) });
+  const found = window.session.outputNames.map((name) => results[name]);
+  let path = "/found.bin";
+  for (const { data } of found) {
+    for (let at = 0; at < data.length; at += 2 ** 22) { // Playwright keeps each request's body in memory
+      await fetch(path, { method: "POST", body: data.subarray(at, at + 2 ** 22) });
+      path = "/more.bin";
+    }
   }
-  return { seconds, shape: found.dims };
+  return { seconds, shapes: found.map(({ dims }) => dims) };
 };
 document.body.dataset.ready = "";
 </script>"""
 
-Run = Callable[[dict[str, Tensor]], Tensor]
+Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # all that a program gives
 
 
 class LayerProgram(nn.Module):
@@ -149,21 +155,30 @@ def exported(program: Any, folder: Path) -> tuple[Run, Run]:
     module = torch.export.load(folder / "model.pt2").module()
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     return (
-        lambda inputs: first(module(*inputs.values())),
-        lambda inputs: torch.from_numpy(session.run(None, {name: part.numpy() for name, part in inputs.items()})[0]),
+        lambda inputs: as_tuple(module(*inputs.values())),
+        lambda inputs: tuple(
+            map(torch.from_numpy, session.run(None, {name: part.numpy() for name, part in inputs.items()}))
+        ),
     )
 
 
-def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Of an inpainter the filled image: where what it is pasted from is right, so is that."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def in_browser(page: Page, folder: Path, inputs: dict[str, Tensor]) -> tuple[Tensor, float]:
+def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest, over all outputs; NaN where one has it."""
+    far = [(ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)]
+    return torch.stack(far).max().item()
+
+
+def in_browser(page: Page, folder: Path, inputs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], float]:
     for name, part in inputs.items():
         part.numpy().tofile(folder / f"{name}.bin")
     said = page.evaluate("inputs => run_model(inputs)", {name: list(part.shape) for name, part in inputs.items()})
-    return torch.from_numpy(np.fromfile(folder / "found.bin", np.float32)).reshape(said["shape"]), said["seconds"]
+    values = torch.from_numpy(np.fromfile(folder / "found.bin", np.float32))
+    parts = values.split([math.prod(shape) for shape in said["shapes"]])
+    return tuple(part.reshape(shape) for part, shape in zip(parts, said["shapes"], strict=True)), said["seconds"]
 
 
 def compare(
@@ -180,12 +195,12 @@ def compare(
         for case, make in cases.items():
             inputs = make()
             start = time.perf_counter()
-            expected = first(program(*inputs.values()))
+            expected = as_tuple(program(*inputs.values()))
             seconds = time.perf_counter() - start
-            far = [(run(inputs) - expected).abs().max().item() for run in others]
+            far = [difference(run(inputs), expected) for run in others]
             found, in_page = in_browser(page, folder, inputs)
-            far.append((found - expected).abs().max().item())
-            if not max(far) <= TOLERANCE:
+            far.append(difference(found, expected))
+            if not all(value <= TOLERANCE for value in far):
                 raise SystemExit(f"{case}: {far} from torch's; expected at most {TOLERANCE:g}")
             line = f"| {case} | {' | '.join(f'{value:.1e}' for value in far)} | {seconds:.2f} s | {in_page:.2f} s |"
             print(line, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,15 +140,16 @@ def test_the_layer_alone_exports_with_any_size() -> None:
     torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("error", [0.001, math.nan])
 def test_a_file_that_computes_something_else_is_not_left_behind(
-    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     loaded: Loaded = load(generator)
 
     class Wrong(exporting.ClassConditionalProgram):
         def forward(self, z: Tensor, classes: Tensor) -> Tensor:
             images = super().forward(z, classes)
-            return images + 0.001 if torch.compiler.is_exporting() else images
+            return images + error if torch.compiler.is_exporting() else images
 
     monkeypatch.setattr(exporting, "ClassConditionalProgram", Wrong)
     with pytest.raises(exporting.ExportError, match=r"from the network's; expected at most 0\.0001"):

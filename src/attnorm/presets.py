@@ -204,7 +204,7 @@ def inpaint128_small() -> Config:
     return replace(
         base,
         model=replace(base.model, image_size=128),
-        inpainting=replace(base.inpainting, masks="mixed", switch_images=num_images),
+        inpainting=InpaintingTaskConfig(masks="mixed", switch_images=num_images, hole_weight=6.0),
         data=replace(base.data, stored_size=224),
         run=replace(base.run, duration_images=num_images),
     )

@@ -93,6 +93,7 @@ def test_the_command_trains_what_is_missing_and_reports(
     data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("attnorm.cli.experiments.read_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("attnorm.system.devices.cpu_info", list)
     command = ["experiment", "diffusion", "--data", "noise", "--out", str(tmp_path), "--scale", "smoke"]
     cli.main(command)
     trainings = tmp_path / "trainings.jsonl"
@@ -100,6 +101,10 @@ def test_the_command_trains_what_is_missing_and_reports(
     assert len(kept) == 2 * len(diffusion.ARMS)
     before = kept.pop(("an", 1))
     trainings.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    # Begun on a processor without units for bfloat16, gone on with on one that has them: in float32.
+    protocol = json.loads((tmp_path / "experiment.json").read_text())["protocol"]
+    assert protocol["precision"] == "float32"
+    monkeypatch.setattr("attnorm.system.devices.cpu_info", lambda: ["flags: amx_bf16"])
     cli.main(command)
     *others, again = map(json.loads, trainings.read_text().splitlines())
     assert again["curve"] == before["curve"] and again["sites"] == before["sites"]

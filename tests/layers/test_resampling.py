@@ -69,6 +69,18 @@ def test_by_its_weights_it_is_a_convolution(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_weights_that_are_loaded_where_there_was_no_memory_are_all_it_needs(name: str) -> None:
+    with torch.device("meta"):
+        layer = LAYERS[name](3, 4)
+    layer.to_empty(device="cpu")
+    assert not list(layer.buffers())  # which nothing would fill
+    whole = LAYERS[name](3, 4)
+    layer.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(layer(x), whole(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_norm_of_its_weight_counts(name: str) -> None:
     layer = spectral_norm(LAYERS[name](3, 4))
     x = torch.randn(2, 3, 6, 6)

@@ -97,11 +97,11 @@ def test_pairs_needed_are_those_of_the_tables_of_power(effect: float, expected: 
     assert pairs_needed(0.0, 1.0) is None and pairs_needed(1.0, 0.0) == 2
 
 
-def test_runs_of_a_seed_are_paired_where_both_rows_have_the_same_seeds() -> None:
+def test_runs_of_a_seed_are_paired_over_the_seeds_that_both_rows_have() -> None:
     rows = {
         "a": {1: (20.0, 64), 0: (10.0, 64), 2: (31.0, 64)},
-        "b": {0: (9.0, 64), 1: (18.0, 64), 2: (28.0, 64)},
-        "of two": {0: (9.0, 64), 1: (18.0, 64)},
+        "b": {0: (9.0, 64), 5: (500.0, 32), 1: (18.0, 64), 2: (28.0, 64)},
+        "others": {0: (9.0, 64), 7: (18.0, 64)},
     }
     metric = Metric("x", "score", 2, is_less_better=False)
     found = compare(metric, "score", rows, paired=True)
@@ -109,6 +109,7 @@ def test_runs_of_a_seed_are_paired_where_both_rows_have_the_same_seeds() -> None
     # Differences 1, 2 and 3: 2 +- 4.30265 * 1 / sqrt(3). Unpaired they would drown in 10 from seed to seed.
     assert found[0].interval == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
     assert found[0].seeds_needed == pairs_needed(2.0, 1.0)
+    assert found[0].values == ((10.0, 20.0, 31.0), (9.0, 18.0, 28.0)) and found[0].has_equal_training
     assert found[0].row()[2] == "3 each, paired" and found[0].to_dict()["is_paired"]
     (unpaired, *_) = compare(metric, "score", rows)
     assert unpaired.interval[1] > 20 and not unpaired.is_paired

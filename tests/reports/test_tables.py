@@ -514,6 +514,33 @@ def test_inpainters_of_several_seeds_are_compared_by_preset_and_score(tmp_path: 
     assert build_report([], inpainting=[folder], tables=(5,)).seed_comparisons == ()
 
 
+def test_inpainters_of_one_preset_and_seed_are_no_row_together(tmp_path: Path) -> None:
+    """Two recipes of a preset, told by the images seen: a row each. Told by nothing: no row."""
+    folder = write_scores(tmp_path / "scores")
+    values = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    values["models"] = {
+        f"{kind}-{seed}": model("an", means(value + seed / 8, 0.8, 0.01)) | {"seed": seed, "images_seen": images}
+        for kind, value, images in (("short", 20.0, 64), ("long", 30.0, 640), ("longer lr", 31.0, 640))
+        for seed in (0, 1)
+    }
+    for name, expected in (("all", []), ("longer lr", ["context an, 64 images - context an, 640 images"])):
+        values["models"] = {key: kept for key, kept in values["models"].items() if not key.startswith(name)}
+        (folder / "scores.json").write_text(json.dumps(values), encoding="utf-8")
+        found = build_report([], inpainting=[folder]).seed_comparisons
+        assert [f"{one.first} - {one.second}" for one in found if one.score.startswith("PSNR")] == expected
+    assert found[0].values == ((20.0, 20.125), (30.0, 30.125))
+
+
+def test_inpainters_whose_seams_were_taken_out_are_said_to_be_that(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "scores")
+    pasted = section(build_report([], inpainting=[folder]), "Table 3").tables[0].title
+    values = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    for one in values["models"].values():
+        one["seams"] = "none"
+    (folder / "scores.json").write_text(json.dumps(values), encoding="utf-8")
+    assert section(build_report([], inpainting=[folder]), "Table 3").tables[0].title == f"{pasted}, seams taken out"
+
+
 def test_table_5_has_the_times_of_a_benchmark_beside_the_papers() -> None:
     (table,) = section(build_report([], benches=[BENCH]), "Table 5").tables
     rows = {row[:2]: row[2:] for row in table.rows}

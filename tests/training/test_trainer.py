@@ -26,7 +26,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from attnorm.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from attnorm.checkpoint import CheckpointError, read_checkpoint, read_header, save_checkpoint
 from attnorm.cli import training as command
 from attnorm.config import Config, ConfigError
 from attnorm.data.images import to_float
@@ -34,6 +34,7 @@ from attnorm.data.stream import Batch, Stream
 from attnorm.presets import PRESETS
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import override
+from attnorm.system import devices
 from attnorm.system.files import file_lock
 from attnorm.system.process_group import ProcessGroup
 from attnorm.system.randomness import seed_step, seed_weights
@@ -220,6 +221,22 @@ def test_a_resumed_run_says_when_its_threads_are_others(
         run(tiny(), whole, console=console)
         said = console.file.getvalue()  # type: ignore[attr-defined]
         assert ("went so far with 1 threads and goes on with 3" in " ".join(said.split())) == is_said
+
+
+def test_a_run_of_automatic_precision_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with other units: float32 stays, bfloat16 becomes that where there is none, which is said."""
+    for units, other in (([], ["flags: amx_bf16"]), (["flags: avx512_bf16"], [])):
+        out = tmp_path / str(len(units))
+        monkeypatch.setattr(devices, "cpu_info", lambda units=units: units)
+        run(tiny("run.precision=auto", "run.duration_images=8"), out)
+        begun = read_header(RunDirectory(out).checkpoints()[-1]).config.run.precision
+        assert begun == ("bfloat16" if units else "float32")
+        monkeypatch.setattr(devices, "cpu_info", lambda other=other: other)
+        console = silent()
+        run(tiny("run.precision=auto", "run.duration_images=16"), out, console=console)
+        assert read_header(RunDirectory(out).checkpoints()[-1]).config.run.precision == "float32"
+        said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        assert ("so far in bfloat16, for which cpu has no units: from here in float32" in said) == bool(units)
 
 
 def test_a_finished_run_is_left_as_it_is_and_refuses_other_settings_data_and_checkpoints(

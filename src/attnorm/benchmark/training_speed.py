@@ -110,7 +110,7 @@ def measure_processes(
 
 
 def _shared_step(config: Config, images: ImageSet, device: torch.device, group: ProcessGroup) -> Callable[[], None]:
-    size, seen = config.run.batch_size, _last(config)
+    size, seen = config.run.batch_size, last_step(config)
     precision = find_precision(config.run.precision, device)
     (part,) = parts_of_batch(size, rank=group.rank, processes=group.count)
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def _with(config: Config, context: str, changes: Mapping[str, object], images: I
     return resolve(replace(config, model=model, run=run), images)
 
 
-def _last(config: Config) -> int:
+def last_step(config: Config) -> int:
     """Where in a run the last step begins."""
     return max(config.run.duration_images - config.run.batch_size, 0)
 
@@ -141,7 +141,7 @@ def _last(config: Config) -> int:
 def _step_of(config: Config, images: ImageSet, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     task = make_task(config, images, device)
-    return measured_step(task, config, images, config.run.batch_size, _last(config), device)
+    return measured_step(task, config, images, config.run.batch_size, last_step(config), device)
 
 
 def _peers_of(config: Config, images: ImageSet, device: torch.device) -> dict[str, Callable[[], None]]:

@@ -30,7 +30,7 @@ from attnorm import __version__
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float, trained_indices
 from attnorm.experiments.pre_norm_attention import PreNormAttention
-from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
+from attnorm.experiments.protocol import TRAININGS, keep_protocol, kept_protocol, require_known
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.linear_attention import LinearAttention2d
@@ -289,7 +289,8 @@ def run(
             f"got {len(data):,} images; expected {HELD_OUT_EVERY * found.test_images:,}: a tenth is held out"
         )
     jobs = [(arm, seed) for seed in range(found.seeds) for arm in ARMS if arm in arms or not arms]
-    precision = find_precision("auto", CPU)
+    # What began in one precision goes on in it: another processor may have units for another.
+    precision = kept_protocol(out).get("precision") or find_precision("auto", CPU)
     protocol = {**vars(found), "scale": scale, "data": data.fingerprint, "precision": precision}
     with file_lock(out):
         versions = {"attnorm": __version__, "torch": torch.__version__, "processor": processor()}

@@ -10,6 +10,7 @@ from typing import Any
 from attnorm.config import ConfigError
 from attnorm.system.files import write_json
 
+EXPERIMENT = "experiment.json"  # in the folder of an experiment: its protocol, and where it began
 TRAININGS = "trainings.jsonl"  # in the folder of an experiment: what each training said of itself, a line each
 
 
@@ -22,17 +23,22 @@ def require_known(scale: str, arms: Iterable[str], *, scales: Collection[str], a
         )
 
 
+def kept_protocol(out: Path) -> dict[str, Any]:
+    """By which the results in `out` were made; {} where there are none."""
+    file = out / EXPERIMENT
+    return json.loads(file.read_text(encoding="utf-8"))["protocol"] if file.exists() else {}
+
+
 def keep_protocol(out: Path, about: Mapping[str, Any]) -> None:
     """Writes what is known of an experiment to experiment.json, or checks that `out` was made by the same protocol.
 
     Raises:
         ConfigError: what differs in `about["protocol"]`.
     """
-    file, protocol = out / "experiment.json", about["protocol"]
-    if not file.exists():
-        write_json(file, about)
+    there, protocol = kept_protocol(out), about["protocol"]
+    if not there:
+        write_json(out / EXPERIMENT, about)
         return
-    there = json.loads(file.read_text(encoding="utf-8"))["protocol"]
     other = sorted(key for key in protocol.keys() | there.keys() if protocol.get(key) != there.get(key))
     if other:
         raise ConfigError(f"{out} holds results of another {', '.join(other)}; choose another --out")

@@ -101,7 +101,7 @@ def section_3(inpainting: Mapping[str, InpaintingScores]) -> Section:
         used = scores.manifest
         title = (
             f"{name}: {used.images:,} images of {short(used.source)} at {used.image_size} pixels, {used.masks} masks, "
-            f"manifest {used.sha256[:12]}"
+            f"manifest {used.sha256[:12]}{_seams(scores)}"
         )
         tables.append(table_3(scores, title))
         rows = [(" - ".join(pair), *_difference_cells(scores, pair)) for pair in _pairs(scores)]
@@ -166,16 +166,37 @@ def _strong(difference: Difference | None, digits: int) -> str:
 
 
 def compare_inpainters(scores: InpaintingScores) -> list[SeedComparison]:
-    """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset."""
+    """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset, and one of a
+    number of images seen where a seed is there more than once. Two of the same seed and number are of settings of their
+    own, and compared with none.
+    """
+    models: dict[str, list[Method]] = {}
+    for model in scores.models.values():
+        models.setdefault(model.preset or f"context {model.context}", []).append(model)
+    for label, of_preset in list(models.items()):
+        if len({model.seed for model in of_preset}) < len(of_preset):
+            del models[label]
+            for model in of_preset:
+                models.setdefault(f"{label}, {model.images_seen or 0:,} images", []).append(model)
     found = []
     for key in _compared(scores):
-        rows: dict[str, dict[int, tuple[float, int]]] = {}
-        for model in scores.models.values():
-            if f"{key}_pasted" in model.means and model.seed is not None:
-                label = model.preset or f"context {model.context}"
-                rows.setdefault(label, {})[model.seed] = model.means[f"{key}_pasted"], model.images_seen or 0
-        found += compare(METRICS[key], f"{METRICS[key].title}, whole image", rows, paired=True)
+        rows = {
+            label: {
+                model.seed: (model.means[f"{key}_pasted"], model.images_seen or 0)
+                for model in alike
+                if f"{key}_pasted" in model.means and model.seed is not None
+            }
+            for label, alike in models.items()
+            if len({model.seed for model in alike}) == len(alike)
+        }
+        score = f"{METRICS[key].title}, whole image{_seams(scores)}"
+        found += compare(METRICS[key], score, rows, paired=True)
     return found
+
+
+def _seams(scores: InpaintingScores) -> str:
+    """Said of scores that are not of the paper's pasting."""
+    return ", seams taken out" if any(model.seams == "none" for model in scores.models.values()) else ""
 
 
 # The document of `attnorm evaluate inpainters`

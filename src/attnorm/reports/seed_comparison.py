@@ -184,8 +184,8 @@ def explanation(num_comparisons: int) -> str:
     return (
         "Rows of two seeds or more, two by two: the difference of their means (first minus second) with the 95% "
         "interval over seeds, decided where it leaves out 0; of Welch's t test, or, where it says paired, of Student's "
-        "for the differences of runs that share a seed and with it first weights, images and masks. Beside what is "
-        "undecided: the seeds a "
+        "for the differences of runs that share a seed, and with it images and masks of one size and the first weights "
+        "of all that their networks have in common. Beside what is undecided: the seeds a "
         f"row with which that test would find a difference as large as the observed one in {POWER:.0%} of the cases, "
         "with the spreads observed (noncentral t). Difference and spreads are themselves of few seeds, and so is that "
         f"number. The intervals are not corrected for the number of comparisons, here {num_comparisons}."
@@ -200,18 +200,21 @@ def compare(
     Args:
         score: Its name, as shown.
         rows: By label, for each seed: the value and the number of images seen.
-        paired: Runs of a seed share all but what is compared: seed by seed, where both rows have the same seeds.
+        paired: Runs of a seed share all but what is compared: seed by seed, over the seeds that both rows have, where
+            these are two or more.
     """
     found = []
     for first, second in itertools.combinations(rows, 2):
-        sides = [[value for _, value in sorted(rows[label].items())] for label in (first, second)]
+        common = rows[first].keys() & rows[second].keys()
+        is_paired = paired and len(common) >= 2
+        seeds = [sorted(common if is_paired else rows[label]) for label in (first, second)]
+        sides = [[rows[label][seed] for seed in own] for label, own in zip((first, second), seeds, strict=True)]
         if min(map(len, sides)) < 2:
             continue
         if not all(math.isfinite(value) for side in sides for value, _ in side):
             continue  # nothing to compare: a score that is no number
         values = tuple(tuple(value for value, _ in side) for side in sides)
         num_seen = {seen for side in sides for _, seen in side}
-        is_paired = paired and rows[first].keys() == rows[second].keys()
         pair = values[0], values[1]
         found.append(SeedComparison(first, second, metric, score, pair, len(num_seen) == 1, is_paired))
     return found

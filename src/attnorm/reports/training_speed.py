@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attnorm.benchmark.training_speed import Speed
+from attnorm.benchmark.training_speed import Speed, last_step
 from attnorm.config import Config
 from attnorm.reports.render import Document, Section, Table, write_document
 from attnorm.settings import to_dict
@@ -40,9 +40,12 @@ def write_speeds(
     write_json(out / "train.json", {"environment": environment, "speeds": rows})
     where = environment["processor"] if device.type == "cpu" else environment["device"]
     made_by = f"{processes} process(es) of {environment['threads']} thread(s)"
+    task = config.inpainting
+    is_alone = task is not None and last_step(config) < task.switch_images
+    networks = "the generator, which learns alone at the end of this run" if is_alone else "all networks"
     text = (
-        f"A whole step of the preset {config.preset or 'given'} at batch {config.run.batch_size}: every update of all "
-        f"networks, data and average included, on noise. {where}, {made_by}, torch {environment['torch']}, "
+        f"A whole step of the preset {config.preset or 'given'} at batch {config.run.batch_size}: every update of "
+        f"{networks}, data and average included, on noise. {where}, {made_by}, torch {environment['torch']}, "
         f"commit {environment['commit'] or 'unknown'}. Medians of {len(speeds[0].seconds)} rounds, in each of which "
         "all take a turn."
     )

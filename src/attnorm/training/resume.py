@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from attnorm.checkpoint import CheckpointError, read_checkpoint
+from attnorm.checkpoint import CheckpointError, read_checkpoint, read_header
 from attnorm.config import Config, ConfigError, RunConfig
 from attnorm.data.images import ImageSet
 from attnorm.data.stream import parts_of_batch
 from attnorm.run_directory import RunDirectory, find_checkpoint
 from attnorm.settings import MAY_CHANGE_ON_RESUME, flatten
+from attnorm.system.devices import device_name, find_precision
 from attnorm.system.process_group import ProcessGroup, find_own_device
 from attnorm.training.state import TrainingState, below
 
@@ -104,6 +105,20 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
             f"{data['num_images']} of {data['source']}); give the same data, or another --out"
         )
     return run.checkpoints()[-1], said
+
+
+def precision_of_leg(
+    name: Literal["float32", "bfloat16", "auto"], checkpoint: Path, device: torch.device
+) -> tuple[Literal["float32", "bfloat16"], list[str]]:
+    """In which a run goes on from `checkpoint`, and what is to be said of that: "auto" stays at float32 where it was
+    that, whatever this device has units for; what was bfloat16 goes on in float32 where it has none.
+    """
+    precision, before = find_precision(name, device), read_header(checkpoint).config.run.precision
+    if name != "auto" or before in ("auto", precision):
+        return precision, []
+    if before == "float32":
+        return "float32", []
+    return precision, [f"so far in {before}, for which {device_name(device)} has no units: from here in {precision}"]
 
 
 def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> list[str]:

@@ -53,7 +53,7 @@ from attnorm.training.inpainting import InpaintingTask
 from attnorm.training.logger import Logger, without_tensorboards_traceback
 from attnorm.training.projected import ProjectedTask
 from attnorm.training.relativistic import RelativisticTask
-from attnorm.training.resume import load_state, open_run, require_possible, start_from
+from attnorm.training.resume import load_state, open_run, precision_of_leg, require_possible, start_from
 from attnorm.training.state import TrainingState, singular_vectors_at_rest
 from attnorm.training.task import Phase, Task
 
@@ -109,14 +109,16 @@ def train(
         group.together(lambda: stack.enter_context(file_lock(out)) if is_first else None)
         checkpoint, said = group.together(lambda: open_run(run, config, images) if is_first else (None, []))
         name = group.text_of_first("" if checkpoint is None else str(checkpoint))
+        precision = find_precision(config.run.precision, device)
         if name:
             said += group.together(lambda: load_state(Path(name), task.state, processes=group.count))
+            precision, unlike = precision_of_leg(config.run.precision, Path(name), device)
+            said += unlike
         elif config.run.start_from:
             said += group.together(lambda: start_from(config.run.start_from, task.state, images.classes))
         for text in said:
             console.print(text, highlight=False, soft_wrap=True, markup=False)
         # What checkpoints say of the run is how and where it was really made.
-        precision = find_precision(config.run.precision, device)
         config = replace(config, run=replace(config.run, precision=precision, device=str(device)))
         _announce(config, task.state.images_seen, device, group, console)
         no_step = torch.tensor(NONE, device=device)
