@@ -467,12 +467,20 @@ def test_the_command_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--seconds nan", "expected more than 0"),
         ("--threads -1", "0 or more"),
         ("--tf32 --device cpu", "--tf32 is for float32 on CUDA"),
+        ("--preset small32-an --set run.batch_size=4", "bench layer has no --preset, --set"),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_leaves_nothing(
     tmp_path: Path, refused: Callable[..., str], arguments: str, remedy: str
 ) -> None:
     assert remedy in refused(["bench", "layer", "--out", tmp_path / "out", *arguments.split()])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_step_is_refused_what_only_the_layer_has(tmp_path: Path, refused: Callable[..., str]) -> None:
+    train = ["bench", "train", "--out", tmp_path / "out"]
+    assert "bench train has no --dtype, --tf32" in refused([*train, "--dtype", "bfloat16", "--tf32"])
+    assert "expected more than 0" in refused([*train, "--seconds", "nan"])
     assert not any(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -210,6 +211,7 @@ def test_progress_is_the_pace_of_the_newest_lines() -> None:
 def test_a_curve_is_drawn_between_its_smallest_and_largest() -> None:
     assert sparkline([0.0, 1.0, 7.0]) == "▁▂█" and sparkline([3.0, 3.0]) == "▁▁"
     assert sparkline([0.0, 2.0, 5.0, 9.0], width=2) == "▁█"
+    assert sparkline([0.0, math.nan, 9.0, math.inf]) == "▁█" and sparkline([math.nan]) == ""
 
 
 def test_what_is_watched_is_what_was_logged(tmp_path: Path) -> None:

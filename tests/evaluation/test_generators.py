@@ -125,6 +125,7 @@ def test_every_score_is_that_of_its_definition_whatever_the_batches(run: Path, i
     few = reals[np.unique(np.linspace(0, 59, 40).astype(np.int64))]  # as many real ones as generated ones
     assert lines["kid"]["value"] == near(kernel_distance(fakes.pooled, few, seed=5)[0])
     assert lines["kid"]["protocol"] == "kernel40_train_40reals_tiny" and lines["kid"]["subset_size"] == 40
+    assert "spread" not in lines["kid"]  # of subsets that are all images
     assert lines["recall"]["protocol"] == "pr40_k3_train_40reals_tiny" and lines["recall"]["num_reals"] == 40
     expected = precision_recall(few, fakes.pooled)
     assert (lines["precision"]["value"], lines["recall"]["value"]) == (expected.precision, expected.recall)

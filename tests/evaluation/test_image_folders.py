@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attnorm import cli
-from attnorm.config import ConfigError, UserError
+from attnorm.config import Config, ConfigError, UserError
 from attnorm.evaluation.image_folders import evaluate_images, make_statistics, read_statistics, write_statistics
 from attnorm.metrics import features
 from attnorm.metrics.generative import (
@@ -26,6 +26,7 @@ from attnorm.metrics.generative import (
     kernel_distance,
     precision_recall,
 )
+from attnorm.run_directory import RunDirectory
 from attnorm.system.files import read_lines
 from tests.evaluation.conftest import TinyExtractor
 
@@ -134,4 +135,8 @@ def test_the_command_prints_and_keeps_what_it_measured(
     assert lines[0]["low"] < lines[0]["value"] < lines[0]["high"] and lines[0]["commit"] is not None
     assert json.dumps(lines[0]["fakes"]["read_at"]) == "[24, 20]"
     assert "does not exist" in refused(["evaluate", "images", tmp_path / "none", tmp_path / "b"])
+    (tmp_path / "run").mkdir()
+    RunDirectory(tmp_path / "run").create(Config(), {"fingerprint": ""})
+    assert "is a run directory" in refused([*command, "--out", str(tmp_path / "run")])
+    assert "is a file; expected a folder" in refused([*command, "--out", str(kept)])
     assert "end in .safetensors" in refused([*command, "--save-statistics", str(tmp_path / "b.npz")])

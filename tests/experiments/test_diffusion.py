@@ -115,6 +115,10 @@ def test_the_command_trains_what_is_missing_and_reports(
     kept["an", 1] = again
     scores = {arm: [kept[arm, seed]["score"] for seed in (0, 1)] for arm in ("an", "none")}
     difference = np.subtract(scores["none"], scores["an"])
+    row = next(row for row in report["arms"] if row["arm"] == "an")
+    of_seeds = [np.mean([site["entropy"] for site in kept["an", seed]["sites"]]) for seed in (0, 1)]
+    assert row["entropy"]["num"] == 2 and row["entropy"]["mean"] == pytest.approx(np.mean(of_seeds))
+    assert row["entropy"]["half"] == pytest.approx(12.7062 * np.std(of_seeds, ddof=1) / 2**0.5, rel=1e-4)
     row = next(row for row in report["arms"] if row["arm"] == "none")
     assert row["score"]["mean"] == pytest.approx(np.mean(scores["none"]))
     assert row["minus_an"]["mean"] == pytest.approx(difference.mean())

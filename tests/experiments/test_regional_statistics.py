@@ -118,6 +118,9 @@ def test_the_command_goes_on_where_it_stopped_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "regional"
+    (tmp_path / "report.md").write_text("of something else")
+    with pytest.raises(ConfigError, match="is not empty, and no folder of an experiment; choose another --out"):
+        experiment.run(tmp_path, write_report, scale="smoke", arms=["none"])
     command = ["experiment", "regional-statistics", "--out", str(out), "--scale", "smoke", "--arms", "an,none"]
     cli.main(command)
     written = (out / "trainings.jsonl").read_text().splitlines(keepends=True)

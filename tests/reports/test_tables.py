@@ -242,6 +242,38 @@ def test_other_training_configurations_have_tables_of_their_own_that_say_what_di
     assert all("c" not in row for row in first.rows) and cells(second, "c")["Model"] == "Ours"
 
 
+def test_configurations_whose_difference_is_long_are_both_shown(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, "an", f"run.start_from=runs/cifar10-{name}") for name in ("none", "an")]
+    tables = section(build_report(runs), "Table 1").tables
+    assert [table.title.rpartition(" ")[2] for table in tables] == ["runs/cifar10-none", "runs/cifar10-an"]
+    assert [cells(table, name)["Model"] for table, name in zip(tables, ("none", "an"), strict=True)] == ["Ours"] * 2
+
+
+def test_what_another_recipe_trains_is_no_row_of_the_paper(tmp_path: Path) -> None:
+    """Seeds of its arms are compared by their names, though projected-none has the settings of SN-GAN."""
+    runs = []
+    for name, context in (("AN", "an"), ("none", "none")):
+        config = PRESETS[f"cifar10-projected-{context}"][1]
+        for seed in (0, 1):
+            path = tmp_path / f"{name}-{seed}"
+            made = override(config, ["model.num_classes=3", f"run.seed={seed}"])
+            run = RunDirectory(path)
+            run.create(made, {"source": "/data/x", "fingerprint": "cd" * 32, "classes": list(CLASSES)})
+            save_checkpoint(run.checkpoint_file(640), {"ema.x": torch.zeros(1)}, Header(made, CLASSES, 640, 90.0, ""))
+            (path / "evaluation").mkdir()
+            score = line("frechet", 10.0 + 3 * (name == "none") + seed / 8)
+            (path / "evaluation/metrics.jsonl").write_text(json.dumps(score) + "\n", encoding="utf-8")
+            runs.append(path)
+    report = build_report(runs)
+    (table,) = section(report, "Which rows differ").tables
+    assert table.title.startswith("recipe projected, 32 pixels") and len(report.seed_comparisons) == 1
+    assert {report.seed_comparisons[0].first, report.seed_comparisons[0].second} == {
+        "Attentive Normalization",
+        "no context block",
+    }
+    assert all("Ours" not in row for row in section(report, "Table 1").tables[0].rows if "AN-0" in row)
+
+
 def test_only_the_papers_data_and_protocol_are_said_to_compare(tmp_path: Path) -> None:
     classes = tuple(f"n{i:08d}" for i in range(1000))
     whole = {"num_fakes": 50_000, "num_reals": 1_281_167, "protocol": "fid50k_train_inception"}
@@ -362,6 +394,7 @@ def test_layouts_are_evaluations_last_or_else_trainings_last(tmp_path: Path) -> 
         for seen, entropy in ((0, 0.9), (640, 0.8))
     ]
     lines = (line("layout", 0.7, **seen), line("layout", 0.1, **{**seen, "images_seen": 320}))
+    lines += (line("layout", 0.2, **seen, weights="raw"), line("layout", 0.3, **seen, seed=5))
     runs = [
         make_run(tmp_path / "with", "an", lines=lines, logged=tuple(logged)),
         make_run(tmp_path / "without", "an-no-ssr", logged=tuple(logged)),
@@ -409,6 +442,21 @@ def test_every_two_rows_of_several_seeds_are_compared_and_the_undecided_ones_say
     plain = json.loads(json.dumps(to_dict(report)["seed_comparisons"], allow_nan=False))
     assert [(c["is_decided"], c["seeds_needed"]) for c in plain] == [(False, 6), (True, None), (False, 83)]
     assert plain[2]["values"] == [[97.50, 77.97, 85.04], [90.66, 95.44, 84.86]]
+
+
+def test_two_runs_of_a_seed_are_no_seeds(tmp_path: Path) -> None:
+    """Told apart by the images they have seen, they are rows; not told apart, they are left out."""
+    runs = scored(tmp_path / "short", "an", [10.0, 11.0], None)
+    runs += scored(tmp_path / "long", "an", [50.0, 51.0], None, images_seen=1280)
+    for path in runs[2:]:
+        file = path / "evaluation/metrics.jsonl"
+        file.write_text(file.read_text().replace('"images_seen": 640', '"images_seen": 1280'), encoding="utf-8")
+    found = build_report(runs).seed_comparisons
+    assert [(one.first, one.second, one.values) for one in found] == [
+        ("AN (n = 16), 640 images", "AN (n = 16), 1,280 images", ((10.0, 11.0), (50.0, 51.0)))
+    ]
+    again = scored(tmp_path / "again", "an", [12.0], None)
+    assert build_report([*runs[:2], *again]).seed_comparisons == ()
 
 
 def test_of_a_score_that_should_be_high_the_higher_row_is_better(tmp_path: Path) -> None:
@@ -515,7 +563,7 @@ def test_inpainters_of_several_seeds_are_compared_by_preset_and_score(tmp_path: 
 
 
 def test_inpainters_of_one_preset_and_seed_are_no_row_together(tmp_path: Path) -> None:
-    """Two recipes of a preset, told by the images seen: a row each. Told by nothing: no row."""
+    """Two recipes of a preset, told by settings, or by the images seen where these are not known: a row each."""
     folder = write_scores(tmp_path / "scores")
     values = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     values["models"] = {
@@ -523,6 +571,11 @@ def test_inpainters_of_one_preset_and_seed_are_no_row_together(tmp_path: Path) -
         for kind, value, images in (("short", 20.0, 64), ("long", 30.0, 640), ("longer lr", 31.0, 640))
         for seed in (0, 1)
     }
+    settings = {"short": "aaaaaaa", "long": "bbbbbbb", "longer lr": "ccccccc"}
+    said = {name: one | {"settings": settings[name.rpartition("-")[0]]} for name, one in values["models"].items()}
+    (folder / "scores.json").write_text(json.dumps(values | {"models": said}), encoding="utf-8")
+    rows = {one.first for one in build_report([], inpainting=[folder]).seed_comparisons}
+    assert rows == {"context an, settings aaaaaa", "context an, settings bbbbbb"}  # c is second to both
     for name, expected in (("all", []), ("longer lr", ["context an, 64 images - context an, 640 images"])):
         values["models"] = {key: kept for key, kept in values["models"].items() if not key.startswith(name)}
         (folder / "scores.json").write_text(json.dumps(values), encoding="utf-8")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from attnorm.cli.terminal import Flag, Names, Settings, console, one_bar, print_table, progress_bar, require_free
+from attnorm.config import ConfigError
 
 
 def bench(
@@ -48,6 +50,18 @@ def bench(
     from attnorm.reports import benchmark as reports
 
     require_free(out, overwrite)
+    if not 0 < seconds < math.inf or threads < 0:
+        raise ConfigError(f"--seconds is {seconds:g}, --threads {threads}; expected more than 0, and 0 or more")
+    own = {"--preset": preset != "cifar10-an", "--set": settings != ()}
+    others = {
+        "--cases": cases != "",
+        "--implementations": implementations != "",
+        "--dtype": dtype != "float32",
+        "--tf32": tf32,
+        "--retain-memory": retain_memory,
+    }
+    if useless := [name for name, is_given in (others if part == "train" else own).items() if is_given]:
+        raise ConfigError(f"bench {part} has no {', '.join(useless)}; leave out what the other part takes")
     if part == "train":
         from attnorm.cli.training import bench_training
 

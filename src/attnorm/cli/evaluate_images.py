@@ -8,7 +8,16 @@ from typing import Annotated
 import tyro
 
 from attnorm.cli.evaluate_generators import print_scores
-from attnorm.cli.terminal import Flag, Names, Seed, one_bar_each, progress_bar, require_writable, split_names
+from attnorm.cli.terminal import (
+    Flag,
+    Names,
+    Seed,
+    one_bar_each,
+    progress_bar,
+    require_not_of_a_run,
+    require_writable,
+    split_names,
+)
 from attnorm.config import ConfigError, require_seed
 
 
@@ -43,7 +52,7 @@ def evaluate_images(
         device: auto, cpu, cuda or mps.
     """
     from attnorm.evaluation import image_folders
-    from attnorm.evaluation.scores import write_scores
+    from attnorm.evaluation.scores import read_scores, write_scores
     from attnorm.metrics.features import load_extractor
     from attnorm.system.devices import find_device
 
@@ -54,6 +63,11 @@ def evaluate_images(
     for written in (out, save_statistics):
         if written is not None:
             require_writable(written)
+    if out is not None:  # before the work, not behind it
+        require_not_of_a_run(out)
+        if out.is_file():
+            raise ConfigError(f"{out} is a file; expected a folder there; choose another --out")
+        read_scores(out / "metrics.jsonl")
     loaded = load_extractor(extractor, device=find_device(device), inception_weights=inception_weights)
     with progress_bar() as progress:
         scores = image_folders.evaluate_images(

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from attnorm.cli.terminal import Names, console, counted, read_images, require_one_process, split_names
+from attnorm.cli.terminal import (
+    Names,
+    console,
+    counted,
+    read_images,
+    require_not_of_a_run,
+    require_one_process,
+    require_outside,
+    split_names,
+)
 from attnorm.system.progress import humanize
 
 
@@ -40,6 +49,8 @@ def experiment(
     from attnorm.reports import regional_statistics as regional_report
 
     require_one_process("experiment")
+    require_outside(out, data or "")
+    require_not_of_a_run(out)
     torch.set_num_threads(1)
 
     def tell(done: int, total: int, what: str, seconds_left: float) -> None:

@@ -201,22 +201,24 @@ def _finish(plan: Plan, result: Result) -> None:
     if result.inpainting is not None:
         save_figure(inpainting_figure(*result.inpainting.grid), plan.out / "image-grid.png")
     is_generation = plan.table in ("table1", "table2", "table4")
+    own = {job.name for job in plan.jobs}  # the folder may hold other tables' runs
+    own_failures = {name: why for name, why in result.failed.items() if name in own}
     report = build_report(
         finished_runs(plan, result.failed) if is_generation else [],
         inpainting=[plan.out] if plan.table == "table3" and result.scored else [],
         benches=[plan.out] if plan.table == "table5" else [],
         tables=[int(plan.table.removeprefix("table"))],
-        failed={plan.out / "runs" / name: why for name, why in result.failed.items()} if is_generation else None,
+        failed={
+            plan.out / "runs" / name: why for name, why in (result.failed if is_generation else own_failures).items()
+        },
     )
     with _bar() as progress:
         paths = write_report(report, plan.out, device=plan.device, progress=progress)
     for path in paths:
         print(path)
-    own = {job.name for job in plan.jobs}  # the folder may hold other tables' runs
-    failed = {name: why for name, why in result.failed.items() if name in own}
-    for name, why in failed.items():
+    for name, why in own_failures.items():
         console.print(f"failed: {name}: {why}", style="red")
-    if failed:
+    if own_failures:
         raise SystemExit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,6 +105,9 @@ def curves_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def sparkline(values: list[float], width: int = WIDTH) -> str:
     """Means of equal stretches, from the smallest to the largest of them."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
     parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
     means = [sum(part) / len(part) for part in parts if part]
     low, high = min(means), max(means)

@@ -391,7 +391,9 @@ def metric_values(
     if metric == "kid":
         distance, spread = kernel_distance(first, second, subsets=KID_SUBSETS, subset_size=KID_SIZE, seed=seed)
         size = min(KID_SIZE, len(first), len(second))
-        return [{"value": distance, "spread": spread, "subsets": KID_SUBSETS, "subset_size": size}]
+        kid: Values = {"value": distance, "subsets": KID_SUBSETS, "subset_size": size}
+        is_drawn = size < max(len(first), len(second))  # else every subset is all images, and nothing varies
+        return [kid | {"spread": spread} if is_drawn else kid]
     shares = precision_recall(second, first, neighbours=NEIGHBOURS)
     return [
         {"value": shares.precision, "density": shares.density},

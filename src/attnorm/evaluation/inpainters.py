@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from attnorm import __version__
 from attnorm.checkpoint import CheckpointError, Header
-from attnorm.config import ConfigError, UserError, require_seed
+from attnorm.config import Config, ConfigError, UserError, require_seed
 from attnorm.data.images import spread, to_float, to_uint8
 from attnorm.evaluation.baselines import TELEA_RADIUS, mean_fill, telea_fill
 from attnorm.evaluation.test_set import Examples, Manifest
@@ -30,7 +31,7 @@ from attnorm.inference.seams import without_seam
 from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.metrics.intervals import CONFIDENCE, RESAMPLES, Difference, differences
 from attnorm.run_directory import RunDirectory
-from attnorm.settings import from_dict
+from attnorm.settings import MAY_DIFFER, flatten, from_dict
 from attnorm.system.devices import device_name, find_device, set_tf32
 from attnorm.system.files import hash_file, write_json, write_text
 from attnorm.system.provenance import commit
@@ -74,6 +75,7 @@ class Method:
     sha256: str = ""
     preset: str = ""
     row: str = ""
+    settings: str = ""  # a hash of all that the runs of a row have in common
     context: str = ""
     width: int | None = None
     parameters: int | None = None
@@ -275,6 +277,7 @@ def _about(inpainter: Inpainter, ema: bool) -> dict[str, Any]:
         "sha256": hash_file(inpainter.path),
         "preset": config.preset,
         "row": config.row,
+        "settings": _settings(config),
         "context": config.model.context,
         "width": config.model.width,
         "parameters": sum(parameter.numel() for parameter in inpainter.model.parameters()),
@@ -289,6 +292,13 @@ def _about(inpainter: Inpainter, ema: bool) -> dict[str, Any]:
         "weights": "ema" if ema else "raw",
         "seams": "" if inpainter.seams else "none",
     }
+
+
+def _settings(config: Config) -> str:
+    """A hash of the settings that runs of a row share: of where a run began, that it did not begin anew."""
+    shared = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+    shared["run.start_from"] = bool(config.run.start_from)
+    return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _describe(manifest: Manifest, shares: np.ndarray) -> TestSet:

@@ -93,7 +93,8 @@ class Protocol:
         require_measurable(
             self.metrics, self.num, self.fakes_per_class, self.classes, self.subset, batch_size=sampler.batch_size
         )
-        if max(self.num, len(sampler.classes) * self.fakes_per_class) > SEEDS_APART:
+        of_classes = len(sampler.classes) * self.fakes_per_class if "intra-frechet" in self.metrics else 0
+        if max(self.num, of_classes) > SEEDS_APART:
             raise ConfigError(
                 f"--num is {self.num}, and --fakes-per-class {self.fakes_per_class} for {len(sampler.classes)} "
                 f"classes; expected at most {SEEDS_APART:,} generated images in all"

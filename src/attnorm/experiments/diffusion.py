@@ -30,7 +30,7 @@ from attnorm import __version__
 from attnorm.config import ConfigError
 from attnorm.data.images import ImageSet, held_out_indices, shuffled_indices, to_float, trained_indices
 from attnorm.experiments.pre_norm_attention import PreNormAttention
-from attnorm.experiments.protocol import TRAININGS, keep_protocol, kept_protocol, require_known
+from attnorm.experiments.protocol import TRAININGS, keep_protocol, kept_protocol, require_known, require_own_place
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.diagnose import diagnose
 from attnorm.layers.linear_attention import LinearAttention2d
@@ -283,6 +283,7 @@ def run(
         ConfigError: an unknown name, a folder of another scale or of other data, or another process at work in `out`.
     """
     require_known(scale, arms, scales=SCALES, all_arms=ARMS)
+    require_own_place(out)
     found = SCALES[scale]
     if len(held_out_indices(len(data), HELD_OUT_EVERY)) < found.test_images:
         raise ConfigError(

@@ -23,6 +23,12 @@ def require_known(scale: str, arms: Iterable[str], *, scales: Collection[str], a
         )
 
 
+def require_own_place(out: Path) -> None:
+    """ConfigError where `out` holds something that is no experiment: its report would replace what is called alike."""
+    if out.is_dir() and any(out.iterdir()) and not (out / EXPERIMENT).exists():
+        raise ConfigError(f"{out} is not empty, and no folder of an experiment; choose another --out")
+
+
 def kept_protocol(out: Path) -> dict[str, Any]:
     """By which the results in `out` were made; {} where there are none."""
     file = out / EXPERIMENT

@@ -33,7 +33,7 @@ from torchvision.ops import SqueezeExcitation
 from attnorm import __version__
 from attnorm.benchmark.timing import peak_bytes
 from attnorm.experiments.pre_norm_attention import PreNormAttention
-from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known
+from attnorm.experiments.protocol import TRAININGS, keep_protocol, require_known, require_own_place
 from attnorm.experiments.regional_images import CELL, Examples, Setting, as_picture, draw_examples, hidden_error
 from attnorm.layers.attentive_norm import AttentiveNorm2d
 from attnorm.layers.gate import new_gate
@@ -321,6 +321,7 @@ def run(
         ConfigError: an unknown name, a folder of another scale, or another process at work in `out`.
     """
     require_known(scale, arms, scales=SCALES, all_arms=ARMS)
+    require_own_place(out)
     found = SCALES[scale]
     wanted = [name for name in ARMS if name in arms or not arms]
     with file_lock(out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,21 @@ def _summary(arm: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
     reference = {result["seed"]: result["score"] for result in results if result["arm"] == REFERENCE}
     differences = [result["score"] - reference[seed] for seed, result in of_seed.items() if seed in reference]
     rows = list(of_seed.values())
-    layers = [site for row in rows for site in row.get("sites", [])]
     return {
         "arm": arm,
         "score": mean_of([row["score"] for row in rows])._asdict(),
         "minus_an": mean_of(differences)._asdict() if differences and arm != REFERENCE else None,
-        "milliseconds_a_step": sorted(row["milliseconds_a_step"] for row in rows)[len(rows) // 2],
+        "milliseconds_a_step": statistics.median(row["milliseconds_a_step"] for row in rows),
         "parameters": rows[0]["parameters"],
-        "entropy": mean_of([site["entropy"] for site in layers])._asdict() if layers else None,
-        "change": mean_of([site["change"] for site in layers])._asdict() if layers else None,
+        "entropy": _over_seeds(rows, "entropy"),
+        "change": _over_seeds(rows, "change"),
     }
+
+
+def _over_seeds(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """Of what is known of each site: the sites' mean first, so that the interval is of seeds alone."""
+    of_seeds = [statistics.fmean(site[key] for site in row["sites"]) for row in rows if row.get("sites")]
+    return mean_of(of_seeds)._asdict() if of_seeds else None
 
 
 def _document(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: dict[str, Any]) -> Document:
@@ -82,7 +88,7 @@ def _document(arms: list[dict[str, Any]], results: list[dict[str, Any]], about: 
         f"attnorm experiment diffusion --data {about['source']} --out DIR --scale {protocol['scale']}: "
         f"{protocol['steps']:,} steps of {protocol['batch_size']} images, width {protocol['width']}, Adam at "
         f"{protocol['lr']:g}, {protocol['precision']}, {about['threads']} thread(s) of {about['processor']}, torch "
-        f"{about['torch']}, commit {results[0]['commit'] or 'unknown'}."
+        f"{about['torch']}, commit {', '.join(dict.fromkeys(result['commit'] or 'unknown' for result in results))}."
     )
     return Document(
         "A context block in a diffusion U-Net",

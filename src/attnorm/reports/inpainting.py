@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from attnorm.metrics.intervals import Difference
 from attnorm.reports.paper import TABLE_3, PrintedInpainter
 from attnorm.reports.render import NOT_RUN, Document, Section, Strong, Table, write_document
 from attnorm.reports.runs import short
-from attnorm.reports.seed_comparison import SeedComparison, compare
+from attnorm.reports.seed_comparison import SeedComparison, compare, rows_by_seed
 from attnorm.system.devices import device_name, find_device
 from attnorm.system.files import write_json
 from attnorm.system.provenance import commit
@@ -94,8 +95,8 @@ def _row(
     return (*cells, "" if method.seed is None else str(method.seed), counts[0], seconds, counts[1], method.device)
 
 
-def section_3(inpainting: Mapping[str, InpaintingScores]) -> Section:
-    """Table 3 of the report, with the differences between models over the images."""
+def section_3(inpainting: Mapping[str, InpaintingScores], failed: Mapping[str, str] = MappingProxyType({})) -> Section:
+    """Table 3 of the report, with the differences between models over the images, and why others came to nothing."""
     tables = []
     for name, scores in inpainting.items():
         used = scores.manifest
@@ -118,7 +119,8 @@ def section_3(inpainting: Mapping[str, InpaintingScores]) -> Section:
                 "here."
             )
             tables.append(Table(title, header, tuple(rows), (note,)))
-    return Section("Table 3. Inpainting", (PRINTED,), tuple(tables or [table_3(None)]))
+    points = tuple(f"{name}: failed, {why}" for name, why in failed.items())
+    return Section("Table 3. Inpainting", (PRINTED,), tuple(tables or [table_3(None)]), points)
 
 
 def _pairs(scores: InpaintingScores) -> list[tuple[str, str]]:
@@ -166,32 +168,33 @@ def _strong(difference: Difference | None, digits: int) -> str:
 
 
 def compare_inpainters(scores: InpaintingScores) -> list[SeedComparison]:
-    """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset, and one of a
-    number of images seen where a seed is there more than once. Two of the same seed and number are of settings of their
-    own, and compared with none.
+    """Presets with several seeds, two by two, in what is measured of the whole image; a row is a preset, or one of the
+    settings with which it is there.
     """
-    models: dict[str, list[Method]] = {}
+    of_preset: dict[str, set[str]] = {}
     for model in scores.models.values():
-        models.setdefault(model.preset or f"context {model.context}", []).append(model)
-    for label, of_preset in list(models.items()):
-        if len({model.seed for model in of_preset}) < len(of_preset):
-            del models[label]
-            for model in of_preset:
-                models.setdefault(f"{label}, {model.images_seen or 0:,} images", []).append(model)
+        of_preset.setdefault(_preset(model), set()).add(model.settings)
     found = []
     for key in _compared(scores):
-        rows = {
-            label: {
-                model.seed: (model.means[f"{key}_pasted"], model.images_seen or 0)
-                for model in alike
-                if f"{key}_pasted" in model.means and model.seed is not None
-            }
-            for label, alike in models.items()
-            if len({model.seed for model in alike}) == len(alike)
-        }
+        scored = [
+            (
+                f"{_preset(model)}, settings {model.settings[:6]}"
+                if len(of_preset[_preset(model)]) > 1
+                else _preset(model),
+                model.seed,
+                model.means[f"{key}_pasted"],
+                model.images_seen or 0,
+            )
+            for model in scores.models.values()
+            if f"{key}_pasted" in model.means and model.seed is not None
+        ]
         score = f"{METRICS[key].title}, whole image{_seams(scores)}"
-        found += compare(METRICS[key], score, rows, paired=True)
+        found += compare(METRICS[key], score, rows_by_seed(scored), paired=True)
     return found
+
+
+def _preset(model: Method) -> str:
+    return model.preset or f"context {model.context}"
 
 
 def _seams(scores: InpaintingScores) -> str:
@@ -281,10 +284,24 @@ def _distance_tables(scores: InpaintingScores) -> tuple[Table, ...]:
 
 
 def _models_table(scores: InpaintingScores) -> Table:
-    header = ("model", "context", "width", "parameters", "seed", "images seen", "weights", "device", "SHA-256")
+    header = (
+        "model",
+        "preset",
+        "settings",
+        "context",
+        "width",
+        "parameters",
+        "seed",
+        "images seen",
+        "weights",
+        "device",
+        "SHA-256",
+    )
     rows = tuple(
         (
             name,
+            m.preset or "-",
+            m.settings[:6] or "-",
             m.context,
             str(m.width),
             f"{m.parameters:,}",

@@ -69,7 +69,7 @@ def _jobs(
     trained = [run for run in runs if RunDirectory(run.path).checkpoints()]
     with_an = next((r for r in sorted(trained, key=lambda r: r.row != "an") if r.model.context == "an"), None)
     # Of each row, its first run.
-    firsts = {(run.label, str(run.training_configuration)): run for run in reversed(trained)}
+    firsts = {(run.label, run.tau, str(run.training_configuration)): run for run in reversed(trained)}
     shown = [run for run in trained if run in firsts.values()]
     if with_an is not None:
         jobs.append(Job(f"what {with_an.name} sees", partial(_draw_an, with_an, device)))

@@ -61,7 +61,7 @@ def build_report(
         runs: Class-conditional run directories; their scores are those in RUN/evaluation/metrics.jsonl.
         inpainting: Folders that `attnorm evaluate inpainters` has written.
         benches: Folders that `attnorm bench layer` has written, or its JSON files.
-        failed: Why a run came to nothing, by its path among `runs`; its row says so.
+        failed: Why a run came to nothing, by its path; a row says so where it is among `runs`, else Table 3 does.
 
     Raises:
         CheckpointError: a run or a file of scores cannot be read.
@@ -80,7 +80,7 @@ def build_report(
     builders: dict[int, Callable[[], Section]] = {
         1: lambda: section_1(configurations),
         2: lambda: section_2(configurations),
-        3: lambda: section_3(scores),
+        3: lambda: section_3(scores, {path.name: why for path, why in failed.items() if path not in runs}),
         4: lambda: section_4(configurations),
         5: lambda: _section_5(measured),
     }

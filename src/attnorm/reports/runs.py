@@ -18,7 +18,7 @@ from attnorm.checkpoint import Header, read_header
 from attnorm.config import ClassConditionalConfig, Config, ConfigError
 from attnorm.evaluation.scores import Score, UsedExtractor, scores_of_run
 from attnorm.models.class_conditional import describe
-from attnorm.presets import FAMILIES, ROWS
+from attnorm.presets import CONTEXT_ROWS, FAMILIES, ROWS
 from attnorm.reports.paper import TABLE_1, TABLE_4
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import MAKES_A_ROW, MAY_DIFFER, flatten
@@ -82,7 +82,14 @@ class Run:
     @property
     def label(self) -> str:
         """What the tables call it."""
+        if self.config.recipe != "paper":
+            return CONTEXT_ROWS[self.config.row][0] if self.config.row in CONTEXT_ROWS else _variant(self.config)
         return LABELS[self.row] if self.row else _variant(self.config)
+
+    @property
+    def tau(self) -> str:
+        """Which one its AN has: auto, of the paper, or its own number; "" without AN."""
+        return _tau(self.config)
 
     def find(self, column: Column) -> Score | None:
         """Its score in a column: of several draws the first seed's, of a repetition the last."""
@@ -166,7 +173,9 @@ def read_run(name: str, path: Path, failure: str) -> Run:
 
 def _layouts(directory: RunDirectory, scores: Sequence[Score]) -> tuple[Layout, ...]:
     """What evaluation saw last at each site of the generator; without it, what training logged last at every site."""
-    latest = {score.site: score for score in sorted(scores, key=lambda score: score.images_seen)}
+    # Of one checkpoint the average's before the raw weights', as of scores, and of several draws the first seed's.
+    order = sorted(scores, key=lambda score: (score.images_seen, score.weights == "ema", -score.seed))
+    latest = {score.site: score for score in order}
     if latest:
         return tuple(
             Layout(
@@ -198,8 +207,10 @@ def row_of(config: Config) -> str:
     """The name in presets.ROWS of what these settings train; "" for something else.
 
     A row of a family whose own settings depart from the paper's (fewer entities, say) is that row too; so is one whose
-    tau is the layer's own or the paper's: `training_configurations` keeps these apart.
+    tau is the layer's own or the paper's: `training_configurations` keeps these apart. Of another recipe none is.
     """
+    if config.recipe != "paper":
+        return ""
     return config.row.removesuffix("-auto").removesuffix("-fixed") or _guessed_row(config)
 
 
@@ -264,13 +275,14 @@ def training_configurations(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for recipe, members in groups:
         first = members[0]
         text = (
-            f"{first.model.image_size} pixels, width {first.model.width}, batch {first.config.run.batch_size}, "
+            ("" if first.config.recipe == "paper" else f"recipe {first.config.recipe}, ")
+            + f"{first.model.image_size} pixels, width {first.model.width}, batch {first.config.run.batch_size}, "
             f"on {short(first.data.get('source', ''))}"
         )
-        said = ("model.image_size", "model.width", "run.batch_size")
+        said = ("recipe", "model.image_size", "model.width", "run.batch_size")
         others = [other for other, _ in groups if other is not recipe]
         telling = [key for key in recipe if key not in said and any(other.get(key) != recipe[key] for other in others)]
-        details = [f"{key} {str(recipe[key])[:12]}" for key in telling]
+        details = [f"{key} {str(recipe[key])[:12] if key == 'data' else recipe[key]}" for key in telling]
         text = ", ".join([text, *details])
         taus = sorted({_tau(run.config) for run in members} - {""})
         if len(taus) > 1:  # a table each, with the rows that have no tau in all of them

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -192,6 +192,33 @@ def explanation(num_comparisons: int) -> str:
     )
 
 
+def rows_by_seed(scored: Iterable[tuple[str, int, float, int]]) -> dict[str, dict[int, tuple[float, int]]]:
+    """What `compare` takes: by label, for each seed, value and images seen.
+
+    A label that has a seed more than once becomes a row for each number of images seen; what that does not tell apart
+    differs in something that is not known here, and is left out.
+
+    Args:
+        scored: Label, seed, value and images seen of each run.
+    """
+    by_label: dict[str, list[tuple[int, float, int]]] = {}
+    for label, *rest in scored:
+        by_label.setdefault(label, []).append(tuple(rest))  # type: ignore[arg-type]
+    rows = {}
+    for label, found in by_label.items():
+        parts = {label: found}
+        if len({seed for seed, _, _ in found}) < len(found):
+            parts = {
+                f"{label}, {images:,} images": [one for one in found if one[2] == images]
+                for images in dict.fromkeys(images for _, _, images in found)
+            }
+        for name, part in parts.items():
+            values = {seed: (value, images) for seed, value, images in part}
+            if len(values) == len(part):
+                rows[name] = values
+    return rows
+
+
 def compare(
     metric: Metric, score: str, rows: Mapping[str, Mapping[int, tuple[float, int]]], *, paired: bool = False
 ) -> list[SeedComparison]:
@@ -231,9 +258,7 @@ def compare_runs(runs: Sequence[Run]) -> list[SeedComparison]:
     for column, title in zip(shown, titles(shown), strict=True):
         if column.subset:
             continue
-        rows: dict[str, dict[int, tuple[float, int]]] = {}
-        for run in in_order:
-            if (score := run.find(column)) is not None:
-                rows.setdefault(run.label, {})[run.config.run.seed] = score.value, run.shown_at
+        scored = [(run, score) for run in in_order if (score := run.find(column)) is not None]
+        rows = rows_by_seed((run.label, run.config.run.seed, score.value, run.shown_at) for run, score in scored)
         found += compare(METRICS[column.metric], title, rows)
     return found

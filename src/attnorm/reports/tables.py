@@ -299,11 +299,13 @@ def seeds_section(compared: Mapping[str, Sequence[SeedComparison]]) -> Section:
         for title, comparisons in compared.items()
         if comparisons
     ]
-    return Section("Which rows differ", (explanation(sum(len(table.rows) for table in tables)),), tuple(tables))
+    different = {comparison for comparisons in compared.values() for comparison in comparisons}
+    return Section("Which rows differ", (explanation(len(different)),), tuple(tables))
 
 
 def particulars(configurations: Mapping[str, list[Run]]) -> list[Section]:
-    runs = [run for members in configurations.values() for run in members]
+    # Once each: one without tau stands beside either kind of AN.
+    runs = list({run.path: run for members in configurations.values() for run in members}.values())
     shown = columns(runs, GENERATIVE)
     first = {column_of(score): score for run in runs for score in reversed(run.scores)}
     protocols = []

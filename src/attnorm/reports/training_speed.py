@@ -41,8 +41,8 @@ def write_speeds(
     where = environment["processor"] if device.type == "cpu" else environment["device"]
     made_by = f"{processes} process(es) of {environment['threads']} thread(s)"
     task = config.inpainting
-    is_alone = task is not None and last_step(config) < task.switch_images
-    networks = "the generator, which learns alone at the end of this run" if is_alone else "all networks"
+    is_alone = task is not None and (task.switch_images == 0 or last_step(config) < task.switch_images)
+    networks = "the generator, which learns alone in the phase that was timed" if is_alone else "all networks"
     text = (
         f"A whole step of the preset {config.preset or 'given'} at batch {config.run.batch_size}: every update of "
         f"{networks}, data and average included, on noise. {where}, {made_by}, torch {environment['torch']}, "

@@ -136,11 +136,20 @@ def estimate(
     return Estimate(training, measuring, chosen * one if any(measuring.values()) else 0.0, tuple(notes))
 
 
+COSTS = {  # of `run`: what a step's cost may depend on
+    f"run.{name}"
+    for name in (
+        *("batch_size", "accumulate", "batch_norm_group", "precision", "tf32", "channels_last", "compile"),
+        *("fused_adam", "foreach_ema", "joint_pass", "fused_resampling", "prefetch"),
+    )
+}
+
+
 def _describe(row: str, config: Config, images: ImageSet) -> str:
     """Names what was timed: the row, and a hash of everything in its settings that a step's cost may depend on."""
     values = flatten(config)
-    kept = [f"{key}={value}" for key, value in values.items() if key.partition(".")[0] in ("task", "model", "optim")]
-    kept += [f"{key}={values[key]}" for key in ("run.batch_size", "run.precision", "run.tf32", "run.channels_last")]
+    groups = ("task", "recipe", "model", "optim", "projected", "relativistic", "inpainting")
+    kept = [f"{key}={value}" for key, value in values.items() if key.partition(".")[0] in groups or key in COSTS]
     text = "\n".join([*kept, str(len(images.classes)), str(images.images.shape[2:])])
     return f"{row} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
