@@ -7,6 +7,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 from torch import Tensor
 
 from attnorm.config import UserError
+from attnorm.data.masks import read_mask
 from attnorm.inference.photo_files import Photograph, read_photograph
 from attnorm.inference.photo_pairs import output_format, pair_files, read_with_mask
 
@@ -304,6 +307,64 @@ def test_colours_become_what_the_mode_can_hold(tmp_path: Path) -> None:
         given = colour.to(torch.int32) * 257 if mode == "I;16" else colour
         samples = photograph.with_hole_filled(given.to(photograph.rgb().dtype), hole()).samples
         assert np.atleast_1d(samples[3, 4])[: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "raw"])
+def test_a_tag_of_another_type_than_libtiff_expects_is_kept_and_harms_nothing(compression: str, tmp_path: Path) -> None:
+    """A ClipPath that is a number: libtiff takes it for an address. So in a process of its own."""
+    exif = Image.Exif()
+    exif[343], exif[270] = 420, "a church"
+    picture("RGB").save(tmp_path / "plain.tif", exif=exif, compression="raw")
+    script = f"""
+from pathlib import Path
+import torch
+from PIL import Image
+from attnorm.inference.photo_files import read_photograph
+photograph = read_photograph(Path({str(tmp_path / "plain.tif")!r}))
+photograph._decoded.info["compression"] = {compression!r}
+Path({str(tmp_path / "out.tif")!r}).write_bytes(photograph.encoded("TIFF"))
+with Image.open({str(tmp_path / "out.tif")!r}) as image:
+    assert image.getexif()[343] == 420 and image.getexif()[270] == "a church"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_exif_that_cannot_be_read_leaves_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    picture("RGB").save(path, exif=b"Exif\0\0garbage!")
+    assert read_photograph(path).orientation == 1
+    np.testing.assert_array_equal(read_photograph(path).samples, np.asarray(picture("RGB")))
+    assert read_mask(path).shape == (1, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("error", [TypeError, struct.error, IndexError, AttributeError])
+def test_whatever_a_damaged_file_makes_a_decoder_raise_is_a_mistake_of_one_line(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error("inside the decoder")
+
+    path = tmp_path / "photo.png"
+    picture("RGB").save(path)
+    photograph = read_photograph(path)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    for read in (read_photograph, read_mask):
+        with pytest.raises(UserError, match=r"cannot read the .* inside the decoder; expected"):
+            read(path)
+    monkeypatch.setattr(Photograph, "_png", fail)
+    with pytest.raises(UserError, match="inside the decoder"):
+        photograph.encoded("PNG")
+
+
+def test_an_index_beyond_the_palette_is_no_fault(tmp_path: Path) -> None:
+    indices = np.full((HEIGHT, WIDTH), 200, np.uint8)
+    path = tmp_path / "few.png"
+    path.write_bytes(png(indices, WIDTH, 8, 3, chunk(b"PLTE", bytes([0, 0, 0, 255, 255, 255]))))
+    photograph = read_photograph(path)
+    mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
+    mask[0, 2, 3] = True
+    filled = photograph.with_hole_filled(torch.full((3, HEIGHT, WIDTH), 250, dtype=torch.uint8), mask)
+    assert filled.samples[2, 3] == 1 and (filled.samples == 200).sum() == HEIGHT * WIDTH - 1
 
 
 def test_the_nearest_colour_of_a_palette_with_the_same_alpha_is_taken(tmp_path: Path) -> None:

@@ -181,10 +181,13 @@ def sharded(group: ProcessGroup) -> dict[str, Tensor]:
     for gate in (layer.rho, network[1].gate, network[2].gate):
         nn.init.constant_(gate, 0.7)
     if group.count > 1:
-        fully_shard(network, mesh=init_device_mesh("cpu", (group.count,)))
+        mesh = init_device_mesh("cpu", (group.count,))
+        fully_shard(layer, mesh=mesh)
+        fully_shard(network, mesh=mesh)
     own = slice(4 // group.count * group.rank, 4 // group.count * (group.rank + 1))
     torch.manual_seed(2)  # of the positions
-    (network(x[own]) * projection[own]).mean().backward()
+    loss = (network(x[own]) * projection[own]).mean()
+    (loss + layer.orthogonality_penalty()).backward()  # Eq. 1, of weights that are divided again by now
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
 

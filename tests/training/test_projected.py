@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +143,15 @@ def test_the_recipe_and_its_settings_go_together() -> None:
         del old[name]
     del old["model"]["g_channels"]
     assert from_dict(Config, old) == Config()  # as earlier versions wrote it
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_fixed_network_has_the_precision_of_the_step(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever "auto" means where a run goes on."""
+    monkeypatch.setattr("attnorm.system.devices.cpu_info", lambda: ["flags: amx_bf16"] * (precision == "float32"))
+    task = task_of(tiny("none", "run.precision=auto"))
+    for phase in task.phases(0):
+        loss, _ = run_phase(phase, task.state, batch(), precision=precision)
+        assert loss.isfinite()
+    features = task.discriminator.projector.features
+    assert {tensor.dtype for tensor in features.buffers()} == {getattr(torch, precision)}

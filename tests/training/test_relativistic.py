@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from attnorm import load
+from attnorm.checkpoint import Header, save_checkpoint
 from attnorm.config import Config
 from attnorm.data.stream import Batch
 from attnorm.models.relativistic import RelativisticGenerator
 from attnorm.presets import PRESETS
 from attnorm.settings import override
 from attnorm.training.relativistic import RelativisticTask
+from attnorm.training.resume import start_from
 from tests.training.conftest import check_resume
 
 TINY = (
@@ -106,3 +108,20 @@ def test_a_resumed_run_is_the_whole_one_to_the_last_bit(tmp_path: Path) -> None:
     settings = ("model.context=self_attention", "relativistic.context_in_discriminator=true")
     out = check_resume(functools.partial(tiny, "an", *settings), tmp_path, 8, 16)
     assert isinstance(load(out).model, RelativisticGenerator)
+
+
+def test_of_a_model_with_other_classes_all_but_these_is_taken(tmp_path: Path) -> None:
+    """Classes are the second axis of the embeddings, in G and in D."""
+    theirs, config = task_of(tiny()).state, tiny()
+    save_checkpoint(tmp_path / "a.safetensors", theirs.tensors(), Header(config, ("a", "b", "c"), 8, 0.0))
+    ours = task_of(override(config, ["model.num_classes=2"])).state
+    before = {name: tensor.clone() for name, tensor in ours.tensors().items()}
+    (said,) = start_from(str(tmp_path / "a.safetensors"), ours, ("x", "y"))
+    assert "what the discriminator has of each class" in said and "size of image" not in said
+    after, kept = ours.tensors(), []
+    for name, tensor in theirs.tensors().items():
+        if name.startswith(("generator.", "discriminator.")):
+            is_kept = tensor.shape != after[name].shape
+            kept += [name] if is_kept else []
+            torch.testing.assert_close(after[name], before[name] if is_kept else tensor, rtol=0, atol=0)
+    assert {name.partition(".")[0] for name in kept} == {"generator", "discriminator"}

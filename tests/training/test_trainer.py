@@ -277,6 +277,26 @@ def test_a_run_starts_from_the_weights_of_another_and_goes_on_from_its_own(tmp_p
         assert torch.equal(ours[name], theirs[name.replace("ema.", "generator.")]), name
 
 
+def test_a_start_with_another_tau_is_refused(tmp_path: Path) -> None:
+    """The weights would take the layer's old default, whatever they were trained with and are said to have."""
+    run(tiny("model.an.temperature=1", "run.duration_images=8"), tmp_path / "fixed")
+    start = f"run.start_from={tmp_path / 'fixed'}"
+    advice = r"tau of 1.0, and is to have auto: .*give --set model\.an\.temperature=1\.0"
+    with pytest.raises(CheckpointError, match=advice):
+        run(tiny(start, "model.an.temperature=auto"), tmp_path / "auto")
+    run(tiny(start, "model.an.temperature=1", "run.duration_images=8"), tmp_path / "same")
+
+
+def test_a_log_without_checkpoints_is_not_erased(tmp_path: Path) -> None:
+    run(tiny("run.checkpoint_every_images=8"), tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    for checkpoint in RunDirectory(tmp_path / "run").checkpoints():
+        checkpoint.unlink()
+    with pytest.raises(ConfigError, match="holds the log of 32 images of training, and no checkpoint"):
+        run(tiny("run.seed=7"), tmp_path / "run")
+    assert rows_of(tmp_path / "run") == rows
+
+
 def test_of_a_model_with_other_classes_all_but_these_is_taken(tmp_path: Path, whole: Path) -> None:
     tensors, header = read_checkpoint(RunDirectory(whole).checkpoint_file(32), prefix="ema.")
     model = tmp_path / "model.safetensors"

@@ -8,6 +8,7 @@ promises the raw stream of a bit generator for ever, and what is made of it here
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,7 +157,9 @@ def decode_mask_file(
         raise UserError(f"the mask's threshold is {threshold}; expected 1 to 255, the least grey that is missing")
     try:
         grey = _grey(data, max_pixels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes decoders fail in any way at all
         raise UserError(f"cannot read the mask {path}: {error}; expected an image, white where it is missing") from None
     least, most = grey.min(), grey.max()
     if threshold is None and least < most and ((grey == least) | (grey == most)).all():
@@ -173,7 +176,9 @@ def _grey(data: bytes, max_pixels: int | None) -> np.ndarray:
             require_pixels(file, max_pixels)
         file.load()
         correct_transparency(file, data)
-        image: Image.Image = ImageOps.exif_transpose(file)
+        image: Image.Image = file
+        with contextlib.suppress(Exception):  # of EXIF data that cannot be read: as it is stored
+            image = ImageOps.exif_transpose(file)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):

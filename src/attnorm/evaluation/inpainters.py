@@ -32,7 +32,7 @@ from attnorm.metrics.image_quality import DISTANCE_SCORES, SCORES, measure
 from attnorm.metrics.intervals import CONFIDENCE, RESAMPLES, Difference, differences
 from attnorm.run_directory import RunDirectory
 from attnorm.settings import MAY_DIFFER, flatten, from_dict
-from attnorm.system.devices import device_name, find_device, set_tf32
+from attnorm.system.devices import device_name, find_device
 from attnorm.system.files import hash_file, write_json, write_text
 from attnorm.system.provenance import commit
 
@@ -202,7 +202,7 @@ def evaluate_inpainters(
     models = {}
     for name, path in named.items():
         inpainter = Inpainter(path, ema=ema, device=device, seams=seams)
-        set_tf32(False)  # equal terms, however trained
+        inpainter.tf32 = False  # equal terms, however trained
         results = run(name, partial(_fill, inpainter), names)
         models[name] = Method(**results, **_about(inpainter, ema))
     pasted = [score for score in names if not score.endswith("_raw")]

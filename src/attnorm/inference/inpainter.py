@@ -23,7 +23,7 @@ from attnorm.layers.contextual_attention import ContextualAttention
 from attnorm.layers.observe import observe_layouts
 from attnorm.models.inpainting import Inpainting, InpaintingGenerator, paste
 from attnorm.registry import load
-from attnorm.system.devices import set_tf32
+from attnorm.system.devices import temporary_tf32
 
 
 class Matches(NamedTuple):
@@ -93,7 +93,7 @@ class Inpainter:
         if max_pixels and max_pixels < least:
             raise ConfigError(f"max_pixels is {max_pixels}; expected 0, or at least the {least} of a training image")
         self.max_pixels, self.seams = max_pixels or 4 * least, seams
-        set_tf32(self.header.config.run.tf32)
+        self.tf32 = self.header.config.run.tf32  # as in training; on NVIDIA's GPUs
 
     @property
     def has_layout(self) -> bool:
@@ -116,7 +116,8 @@ class Inpainter:
         height, width = images.shape[2:]
         rows, columns = _reflected(height), _reflected(width)  # a missing pixel's reflection is missing too
         padded = [part[:, :, rows][..., columns].to(self.device) for part in (images, masks)]
-        return Inpainting(*(part[..., :height, :width].cpu() for part in self.model(*padded)))
+        with temporary_tf32(self.tf32):
+            return Inpainting(*(part[..., :height, :width].cpu() for part in self.model(*padded)))
 
     def fill(
         self,

@@ -8,6 +8,7 @@ encoded here is decoded again and compared before anyone gets it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -43,6 +44,9 @@ _TIFF_STRUCTURE = {
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
     *(338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
 }
+# Tags that libtiff, which writes compressed files, gets from Pillow as it expects them. With any other the pixels are
+# not compressed, and Pillow writes the file itself: in libtiff a ClipPath that is stored as a number ends the process.
+_KNOWN_TO_LIBTIFF = {270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 700, 33432, 34675}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -135,29 +139,33 @@ class Photograph:
             UserError: `format` cannot hold these pixels exactly (JPEG cannot hold this mode).
         """
         try:
-            if format == self.format == "PNG":
-                data = self._png()
-            elif ";16" in self.mode and self.mode not in ("I;16", "I;16B"):
-                raise ValueError(f"{format} is not written with 16 bits a channel in colour")
-            else:
-                stream = io.BytesIO()
-                self._image(self.samples).save(stream, format, **self._options(format))
-                data = stream.getvalue()
-            if format != "JPEG" and not self._is_held_by(data):
-                raise ValueError("it comes back changed")
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # Pillow raises all of these
+            return self._encoded(format)
+        except MemoryError:
+            raise
+        except Exception as error:  # of Pillow's any at all
             others = [suffix for suffix, other in ((".png", "PNG"), (".tif", "TIFF")) if self._fits(other, format)]
             remedy = f"let the output end in {' or '.join(others)}" if others else "convert it to RGB first"
             raise UserError(
                 f"{self.path} with its mode {self.mode} cannot be kept in {format} exactly ({error}); {remedy}"
             ) from None
+
+    def _encoded(self, format: str) -> bytes:
+        if format == self.format == "PNG":
+            data = self._png()
+        elif ";16" in self.mode and self.mode not in ("I;16", "I;16B"):
+            raise ValueError(f"{format} is not written with 16 bits a channel in colour")
+        else:
+            stream = io.BytesIO()
+            self._image(self.samples).save(stream, format, **self._options(format))
+            data = stream.getvalue()
+        if format != "JPEG" and not self._is_held_by(data):
+            raise ValueError("it comes back changed")
         return data
 
     def _fits(self, format: str, refused: str) -> bool:
-        try:
-            return format != refused and bool(self.encoded(format))
-        except UserError:
-            return False
+        with contextlib.suppress(Exception):
+            return format != refused and bool(self._encoded(format))
+        return False
 
     def largest_change(self, data: bytes, mask: Tensor) -> int:
         """By how many levels the file `data` differs from this photograph, at most, where `mask` is False."""
@@ -182,7 +190,7 @@ class Photograph:
         """Colours [M, 3] as samples [M] or [M, channels]; alpha is that of the samples `old`."""
         if self.mode == "P":
             num_colours = len(self._decoded.getpalette() or ()) // 3
-            return _nearest(colours, old, self._palette()[:num_colours])
+            return _nearest(colours, self._palette()[old, 3:], self._palette()[:num_colours])
         if self.mode == "CMYK":
             return np.asarray(Image.fromarray(colours[None]).convert("CMYK"))[0]
         new = old.copy()
@@ -248,8 +256,8 @@ class Photograph:
                         exif[700] = xmp
                 options["exif"] = exif
                 kept = info.get("compression")
-                if set(exif) & {34665, 34853, 40965}:  # EXIF's own, GPS, interoperability
-                    kept = "raw"  # the only kind in which Pillow writes such directories
+                if set(exif) - _KNOWN_TO_LIBTIFF:  # EXIF's own directory and GPS among them
+                    kept = "raw"
                 options["compression"] = kept if kept in _LOSSLESS_TIFF else "tiff_adobe_deflate"
             case "PNG" if xmp:
                 text = PngImagePlugin.PngInfo()
@@ -353,15 +361,25 @@ def decode_photograph(path: Path, data: bytes, *, max_pixels: int | None = None)
             samples = grey.astype(samples.dtype)
             if mode == "I" and format == "TIFF" and few:
                 mode, samples, note = "L", (grey // 257).astype(np.uint8), "its integers are kept with 8 bits"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes decoders fail in any way at all
         if isinstance(error, UnidentifiedImageError):
             is_heic = data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
             error = ValueError(f"it is {'HEIC: save it as JPEG' if is_heic else 'no image, or of an unknown kind'}")
         raise UserError(f"cannot read the image {path}: {error}; expected one of {', '.join(SUFFIXES)}") from None
     if format == "MPO":
         format, note = "JPEG", "only the first of its pictures is kept"
-    orientation = image.getexif().get(0x0112, 1)
-    return Photograph(path, format, mode, samples, orientation if orientation in range(1, 9) else 1, note, image, data)
+    return Photograph(path, format, mode, samples, _orientation(image), note, image, data)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says it; 1, upright, where that cannot be read."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # as of pixels, any at all
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_kept(image: ImageFile.ImageFile) -> None:
@@ -407,12 +425,10 @@ def _flipped(array: np.ndarray, orientation: int) -> np.ndarray:
     return array[::down, ::across]
 
 
-def _nearest(colours: np.ndarray, old: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """For colours [M, 3] the index of the nearest entry whose alpha is that of the entry `old` [M]; uint8 [M]."""
+def _nearest(colours: np.ndarray, alpha: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """For colours [M, 3] the index of the nearest entry of the same `alpha` [M, 1]; uint8 [M]."""
     table = palette.astype(np.int64)
-    wanted, inverse = np.unique(
-        np.concatenate([colours, palette[old, 3:]], axis=1).astype(np.int64), axis=0, return_inverse=True
-    )
+    wanted, inverse = np.unique(np.concatenate([colours, alpha], axis=1).astype(np.int64), axis=0, return_inverse=True)
     weights = np.array([1, 1, 1, 1000])  # no difference of colours outweighs one of alpha
     nearest = np.empty(len(wanted), np.uint8)
     for start in range(0, len(wanted), 4096):

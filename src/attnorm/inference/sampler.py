@@ -19,7 +19,7 @@ from attnorm.data.images import to_uint8
 from attnorm.layers.observe import Observation, observe_layouts
 from attnorm.models.class_conditional import Generator
 from attnorm.registry import load
-from attnorm.system.devices import set_tf32
+from attnorm.system.devices import temporary_tf32
 from attnorm.system.randomness import standard_normal
 
 
@@ -55,7 +55,7 @@ class Sampler:
         self.header, self.path, self.classes = loaded.header, loaded.path, loaded.classes
         self.device, self.batch_size = next(self.model.parameters()).device, batch_size
         # As in training: otherwise images, and scores of them, would be made at another precision on NVIDIA's GPUs.
-        set_tf32(self.header.config.run.tf32)
+        self.tf32 = self.header.config.run.tf32
 
     def class_index(self, name: str) -> int:
         """The label of a class, given by its name, however accents are composed, or its number from 0 on; where every
@@ -135,8 +135,9 @@ class Sampler:
         z = self.latents(seeds, truncation=truncation).to(self.device)
         condition = condition.to(self.device)
         if not with_layouts:
-            return Samples(to_uint8(self.model(z, condition)).cpu(), {})
-        with observe_layouts(self.model) as seen:
+            with temporary_tf32(self.tf32):
+                return Samples(to_uint8(self.model(z, condition)).cpu(), {})
+        with temporary_tf32(self.tf32), observe_layouts(self.model) as seen:
             images = to_uint8(self.model(z, condition)).cpu()
         return Samples(images, {name: Observation(*(part.cpu() for part in seen[name])) for name in seen})
 

@@ -321,6 +321,8 @@ class AttentiveNorm2d(nn.Module):
         """Eq. 1 without its weight: ||W W^T - I||_F^2, a scalar; rows of length 1 unless orthogonality="raw"."""
         with no_autocast(self.rho):
             rows, _ = self._weights("entities", self.rho.new_empty(0, self.num_features, 1, 1))
+            if hasattr(rows, "full_tensor"):  # of torch's fully_shard, outside the block's forward
+                rows = rows.full_tensor()
             rows = rows if rows.dtype == torch.float64 else rows.float()
             if self.orthogonality == "cosine":
                 rows = F.normalize(rows, dim=1)

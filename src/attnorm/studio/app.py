@@ -285,9 +285,10 @@ def _add_photographs(app: FastAPI, service: Service, jobs: Jobs) -> None:
         The answer is a file in the photograph's format with its metadata, and the recipe in the header
         `attnorm-recipe`; with `Accept: application/json` both in JSON, with layouts and scores.
         """
-        name, image, mask = await _read_photograph(request, hole, service)
+        name, image, sent = await _read_photograph(request, needs_mask=not hole)
 
         def make(job: Job) -> tuple[results.Repaired, dict[str, Any], InpaintOut | None]:
+            mask = sent or _rectangles(service, name, image, hole)
             repaired = service.repair(
                 method, name, image, mask, job, format=format, invert=invert, with_layouts=layouts, with_scores=scores
             )
@@ -307,7 +308,7 @@ def _add_photographs(app: FastAPI, service: Service, jobs: Jobs) -> None:
     @app.post("/api/photograph", tags=["photographs"], openapi_extra={"requestBody": _INPAINT_BODY})
     async def photograph(request: Request, x_job: JobName = None) -> PhotographOut:
         """Whether a photograph can be used, and how it looks as the networks see it, turned as its EXIF data say."""
-        name, image, _ = await _read_photograph(request, [], service, needs_mask=False)
+        name, image, _ = await _read_photograph(request, needs_mask=False)
 
         def make(job: Job) -> PhotographOut:
             read = service.photograph(name, image)
@@ -344,9 +345,7 @@ def _add_page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
 
-async def _read_photograph(
-    request: Request, holes: list[str], service: Service, *, needs_mask: bool = True
-) -> tuple[str, bytes, bytes]:
+async def _read_photograph(request: Request, *, needs_mask: bool) -> tuple[str, bytes, bytes]:
     """Name and content of the photograph in a request, and its mask's content."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -365,9 +364,7 @@ async def _read_photograph(
     if not image:
         raise UserError("there is no image; expected a file in the part `image`")
     if needs_mask and not mask:
-        if not holes:
-            raise UserError("there is no mask; expected a file in the part `mask`, or hole=left,top,width,height")
-        mask = await asyncio.to_thread(_rectangles, service, name or "image", image, holes)
+        raise UserError("there is no mask; expected a file in the part `mask`, or hole=left,top,width,height")
     return (name or "image")[:200], image, mask  # a name stands in messages, as text, and in nothing else
 
 

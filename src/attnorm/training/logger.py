@@ -55,7 +55,9 @@ class Logger:
     def __init__(self, run: RunDirectory, config: Config, *, resumed_at: int | None, console: Console) -> None:
         self.run, self.settings = run, config.run
         _drop_rows_after(run.metrics_file, -1 if resumed_at is None else resumed_at)
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=None if resumed_at is None else resumed_at)
+        # What lies at the checkpoint itself stays, as in the rows: it is not logged again.
+        purge = None if resumed_at is None else resumed_at + 1
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge)
         self.metrics = run.metrics_file.open("a", encoding="utf-8")
         self.wandb = _begin_wandb(run, config) if config.run.wandb else None
         self.speed = 0.0  # images a second

@@ -14,7 +14,6 @@ from attnorm.config import Config
 from attnorm.data.stream import Batch
 from attnorm.models.class_conditional import Generator
 from attnorm.models.projected import ProjectedDiscriminator
-from attnorm.system.devices import find_precision
 from attnorm.training.augmentation import augment
 from attnorm.training.class_conditional import ClassConditionalTask
 from attnorm.training.losses import hinge_discriminator_loss, hinge_generator_loss, orthogonality_loss
@@ -34,8 +33,6 @@ class ProjectedTask(ClassConditionalTask):
         assert config.projected is not None
         self.settings = config.projected
         super().__init__(config, device)
-        if find_precision(config.run.precision, device) == "bfloat16":
-            self.discriminator.projector.features.to(torch.bfloat16)
         # Of each part of the batch that the generator was updated with: mixed maps, and labels.
         self._judged: deque[tuple[list[Tensor], Tensor]] = deque()
 
@@ -50,17 +47,24 @@ class ProjectedTask(ClassConditionalTask):
 
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         fake = self.generator(self._latents(batch.labels), batch.labels).float()  # only the labels are used
-        maps = self.discriminator.projector(augment(fake, self.settings.augmentations))
+        maps = self._mixed_maps(fake)
         self._judged.append(([part.detach() for part in maps], batch.labels))
         adversarial = hinge_generator_loss(self.discriminator(maps, batch.labels).float())
         orthogonality = orthogonality_loss(self.generator)
         loss = adversarial + self.config.optim.orthogonality_weight * orthogonality
         return loss, {"generator/loss": adversarial, "generator/orthogonality": orthogonality}
 
+    def _mixed_maps(self, images: Tensor) -> list[Tensor]:
+        """Of the augmented images; the fixed network's weights have the precision of the step that asks first."""
+        projector, kind = self.discriminator.projector, images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        projector.features.to(dtype)
+        return projector(augment(images, self.settings.augmentations))
+
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         fake_maps, fake_labels = self._judged.popleft()
         with torch.no_grad():
-            real_maps = self.discriminator.projector(augment(batch.images, self.settings.augmentations))
+            real_maps = self._mixed_maps(batch.images)
         # Real and fake in one pass: one power iteration of spectral norm an update (docs/paper.md, row 22).
         both = [torch.cat(pair) for pair in zip(real_maps, fake_maps, strict=True)]
         real, fake = self.discriminator(both, torch.cat([batch.labels, fake_labels])).float().chunk(2)

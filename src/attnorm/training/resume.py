@@ -94,7 +94,8 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
         "note": images.note,
     }
     said = run.set_aside_damaged(affordable=config.run.checkpoint_every_images)
-    if not run.checkpoints():  # nothing to lose: a run that never got so far may have had settings that cannot work
+    if not run.checkpoints():  # a run that never got so far may have had settings that cannot work
+        _require_nothing_to_lose(run)
         run.create(config, data)
         return None, said
     require_same_settings(run, config)
@@ -105,6 +106,18 @@ def open_run(run: RunDirectory, config: Config, images: ImageSet) -> tuple[Path 
             f"{data['num_images']} of {data['source']}); give the same data, or another --out"
         )
     return run.checkpoints()[-1], said
+
+
+def _require_nothing_to_lose(run: RunDirectory) -> None:
+    """ConfigError where the log is of more than a checkpoint, and none is there: deleted, perhaps, to save space."""
+    if not run.exists():
+        return
+    logged = max((row["images_seen"] for row in run.read_metrics()), default=0)
+    if logged > run.read()[0].run.checkpoint_every_images:
+        raise ConfigError(
+            f"{run.path} holds the log of {logged:,} images of training, and no checkpoint: a new run would erase it; "
+            "choose another --out, or remove the folder"
+        )
 
 
 def precision_of_leg(
@@ -121,17 +134,28 @@ def precision_of_leg(
     return precision, [f"so far in {before}, for which {device_name(device)} has no units: from here in {precision}"]
 
 
-def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> list[str]:
+def start_from(
+    path: str, state: TrainingState, classes: tuple[str, ...], *, temperature: float | str | None = None
+) -> list[str]:
     """Gives the networks of `state` the weights of another run or of a model, and leaves optimisers and clock at their
     start; what is to be said of it. Where there is an average alone, generator and average have that, and the other
     networks stay as they are, as does a judge of images of another size. Of another number of classes, so does what
     there is one of for each class.
 
+    Args:
+        temperature: What AN's tau is to be; None: whatever the weights were trained with.
+
     Raises:
-        CheckpointError: it cannot be used, or is of other networks.
+        CheckpointError: it cannot be used, or is of other networks, or of another tau.
     """
     checkpoint = find_checkpoint(path)
     tensors, header = read_checkpoint(checkpoint)
+    tau = header.config.model.temperature
+    if temperature not in (None, tau) and header.config.model.context.startswith("an"):
+        raise CheckpointError(
+            f"run.start_from: AN in {checkpoint} was trained with a tau of {tau}, and is to have {temperature}: its "
+            f"layouts would be others; give --set model.an.temperature={tau}, or start from another"
+        )
     networks = state.networks | {name: average.network for name, average in state.averages.items()}
     parts = {name: below(tensors, f"{name}.") for name in networks}
     parts["generator"] = parts["generator"] or dict(parts["ema"])
@@ -145,7 +169,7 @@ def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> lis
             of_classes = {
                 key: tensor
                 for key, tensor in network.state_dict().items()
-                if key in theirs and (*theirs[key].shape[:1], *tensor.shape[:1]) == sizes
+                if key in theirs and _axes_that_differ(theirs[key], tensor) == [sizes]
             }
             parts[name] |= of_classes
             new += [f"what the {name} has of each class"] if of_classes else []
@@ -158,6 +182,13 @@ def start_from(path: str, state: TrainingState, classes: tuple[str, ...]) -> lis
             raise CheckpointError(f"run.start_from: {checkpoint} has another {name}: {error}") from error
     what = f"; new: {', '.join(new)}" if new else ""
     return [f"starts from {checkpoint}, trained with {header.images_seen:,} images{what}"]
+
+
+def _axes_that_differ(theirs: Tensor, ours: Tensor) -> list[tuple[int, int]]:
+    """Both sizes of each; [] too where there are not as many axes."""
+    if theirs.dim() != ours.dim():
+        return []
+    return [pair for pair in zip(theirs.shape, ours.shape, strict=True) if pair[0] != pair[1]]
 
 
 def _differs_in_shape(network: nn.Module, tensors: dict[str, Tensor]) -> bool:

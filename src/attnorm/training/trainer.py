@@ -115,7 +115,10 @@ def train(
             precision, unlike = precision_of_leg(config.run.precision, Path(name), device)
             said += unlike
         elif config.run.start_from:
-            said += group.together(lambda: start_from(config.run.start_from, task.state, images.classes))
+            tau = config.model.temperature if config.model.context.startswith("an") else None
+            said += group.together(
+                lambda: start_from(config.run.start_from, task.state, images.classes, temperature=tau)
+            )
         for text in said:
             console.print(text, highlight=False, soft_wrap=True, markup=False)
         # What checkpoints say of the run is how and where it was really made.
