@@ -148,8 +148,8 @@ def _root(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(half @ (b.T @ b) @ half).clamp_min(0).sqrt().sum()
 
 
-def score(run: Path, classifier: Classifier, about: dict, held_out: ImageSet, num: int) -> dict:
-    """Of the averaged generator: as many images of each class, seeds from 0 on."""
+def score(run: Path, classifier: Classifier, about: dict, real: Tensor, num: int) -> dict:
+    """Of the averaged generator: as many images of each class, seeds from 0 on; `real` are features of real images."""
     from attnorm.inference import Sampler
 
     sampler = Sampler(run)
@@ -158,7 +158,6 @@ def score(run: Path, classifier: Classifier, about: dict, held_out: ImageSet, nu
     labels = [index % len(sampler.classes) for index in range(num)]
     images = torch.cat(list(sampler.batches(range(num), labels)))
     features, found = look(classifier, images)
-    real, _ = look(classifier, torch.from_numpy(np.ascontiguousarray(held_out.images)))
     right = found == torch.tensor(labels)
     of_class = {
         name: right[torch.tensor(labels) == index].double().mean().item() for index, name in enumerate(about["classes"])
@@ -232,8 +231,9 @@ def main() -> None:
         train(load_images(arguments.data, SIDE), held_out, arguments.out, arguments.epochs, arguments.seed)
         return
     classifier, about = load(arguments.classifier)
+    real, _ = look(classifier, torch.from_numpy(np.ascontiguousarray(held_out.images)))
     for run in arguments.runs:
-        print(json.dumps(score(run, classifier, about, held_out, arguments.num)), flush=True)
+        print(json.dumps(score(run, classifier, about, real, arguments.num)), flush=True)
 
 
 if __name__ == "__main__":
