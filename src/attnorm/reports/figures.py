@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -194,7 +195,11 @@ def inpainting_figure(images: Tensor, masks: Tensor, results: Mapping[str, Tenso
     """
     columns = {"input": images.masked_fill(masks, 255), **results, "truth": images}
     return _table(
-        [[(_to_array(column[i]), title) for title, column in columns.items()] for i in range(len(images))],
+        # Long names of models would run into one another.
+        [
+            [(_to_array(column[i]), textwrap.fill(title, 14)) for title, column in columns.items()]
+            for i in range(len(images))
+        ],
         titles_on_first_row_only=True,
     )
 
